@@ -1,0 +1,142 @@
+"""What a packed weight is: a `Format` (the layout, a small frozen value) and its plain tensors.
+
+A format knows shapes, dtypes, packing and the meaning of the bits; it knows no algorithm. Everything a format stores
+is a plain tensor, so files are safetensors and nothing is ever pickled. A new layout is one file in this folder with
+one `@register_format` dataclass; files are found by walking the package.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, ClassVar, TypeVar
+
+import torch
+from torch import Tensor
+
+from whit.discovery import import_submodules
+from whit.errors import ModelError, nearest
+
+_FORMATS: dict[str, type[Format]] = {}
+FormatType = TypeVar("FormatType", bound="type[Format]")
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """Shape and dtype of one stored tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def bytes(self) -> int:
+        """Stored bytes of this tensor."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Format(ABC):
+    """A layout for one weight matrix of `rows` outputs and `columns` inputs.
+
+    Subclasses are frozen dataclasses whose fields are JSON values (they go into the model's config), with a class
+    variable `name`. They declare the tensors they store and what those tensors mean.
+    """
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def specs(self, rows: int, columns: int) -> dict[str, TensorSpec]:
+        """Every tensor this layout stores for a (rows, columns) weight: exact shapes and dtypes."""
+
+    @abstractmethod
+    def unpack(self, tensors: Mapping[str, Tensor], rows: int, columns: int) -> Tensor:
+        """The weight the tensors stand for: float32 (rows, columns), on their device. Exact: no further rounding."""
+
+    def transform(self, inputs: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+        """What happens to the inputs (..., columns) before the product; identity unless a format rotates them."""
+        return inputs
+
+    def to_json(self) -> dict[str, Any]:
+        """`{"format": name, **fields}`: what the config of a saved model holds."""
+        return {"format": self.name, **dataclasses.asdict(self)}
+
+    def bytes(self, rows: int, columns: int) -> int:
+        """Stored bytes of a (rows, columns) weight in this layout, all tensors counted."""
+        return sum(spec.bytes for spec in self.specs(rows, columns).values())
+
+
+def register_format(cls: FormatType) -> FormatType:
+    """Class decorator that makes a format loadable by its name."""
+    if cls.name in _FORMATS and _FORMATS[cls.name] is not cls:
+        raise ValueError(f"two formats are called {cls.name!r}")
+    _FORMATS[cls.name] = cls
+    return cls
+
+
+@lru_cache(maxsize=1)
+def _discover() -> None:
+    import_submodules("whit.formats")
+
+
+def format_from_json(fields: Mapping[str, Any]) -> Format:
+    """Inverse of `Format.to_json`.
+
+    Raises:
+        ModelError: the name is unknown (a newer whit wrote the file) or the fields do not fit.
+    """
+    _discover()
+    name = fields.get("format")
+    if name not in _FORMATS:
+        raise ModelError(
+            f"packed format {name!r} is not known to this version of whit{nearest(str(name), _FORMATS)} "
+            "(upgrade with: pip install -U whit)"
+        )
+    try:
+        return _FORMATS[name](**{key: value for key, value in fields.items() if key != "format"})
+    except (TypeError, ValueError) as error:
+        raise ModelError(f"packed format {name!r} cannot be read from {dict(fields)!r}: {error}") from error
+
+
+@dataclass(frozen=True)
+class Packed:
+    """One compressed weight: layout, logical shape, stored tensors."""
+
+    format: Format
+    rows: int
+    columns: int
+    tensors: dict[str, Tensor]
+
+    def __post_init__(self) -> None:
+        expected = self.format.specs(self.rows, self.columns)
+        if set(expected) != set(self.tensors):
+            raise ModelError(
+                f"packed format {self.format.name!r} stores {sorted(expected)}, got {sorted(self.tensors)}"
+            )
+        for name, spec in expected.items():
+            tensor = self.tensors[name]
+            if tuple(tensor.shape) != spec.shape or tensor.dtype != spec.dtype:
+                raise ModelError(
+                    f"packed tensor {name!r} of format {self.format.name!r} must be {spec.shape} {spec.dtype}, "
+                    f"got {tuple(tensor.shape)} {tensor.dtype}"
+                )
+
+    def unpack(self) -> Tensor:
+        """The weight: float32 (rows, columns), exactly what the stored bits mean."""
+        return self.format.unpack(self.tensors, self.rows, self.columns)
+
+    def stored_bytes(self) -> int:
+        """Bytes of all stored tensors."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.tensors.values())
+
+    def stored_bits(self) -> float:
+        """Stored bytes x 8 / weights."""
+        return self.stored_bytes() * 8 / (self.rows * self.columns)
+
+    def to(self, device: torch.device | str) -> Packed:
+        """The same weight on another device."""
+        moved = {name: tensor.to(device) for name, tensor in self.tensors.items()}
+        return dataclasses.replace(self, tensors=moved)
