@@ -56,6 +56,10 @@ class Format(ABC):
     def unpack(self, tensors: Mapping[str, Tensor], rows: int, columns: int) -> Tensor:
         """The weight the tensors stand for: float32 (rows, columns), on their device. Exact: no further rounding."""
 
+    def unpack_rows(self, tensors: Mapping[str, Tensor], rows: int, columns: int, index: Tensor) -> Tensor:
+        """Rows `index` (k,) of the weight: float32 (k, columns). Formats stored row by row override it to be cheap."""
+        return self.unpack(tensors, rows, columns)[index]
+
     def transform(self, inputs: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         """What happens to the inputs (..., columns) before the product; identity unless a format rotates them."""
         return inputs

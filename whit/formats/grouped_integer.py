@@ -71,6 +71,15 @@ class GroupedInteger(Format):
         zeros = unpack_codes(tensors["zeros"], self.bits, rows * groups).reshape(rows, groups).float()
         return (codes - self._spread(zeros, columns)) * self._spread(tensors["scales"].float(), columns)
 
+    def unpack_rows(self, tensors: Mapping[str, Tensor], rows: int, columns: int, index: Tensor) -> Tensor:
+        """Only the asked rows are decoded; the zero points, packed across rows, are decoded whole when there are any."""
+        part = {"codes": tensors["codes"][index], "scales": tensors["scales"][index]}
+        if not self.symmetric:
+            groups = self.groups(columns)
+            zeros = unpack_codes(tensors["zeros"], self.bits, rows * groups).reshape(rows, groups)[index]
+            part["zeros"] = pack_codes(zeros.reshape(-1), self.bits)
+        return self.unpack(part, len(index), columns)
+
     def _spread(self, per_group: Tensor, columns: int) -> Tensor:
         """(rows, groups) -> (rows, columns)."""
         if per_group.shape[1] == 1:

@@ -1,0 +1,78 @@
+"""The one op of packed layers, y = transform(x) W^T + b, and the choice of its implementation.
+
+The plain meaning unpacks the weight and multiplies. Faster implementations register themselves with a predicate; the
+first that supports the call is used. `explain` says which, and is what `whit inspect` shows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from whit.formats.base import Packed
+
+Supports = Callable[[Tensor, Packed], bool]
+Linear = Callable[[Tensor, Packed, Tensor | None], Tensor]
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """A version of the op: `supports(x, packed)` must be cheap and must not synchronise with a device."""
+
+    name: str
+    supports: Supports
+    linear: Linear
+
+
+_IMPLEMENTATIONS: dict[str, list[Implementation]] = {}
+
+
+def register_implementation(format_name: str, implementation: Implementation) -> None:
+    """Offer a faster version for one format; later registrations are asked first."""
+    _IMPLEMENTATIONS.setdefault(format_name, []).insert(0, implementation)
+
+
+def choose(x: Tensor, packed: Packed) -> Implementation:
+    """The implementation `packed_linear` will use for this call."""
+    for candidate in _IMPLEMENTATIONS.get(packed.format.name, ()):
+        if candidate.supports(x, packed):
+            return candidate
+    return PLAIN
+
+
+def explain(x: Tensor, packed: Packed) -> str:
+    """Name of the implementation that a call with these arguments uses."""
+    return choose(x, packed).name
+
+
+def packed_linear(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
+    """y = transform(x) W^T + b.
+
+    Args:
+        x: (..., columns), any float dtype, on the device of the packed tensors.
+        packed: weight of `rows` x `columns`.
+        bias: (rows,) or None.
+
+    Returns:
+        (..., rows) in the dtype of x.
+    """
+    return choose(x, packed).linear(x, packed, bias)
+
+
+def packed_embedding(ids: Tensor, packed: Packed, dtype: torch.dtype) -> Tensor:
+    """Rows `ids` (any shape, integer) of the packed matrix: (*ids.shape, columns) in `dtype`."""
+    flat, inverse = torch.unique(ids, return_inverse=True)
+    table = packed.format.unpack_rows(packed.tensors, packed.rows, packed.columns, flat)
+    return table.to(dtype)[inverse]
+
+
+def _plain_linear(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+    inputs = packed.format.transform(x, packed.tensors)
+    weight = packed.unpack().to(x.dtype)
+    return torch.nn.functional.linear(inputs, weight, None if bias is None else bias.to(x.dtype))
+
+
+PLAIN = Implementation("plain", lambda x, packed: True, _plain_linear)

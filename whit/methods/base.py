@@ -1,0 +1,208 @@
+"""What a compression method is: a frozen dataclass of knobs and one pure function (weight, statistics) -> packed.
+
+A method declares which statistics of a layer's inputs it needs; the pipeline gathers only those. A new method is one
+file in this folder with one `@register_method` dataclass whose fields are made by `knob(...)`: command-line options,
+validation, help and the `whit methods` listing all come from them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, ClassVar, TypeVar
+
+from torch import Tensor
+
+from whit.discovery import import_submodules
+from whit.errors import KnobError, nearest
+from whit.formats.base import Format, Packed
+from whit.methods.statistics import LayerStatistics, Statistic
+
+_METHODS: dict[str, type[Method]] = {}
+MethodType = TypeVar("MethodType", bound="type[Method]")
+
+
+def knob(
+    default: Any,
+    help: str,
+    *,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    choices: Sequence[Any] | None = None,
+) -> Any:
+    """A dataclass field that is also a typed, range-checked command-line option with one line of help."""
+    return field(
+        default=default,
+        metadata={"help": help, "minimum": minimum, "maximum": maximum, "choices": choices},
+    )
+
+
+@dataclass(frozen=True)
+class Knob:
+    """Description of one method field, for the command line and the documentation."""
+
+    name: str
+    type: type
+    default: Any
+    help: str
+    minimum: float | None
+    maximum: float | None
+    choices: tuple[Any, ...] | None
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """What a method returns: the packed weight and remarks worth keeping (for example: damping was raised)."""
+
+    packed: Packed
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Method(ABC):
+    """A compression method: a value. Subclasses are frozen dataclasses with `name`, `summary` and `needs`."""
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    needs: ClassVar[frozenset[Statistic]] = frozenset()
+
+    def __post_init__(self) -> None:
+        for item in knobs(type(self)):
+            _check(self.name, item, getattr(self, item.name))
+
+    @abstractmethod
+    def format(self, rows: int, columns: int) -> Format:
+        """The layout this method will produce for a (rows, columns) weight: the plan's sizes come from it."""
+
+    @abstractmethod
+    def compress(self, weight: Tensor, statistics: LayerStatistics) -> Compressed:
+        """Compress one weight.
+
+        Args:
+            weight: float32 (rows, columns), finite, rows = outputs. Not modified.
+            statistics: of this layer's inputs; holds what `needs` names.
+
+        Returns:
+            the packed weight in `self.format(rows, columns)`, on the weight's device.
+        """
+
+    def to_json(self) -> dict[str, Any]:
+        """`{"method": name, **knobs}`."""
+        return {"method": self.name, **dataclasses.asdict(self)}
+
+
+def register_method(cls: MethodType) -> MethodType:
+    """Class decorator that makes a method known by its name."""
+    if cls.name in _METHODS and _METHODS[cls.name] is not cls:
+        raise ValueError(f"two methods are called {cls.name!r}")
+    _METHODS[cls.name] = cls
+    return cls
+
+
+@lru_cache(maxsize=1)
+def _discover() -> None:
+    import_submodules("whit.methods")
+
+
+def available_methods() -> dict[str, type[Method]]:
+    """Every method by name, sorted."""
+    _discover()
+    return dict(sorted(_METHODS.items()))
+
+
+def method_class(name: str) -> type[Method]:
+    """The class of a method.
+
+    Raises:
+        KnobError: no such method; the message suggests the nearest.
+    """
+    known = available_methods()
+    if name not in known:
+        raise KnobError(f"unknown method {name!r}{nearest(name, known)} (known: {', '.join(known)})")
+    return known[name]
+
+
+def make_method(name: str, options: Mapping[str, Any] | None = None) -> Method:
+    """Build a method from its name and knob values (strings are converted to the knob's type).
+
+    Raises:
+        KnobError: unknown method or knob, wrong type, or a value out of range.
+    """
+    cls = method_class(name)
+    known = {item.name: item for item in knobs(cls)}
+    values: dict[str, Any] = {}
+    for key, value in (options or {}).items():
+        attribute = key.replace("-", "_")
+        if attribute not in known:
+            raise KnobError(
+                f"method {name!r} has no knob {key!r}{nearest(attribute, known)} (knobs: {', '.join(known)})"
+            )
+        values[attribute] = _convert(name, known[attribute], value)
+    return cls(**values)
+
+
+def knobs(cls: type[Method]) -> list[Knob]:
+    """The knobs of a method class, in order of declaration."""
+    hints = typing.get_type_hints(cls)
+    out = []
+    for item in dataclasses.fields(cls):
+        meta = item.metadata
+        choices = meta.get("choices")
+        out.append(
+            Knob(
+                item.name,
+                _plain_type(hints[item.name]),
+                item.default,
+                meta.get("help", ""),
+                meta.get("minimum"),
+                meta.get("maximum"),
+                tuple(choices) if choices else None,
+            )
+        )
+    return out
+
+
+def _plain_type(hint: Any) -> type:
+    """`float | None` -> float; plain types stay."""
+    if isinstance(hint, types.UnionType):
+        return next(part for part in typing.get_args(hint) if part is not type(None))  # type: ignore[no-any-return]
+    return hint  # type: ignore[no-any-return]
+
+
+def _convert(method: str, item: Knob, value: Any) -> Any:
+    if value is None or not isinstance(value, str) or item.type is str:
+        return value
+    if item.type is bool:
+        lowered = value.lower()
+        if lowered in ("true", "yes", "on", "1"):
+            return True
+        if lowered in ("false", "no", "off", "0"):
+            return False
+        raise KnobError(f"knob {item.name!r} of method {method!r} is true or false, got {value!r}")
+    try:
+        return item.type(value)
+    except ValueError:
+        raise KnobError(
+            f"knob {item.name!r} of method {method!r} is of type {item.type.__name__}, got {value!r}"
+        ) from None
+
+
+def _check(method: str, item: Knob, value: Any) -> None:
+    if value is None and item.default is None:
+        return
+    where = f"knob {item.name!r} of method {method!r}"
+    allowed: tuple[type, ...] = (int, float) if item.type is float else (item.type,)
+    if not isinstance(value, allowed) or (isinstance(value, bool) and item.type is not bool):
+        raise KnobError(f"{where} is of type {item.type.__name__}, got {value!r}")
+    if item.choices is not None and value not in item.choices:
+        suggestion = nearest(str(value), [str(choice) for choice in item.choices])
+        raise KnobError(f"{where} is one of {', '.join(map(str, item.choices))}, got {value!r}{suggestion}")
+    if item.minimum is not None and not float(value) >= item.minimum:
+        raise KnobError(f"{where} must be at least {item.minimum}, got {value!r}")
+    if item.maximum is not None and not float(value) <= item.maximum:
+        raise KnobError(f"{where} must be at most {item.maximum}, got {value!r}")

@@ -1,0 +1,116 @@
+"""What a method may know about a layer's inputs, and the second-order algebra shared by the methods that use it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+from whit.errors import ModelError
+
+
+class Statistic(Enum):
+    """Statistics the pipeline can gather for the inputs of a layer."""
+
+    SECOND_MOMENT = "second_moment"
+
+
+@dataclass(frozen=True)
+class InverseFactor:
+    """U, upper triangular with H^-1 = U^T U, of the damped second moments; `dead` marks columns that were never used."""
+
+    upper: Tensor
+    dead: Tensor
+    damping: float
+    notes: tuple[str, ...]
+
+
+@dataclass
+class LayerStatistics:
+    """Statistics of the inputs of one layer, or of a group of layers that share the same inputs.
+
+    Attributes:
+        columns: input width m.
+        tokens: number of input vectors seen.
+        second_moment: H = 2/N sum x x^T over the tokens of N sequences, float32 (m, m), or None if not asked for.
+    """
+
+    columns: int
+    tokens: int = 0
+    second_moment: Tensor | None = None
+    _factors: dict[tuple[float, bool], InverseFactor] = field(default_factory=dict, repr=False)
+
+    def inverse_factor(self, damping: float, order: Tensor | None = None) -> InverseFactor:
+        """U = cholesky(H^-1, upper) of H + damping * mean(diag H) * I (Frantar et al. 2022, section 3.3, step 3).
+
+        Columns whose diagonal is zero are dead: their diagonal becomes 1. If H is not positive definite the damping is
+        raised tenfold until it is, and the notes say so. Factors in natural order are kept, because layers that
+        share inputs share them.
+
+        Args:
+            damping: relative to the mean diagonal of H.
+            order: permutation of the columns (m,), or None for the natural order.
+
+        Raises:
+            ModelError: H holds NaN or Inf, or no damping up to 1e4 helps.
+        """
+        if self.second_moment is None:
+            raise ValueError("second moments were not gathered: declare Statistic.SECOND_MOMENT in `needs`")
+        key = (damping, True)
+        if order is None and key in self._factors:
+            return self._factors[key]
+        factor = _factorise(self.second_moment, damping, order)
+        if order is None:
+            self._factors[key] = factor
+        return factor
+
+
+def _factorise(moment: Tensor, damping: float, order: Tensor | None) -> InverseFactor:
+    h = moment.float().clone()
+    if not bool(torch.isfinite(h).all()):
+        raise ModelError(
+            "calibration activations hold NaN or Inf: try --dtype float32, or check the model's weights"
+        )
+    diagonal = torch.diagonal(h)
+    dead = diagonal == 0
+    diagonal[dead] = 1
+    if order is not None:
+        h = h[order][:, order].contiguous()
+    mean = float(torch.diagonal(h).mean())
+    index = torch.arange(h.shape[0], device=h.device)
+    used, notes = damping, []
+    while True:
+        damped = h.clone()
+        damped[index, index] += used * mean
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if int(failed) == 0:
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if int(failed) == 0 and bool(torch.isfinite(upper).all()):
+                break
+        used = max(used, 1e-6) * 10
+        if used > 1e4:
+            raise ModelError(
+                "second moments of the calibration inputs cannot be inverted: use more calibration text"
+            )
+    if used != damping:
+        notes.append(
+            f"damping raised from {damping:g} to {used:g}: second moments were not positive definite"
+        )
+    return InverseFactor(upper, dead, used, tuple(notes))
+
+
+def relative_output_error(weight: Tensor, quantised: Tensor, moment: Tensor | None) -> float:
+    """||(W - Q) X||^2 / ||W X||^2 = tr(D H D^T) / tr(W H W^T), D = W - Q; with no H, ||D||^2 / ||W||^2.
+
+    Args:
+        weight, quantised: float32 (rows, columns).
+        moment: H as in `LayerStatistics`, or None.
+    """
+    difference = weight - quantised
+    if moment is None:
+        above, below = difference.square().sum(), weight.square().sum()
+    else:
+        above, below = (difference @ moment * difference).sum(), (weight @ moment * weight).sum()
+    return float(above / below) if float(below) > 0 else float(above)

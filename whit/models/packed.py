@@ -1,0 +1,108 @@
+"""Packed modules: what a compressed layer becomes. They hold the stored tensors and no float copy of the weight."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from whit.formats.base import Format, Packed
+from whit.kernels import packed_embedding, packed_linear
+
+
+class PackedModule(nn.Module):
+    """Buffers named after the format's tensors, plus the logical shape.
+
+    `.half()`, `.to(torch.bfloat16)` and the like move a packed module between devices but never change the dtype of
+    what is stored: float16 scales rounded to bfloat16 would no longer be the compressed model.
+    """
+
+    def __init__(self, layout: Format, rows: int, columns: int) -> None:
+        super().__init__()
+        self.format = layout
+        self.rows = rows
+        self.columns = columns
+        self._stored = tuple(layout.specs(rows, columns))
+        for name, spec in layout.specs(rows, columns).items():
+            self.register_buffer(name, torch.empty(spec.shape, dtype=spec.dtype))
+
+    @property
+    def packed(self) -> Packed:
+        """The compressed weight (tensors shared, not copied)."""
+        tensors = {name: self.get_buffer(name) for name in self._stored}
+        return Packed(self.format, self.rows, self.columns, tensors)
+
+    def set_packed(self, packed: Packed) -> None:
+        """Take over the tensors of a packed weight of the same layout and shape."""
+        if (packed.format, packed.rows, packed.columns) != (self.format, self.rows, self.columns):
+            raise ValueError(
+                f"layer is {self.extra_repr()}, weight is {packed.format} {packed.rows} x {packed.columns}"
+            )
+        for name, tensor in packed.tensors.items():
+            setattr(self, name, tensor)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        stored = set(self._stored)
+
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            if any(tensor is self._buffers.get(name) for name in stored) and moved.dtype != tensor.dtype:
+                return tensor.to(moved.device)
+            return moved
+
+        super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
+        return self
+
+    def extra_repr(self) -> str:
+        """Shape, layout and honest bits."""
+        bits = self.format.bytes(self.rows, self.columns) * 8 / (self.rows * self.columns)
+        return f"{self.columns} -> {self.rows}, {self.format}, {bits:.3f} stored bits"
+
+
+class PackedLinear(PackedModule):
+    """Replaces `nn.Linear` and transformers' `Conv1D`: y = transform(x) W^T + b."""
+
+    def __init__(self, layout: Format, rows: int, columns: int, bias_dtype: torch.dtype | None) -> None:
+        super().__init__(layout, rows, columns)
+        self.in_features, self.out_features = columns, rows
+        self.bias = None if bias_dtype is None else nn.Parameter(torch.empty(rows, dtype=bias_dtype))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., columns) -> (..., rows), in the dtype of x."""
+        return packed_linear(x, self.packed, self.bias)
+
+
+class PackedEmbedding(PackedModule):
+    """Replaces `nn.Embedding`: rows of the packed matrix, in the compute dtype."""
+
+    def __init__(self, layout: Format, rows: int, columns: int, dtype: torch.dtype) -> None:
+        super().__init__(layout, rows, columns)
+        self.num_embeddings, self.embedding_dim = rows, columns
+        self.compute_dtype = dtype
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        super()._apply(fn, recurse)
+        self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype)).dtype
+        return self
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Integer ids (...) -> (..., columns)."""
+        return packed_embedding(ids, self.packed, self.compute_dtype)
+
+
+def replace_module(root: nn.Module, name: str, module: nn.Module) -> None:
+    """Put `module` at the dotted `name` under `root`."""
+    parent, _, child = name.rpartition(".")
+    setattr(root.get_submodule(parent) if parent else root, child, module)
+
+
+def packed_modules(root: nn.Module) -> dict[str, PackedModule]:
+    """Every packed module under `root` by dotted name."""
+    return {name: module for name, module in root.named_modules() if isinstance(module, PackedModule)}
+
+
+def as_json(root: nn.Module) -> dict[str, Any]:
+    """`{module name: format JSON}` of every packed module: what the saved config holds."""
+    return {name: module.format.to_json() for name, module in packed_modules(root).items()}
