@@ -25,9 +25,7 @@ class RTN(Method):
     bits: int = knob(4, "bits per code", minimum=1, maximum=8)
     group_size: int = knob(128, "columns that share a scale; 0 for the whole row", minimum=0)
     symmetric: bool = knob(False, "centre the grid on zero and store no zero points")
-    clip_steps: int = knob(
-        0, "range candidates tried per group; 0 keeps the full range", minimum=0, maximum=100
-    )
+    clip_steps: int = knob(0, "range candidates tried per group; 0 keeps the full range", minimum=0, maximum=100)
 
     def format(self, rows: int, columns: int) -> GroupedInteger:
         """Grouped integers; a group wider than the row becomes the row."""

@@ -70,9 +70,7 @@ class LayerStatistics:
 def _factorise(moment: Tensor, damping: float, order: Tensor | None) -> InverseFactor:
     h = moment.float().clone()
     if not bool(torch.isfinite(h).all()):
-        raise ModelError(
-            "calibration activations hold NaN or Inf: try --dtype float32, or check the model's weights"
-        )
+        raise ModelError("calibration activations hold NaN or Inf: try --dtype float32, or check the model's weights")
     diagonal = torch.diagonal(h)
     dead = diagonal == 0
     diagonal[dead] = 1
@@ -91,13 +89,9 @@ def _factorise(moment: Tensor, damping: float, order: Tensor | None) -> InverseF
                 break
         used = max(used, 1e-6) * 10
         if used > 1e4:
-            raise ModelError(
-                "second moments of the calibration inputs cannot be inverted: use more calibration text"
-            )
+            raise ModelError("second moments of the calibration inputs cannot be inverted: use more calibration text")
     if used != damping:
-        notes.append(
-            f"damping raised from {damping:g} to {used:g}: second moments were not positive definite"
-        )
+        notes.append(f"damping raised from {damping:g} to {used:g}: second moments were not positive definite")
     return InverseFactor(upper, dead, used, tuple(notes))
 
 
