@@ -41,7 +41,7 @@ class GroupedInteger(Format):
         return -(-columns // (self.group_size or columns))
 
     def specs(self, rows: int, columns: int) -> dict[str, TensorSpec]:
-        """codes uint8 (rows, packed), scales float16 (rows, groups), zeros uint8 (rows, packed groups) if asymmetric."""
+        """codes uint8 (rows, packed), scales float16 (rows, groups); if asymmetric, zeros uint8, packed flat."""
         groups = self.groups(columns)
         out = {
             "codes": TensorSpec((rows, packed_width(columns, self.bits)), torch.uint8),
@@ -72,7 +72,7 @@ class GroupedInteger(Format):
         return (codes - self._spread(zeros, columns)) * self._spread(tensors["scales"].float(), columns)
 
     def unpack_rows(self, tensors: Mapping[str, Tensor], rows: int, columns: int, index: Tensor) -> Tensor:
-        """Only the asked rows are decoded; the zero points, packed across rows, are decoded whole when there are any."""
+        """Only the asked rows are decoded (zero points, packed across rows, are decoded whole)."""
         part = {"codes": tensors["codes"][index], "scales": tensors["scales"][index]}
         if not self.symmetric:
             groups = self.groups(columns)

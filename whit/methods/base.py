@@ -196,13 +196,13 @@ def _check(method: str, item: Knob, value: Any) -> None:
     if value is None and item.default is None:
         return
     where = f"knob {item.name!r} of method {method!r}"
-    allowed: tuple[type, ...] = (int, float) if item.type is float else (item.type,)
+    allowed: Any = (int, float) if item.type is float else (item.type,)
     if not isinstance(value, allowed) or (isinstance(value, bool) and item.type is not bool):
         raise KnobError(f"{where} is of type {item.type.__name__}, got {value!r}")
     if item.choices is not None and value not in item.choices:
         suggestion = nearest(str(value), [str(choice) for choice in item.choices])
         raise KnobError(f"{where} is one of {', '.join(map(str, item.choices))}, got {value!r}{suggestion}")
-    if item.minimum is not None and not float(value) >= item.minimum:
+    if item.minimum is not None and not value >= item.minimum:
         raise KnobError(f"{where} must be at least {item.minimum}, got {value!r}")
-    if item.maximum is not None and not float(value) <= item.maximum:
+    if item.maximum is not None and not value <= item.maximum:
         raise KnobError(f"{where} must be at most {item.maximum}, got {value!r}")

@@ -19,7 +19,7 @@ class Statistic(Enum):
 
 @dataclass(frozen=True)
 class InverseFactor:
-    """U, upper triangular with H^-1 = U^T U, of the damped second moments; `dead` marks columns that were never used."""
+    """U, upper triangular with H^-1 = U^T U, of the damped second moments; `dead` marks columns never used."""
 
     upper: Tensor
     dead: Tensor

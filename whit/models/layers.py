@@ -1,7 +1,7 @@
 """Which modules hold a compressible weight matrix, and how to see it as rows = outputs, columns = inputs.
 
-`nn.Linear`, transformers' `Conv1D` (GPT-2: stored transposed) and `nn.Embedding` are known. Exact types only: a subclass
-may use its weight in other ways (torch's MultiheadAttention reads `out_proj.weight` directly).
+`nn.Linear`, transformers' `Conv1D` (GPT-2: stored transposed) and `nn.Embedding` are known. Exact types only: a
+subclass may use its weight in other ways (torch's MultiheadAttention reads `out_proj.weight` directly).
 """
 
 from __future__ import annotations

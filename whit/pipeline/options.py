@@ -15,7 +15,7 @@ class RunOptions:
     """How to run, whatever the method.
 
     Attributes:
-        calibration: name of a bundled set, a text / jsonl file, a safetensors file of model inputs, or None (default mix).
+        calibration: name of a bundled set, a text / jsonl file, a safetensors file of model inputs, or None (a mix).
         samples: calibration sequences.
         sequence_length: tokens per sequence; 0 takes the smaller of 512 and the model's maximum.
         evaluation: as `calibration`, for the evaluation data.
@@ -27,7 +27,8 @@ class RunOptions:
             them alone.
         true_sequential: gather statistics again after each group of layers inside a block.
         skip: module-name patterns (fnmatch) to leave alone.
-        seed, device, dtype: randomness, where to compute, and compute dtype ("auto": float32 on CPU, the model's own on GPU).
+        seed, device, dtype: randomness, where to compute, and compute dtype ("auto": float32 on
+            CPU, the model's own on GPU).
         batch_size: sequences per forward pass.
     """
 
