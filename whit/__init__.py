@@ -1,3 +1,57 @@
-"""whit: make pretrained models small, and prove that what is left still behaves."""
+"""whit: make pretrained models small, and prove that what is left still behaves.
+
+`import whit` registers the packed formats with transformers, so that `AutoModelForCausalLM.from_pretrained` reads what
+`whit.compress` wrote. The functions themselves are imported on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+import whit.models.integration  # noqa: E402
+
+if TYPE_CHECKING:
+    from whit.api import compress, evaluate, generate, load
+    from whit.errors import WhitError
+    from whit.methods import Method, available_methods, make_method
+    from whit.pipeline.events import Listener, Plan
+    from whit.pipeline.options import RunOptions
+    from whit.report.record import Result
+
+_EXPORTS = {
+    "compress": "whit.api",
+    "evaluate": "whit.api",
+    "generate": "whit.api",
+    "load": "whit.api",
+    "Listener": "whit.pipeline.events",
+    "Method": "whit.methods",
+    "Plan": "whit.pipeline.events",
+    "Result": "whit.report.record",
+    "RunOptions": "whit.pipeline.options",
+    "WhitError": "whit.errors",
+    "available_methods": "whit.methods",
+    "make_method": "whit.methods",
+}
+__all__ = [
+    "Listener",
+    "Method",
+    "Plan",
+    "Result",
+    "RunOptions",
+    "WhitError",
+    "available_methods",
+    "compress",
+    "evaluate",
+    "generate",
+    "load",
+    "make_method",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _EXPORTS:
+        return getattr(importlib.import_module(_EXPORTS[name]), name)
+    raise AttributeError(f"module 'whit' has no attribute {name!r}")

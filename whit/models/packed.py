@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -92,6 +92,26 @@ class PackedEmbedding(PackedModule):
         return packed_embedding(ids, self.packed, self.compute_dtype)
 
 
+class TiedPackedLinear(nn.Module):
+    """An output head that shares the packed matrix of an embedding; it stores nothing but an optional bias."""
+
+    def __init__(self, source: PackedEmbedding, bias_dtype: torch.dtype | None) -> None:
+        super().__init__()
+        # A tuple hides the shared module from registration, so its tensors are stored, moved and counted once.
+        self._source = (source,)
+        self.in_features, self.out_features = source.columns, source.rows
+        self.bias = None if bias_dtype is None else nn.Parameter(torch.empty(source.rows, dtype=bias_dtype))
+
+    @property
+    def source(self) -> PackedEmbedding:
+        """The embedding whose matrix is used."""
+        return self._source[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., columns) -> (..., rows)."""
+        return packed_linear(x, self.source.packed, self.bias)
+
+
 def replace_module(root: nn.Module, name: str, module: nn.Module) -> None:
     """Put `module` at the dotted `name` under `root`."""
     parent, _, child = name.rpartition(".")
@@ -101,8 +121,3 @@ def replace_module(root: nn.Module, name: str, module: nn.Module) -> None:
 def packed_modules(root: nn.Module) -> dict[str, PackedModule]:
     """Every packed module under `root` by dotted name."""
     return {name: module for name, module in root.named_modules() if isinstance(module, PackedModule)}
-
-
-def as_json(root: nn.Module) -> dict[str, Any]:
-    """`{module name: format JSON}` of every packed module: what the saved config holds."""
-    return {name: module.format.to_json() for name, module in packed_modules(root).items()}

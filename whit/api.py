@@ -1,0 +1,114 @@
+"""The public functions: compress, load, evaluate, generate."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from whit.data.load import load_evaluation
+from whit.errors import DataError
+from whit.evaluation.measure import evaluate_model
+from whit.evaluation.sample import sample_record, sample_text
+from whit.models.loading import is_compressed, load_directory, load_tokenizer
+from whit.models.resolve import resolve_model
+from whit.models.skeleton import load_dense
+from whit.pipeline.compare import PROMPT
+from whit.pipeline.compress import (
+    DEFAULT_WINDOW,
+    RESULT_FILE,
+    choose_device,
+    compress,
+    compute_dtype,
+    data_limits,
+)
+from whit.pipeline.leak import check_recorded_leak
+from whit.pipeline.options import RunOptions
+from whit.report.record import EvaluationRecord, Result
+
+__all__ = ["compress", "evaluate", "generate", "load"]
+
+
+def load(
+    directory: str | Path, *, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+) -> nn.Module:
+    """Load a compressed model: the same as transformers' `from_pretrained` for the class in its config.
+
+    Args:
+        dtype: compute dtype; default as saved. device: default CPU.
+
+    Raises:
+        ModelError: the directory does not hold a model compressed by whit.
+    """
+    return load_directory(directory, dtype=dtype, device=device)
+
+
+def evaluate(
+    model: str | Path | None, *, against: str | Path | None = None, options: RunOptions | None = None
+) -> EvaluationRecord:
+    """Measure a model, and its distance to another.
+
+    Args:
+        model: compressed directory or any model reference (None: the default model).
+        against: the original; adds KL divergence and agreement.
+        options: evaluation data, window, device and dtype.
+
+    Raises:
+        DataError: the model was calibrated on the evaluation text and `options.allow_leak` is not set.
+    """
+    options = options or RunOptions()
+    device = choose_device(options.device)
+    subject, tokenizer, dtype, limits = _open(model, options, device)
+    data = load_evaluation(
+        options.evaluation,
+        tokenizer,
+        windows=options.evaluation_windows,
+        window=options.window or min(DEFAULT_WINDOW, limits["max_positions"] or DEFAULT_WINDOW),
+        **limits,
+    )
+    leak = check_recorded_leak(model, data.provenance, allow=options.allow_leak)
+    original = _open(against, options, device)[0] if against is not None else None
+    fields = {"dtype": str(dtype).removeprefix("torch.")}
+    record, _ = evaluate_model(subject, data, original=original, device=device, protocol_fields=fields)
+    return dataclasses.replace(record, leak=leak, sample=sample_record(subject, tokenizer, PROMPT, data))
+
+
+def generate(
+    directory: str | Path,
+    prompt: str,
+    *,
+    new_tokens: int = 64,
+    dtype: torch.dtype | None = None,
+    device: str = "auto",
+) -> str:
+    """Greedy continuation of `prompt` by a compressed model.
+
+    Raises:
+        DataError: the directory holds no tokenizer.
+    """
+    place = choose_device(device)
+    model = load_directory(directory, dtype=dtype or compute_dtype("auto", torch.bfloat16, place), device=place)
+    tokenizer = load_tokenizer(directory)
+    if tokenizer is None:
+        raise DataError(f"{str(directory)!r} holds no tokenizer: copy the original's tokenizer files into it")
+    return sample_text(model, tokenizer, prompt, new_tokens)
+
+
+def recorded_result(directory: str | Path) -> Result | None:
+    """The result saved beside a compressed model, or None."""
+    path = Path(directory) / RESULT_FILE
+    return Result.load(path) if path.is_file() else None
+
+
+def _open(
+    model: str | Path | None, options: RunOptions, device: torch.device
+) -> tuple[nn.Module, object, torch.dtype, dict[str, int]]:
+    if model is not None and is_compressed(model):
+        dtype = compute_dtype(options.dtype, torch.bfloat16, device)
+        loaded = load_directory(model, dtype=dtype, device=device)
+        return loaded, load_tokenizer(model), dtype, data_limits(loaded.config)
+    reference = resolve_model(model)
+    dtype = compute_dtype(options.dtype, reference.dtype, device)
+    return load_dense(reference, dtype, device), reference.load_tokenizer(), dtype, data_limits(reference.config)

@@ -1,0 +1,166 @@
+"""One block: gather statistics, compress its layers, put the compressed values back, return what must be stored."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from whit.errors import ModelError
+from whit.formats.base import Packed, format_from_json
+from whit.methods.statistics import LayerStatistics, relative_output_error
+from whit.models.source import TensorSource
+from whit.pipeline.assign import AssignedLayer
+from whit.pipeline.catch import Call
+from whit.pipeline.gather import find_groups, gathering
+from whit.report.record import LayerRecord
+
+
+@dataclass
+class Streams:
+    """Hidden states entering a block and its calls, one entry per batch. `hidden` is replaced by the block's outputs."""
+
+    hidden: list[Tensor]
+    calls: list[list[Call]]
+
+
+def propagate(block: nn.Module, streams: Streams) -> None:
+    """Run all batches through a finished block, in place."""
+    with torch.no_grad():
+        for index, calls in enumerate(streams.calls):
+            for call in calls:
+                streams.hidden[index] = call.run(block, streams.hidden[index])
+
+
+def compress_block(
+    block: nn.Module,
+    layers: dict[str, AssignedLayer],
+    prefix: str,
+    source: TensorSource,
+    streams: Streams,
+    *,
+    true_sequential: bool,
+    done: Callable[[LayerRecord], None],
+) -> tuple[dict[str, Packed], list[LayerRecord]]:
+    """Compress the assigned layers of a block; its modules hold the compressed values afterwards.
+
+    Args:
+        block: materialised in the compute dtype.
+        layers: by full module name, all under `prefix`.
+        true_sequential: gather statistics again before each group of layers, so that later layers of the block see the
+            earlier ones compressed; otherwise once for all, as the published BiLLM code does.
+        done: told about each layer.
+
+    Returns:
+        packed weights by full module name, and their records.
+    """
+    modules = {name: block.get_submodule(name.removeprefix(prefix + ".")) for name in layers}
+    first = streams.calls[0][0]
+
+    def run_once() -> None:
+        with torch.no_grad():
+            first.run(block, streams.hidden[0])
+
+    groups = find_groups(run_once, modules)
+    reached = {name for group in groups for name in group}
+    unreached = [(name,) for name in layers if name not in reached]
+    packed: dict[str, Packed] = {}
+    records: list[LayerRecord] = []
+    for part in [[group] for group in groups] if true_sequential else [groups]:
+        needs = frozenset().union(*(layers[name].method.needs for group in part for name in group))
+        with gathering(part, modules, needs) as statistics:
+            if needs:
+                _run_copies(block, streams)
+        for group in part:
+            for name in group:
+                packed[name], record = compress_layer(layers[name], modules[name], source, statistics[group])
+                records.append(record)
+                done(record)
+            statistics[group].second_moment = None
+            statistics[group].__dict__["_factors"].clear()
+    for (name,) in unreached:
+        statistics_free = _data_free(layers[name], modules[name])
+        note = "the calibration inputs never reached this layer: compressed without data"
+        packed[name], record = compress_layer(layers[name], modules[name], source, statistics_free, (note,))
+        records.append(record)
+        done(record)
+    return packed, records
+
+
+def _run_copies(block: nn.Module, streams: Streams) -> None:
+    """Run all batches through the block without changing the streams."""
+    with torch.no_grad():
+        for hidden, calls in zip(streams.hidden, streams.calls, strict=True):
+            out = hidden
+            for call in calls:
+                out = call.run(block, out)
+
+
+def _data_free(layer: AssignedLayer, module: nn.Module) -> LayerStatistics:
+    device = next(module.parameters()).device
+    return LayerStatistics(layer.columns, 0, torch.eye(layer.columns, device=device))
+
+
+def compress_layer(
+    layer: AssignedLayer,
+    module: nn.Module,
+    source: TensorSource,
+    statistics: LayerStatistics,
+    notes: Sequence[str] = (),
+) -> tuple[Packed, LayerRecord]:
+    """Compress one matrix read from `source` at full precision and write the compressed values into `module`."""
+    target = module.weight
+    assert isinstance(target, Tensor)
+    stored = source.load(f"{layer.name}.weight")
+    weight = layer.kind.matrix(stored.to(target.device, torch.float32)).contiguous()
+    if not bool(torch.isfinite(weight).all()):
+        bad = int((~torch.isfinite(weight)).sum())
+        raise ModelError(f"weight {layer.name!r} holds {bad} NaN or Inf values: the checkpoint is damaged")
+    start = time.perf_counter()
+    result = layer.method.compress(weight, statistics)
+    seconds = time.perf_counter() - start
+    quantised = result.packed.unpack()
+    error = relative_output_error(weight, quantised, statistics.second_moment)
+    if not bool(torch.isfinite(quantised).all()) or error != error:
+        raise ModelError(f"method {layer.method.name!r} produced NaN or Inf for {layer.name!r}: raise its damping")
+    target.data.copy_(layer.kind.matrix(quantised))
+    record = LayerRecord(
+        name=layer.name,
+        block=layer.block,
+        rows=layer.rows,
+        columns=layer.columns,
+        method=layer.method.to_json(),
+        format=result.packed.format.to_json(),
+        stored_bytes=result.packed.stored_bytes(),
+        error=error,
+        weight_error=relative_output_error(weight, quantised, None),
+        seconds=seconds,
+        notes=[*notes, *result.notes],
+    )
+    return result.packed.to("cpu"), record
+
+
+def restore_layers(
+    block: nn.Module,
+    prefix: str,
+    layers: dict[str, AssignedLayer],
+    records: Sequence[LayerRecord],
+    tensors: dict[str, Tensor],
+) -> None:
+    """Write the stored values of an already finished unit into its modules (continuing an interrupted run)."""
+    by_name = {record.name: record for record in records}
+    for name, layer in layers.items():
+        packed = packed_from(tensors, by_name[name])
+        target = block.get_submodule(name.removeprefix(prefix + ".") if prefix else name).weight
+        assert isinstance(target, Tensor)
+        target.data.copy_(layer.kind.matrix(packed.to(target.device).unpack()))
+
+
+def packed_from(tensors: dict[str, Tensor], record: LayerRecord) -> Packed:
+    """The packed weight of a record among the tensors of its unit."""
+    layout = format_from_json(record.format)
+    names = layout.specs(record.rows, record.columns)
+    return Packed(layout, record.rows, record.columns, {key: tensors[f"{record.name}.{key}"] for key in names})

@@ -1,0 +1,251 @@
+"""Catching the inputs of repeated blocks once, without running the blocks.
+
+The parent's forward is run with every block replaced by a stand-in that records its arguments and hands its hidden
+states through unchanged. That yields, per calibration batch, the hidden states that enter the first block and, for each
+block in order of execution, all other arguments (masks, rotary tables, encoder states; these may differ from block to
+block). Nothing here knows a model family: a shared block called twelve times is twelve calls of one block, and a
+decoder that attends to an encoder is caught after the encoder is done, with the encoder's result replayed.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from whit.errors import ModelError
+from whit.models.packed import replace_module
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of one block: its name and all arguments but the hidden states.
+
+    Attributes:
+        slot: where the hidden states go: an index into `arguments` or a keyword.
+    """
+
+    block: str
+    arguments: tuple[Any, ...]
+    keywords: dict[str, Any]
+    slot: int | str
+
+    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        """Call the block on `hidden`; returns the new hidden states."""
+        out = self._raw(block, hidden)
+        return out if isinstance(out, Tensor) else out[0]
+
+    def returns_tuple(self, block: nn.Module, hidden: Tensor) -> bool:
+        """Whether the block wraps its hidden states in a tuple."""
+        with torch.no_grad():
+            return not isinstance(self._raw(block, hidden), Tensor)
+
+    def _raw(self, block: nn.Module, hidden: Tensor) -> Any:
+        arguments, keywords = list(self.arguments), dict(self.keywords)
+        if isinstance(self.slot, int):
+            arguments[self.slot] = hidden
+        else:
+            keywords[self.slot] = hidden
+        return block(*arguments, **keywords)
+
+
+@dataclass
+class Caught:
+    """What one batch brings to a stack of blocks: entering hidden states and the calls in order of execution."""
+
+    hidden: Tensor
+    calls: list[Call]
+
+
+class _Stop(Exception):  # noqa: N818 - control flow, not an error
+    """Raised to leave the parent's forward once the last call is recorded."""
+
+
+@dataclass
+class _Log:
+    """Shared state of the stand-ins of one forward pass."""
+
+    expected: int | None
+    as_tuple: bool
+    hidden: Tensor | None = None
+    last: Tensor | None = None
+    calls: list[Call] = field(default_factory=list)
+
+
+class _StandIn(nn.Module):
+    """Looks like the block it replaces (attributes included), but only records."""
+
+    def __init__(self, name: str, block: nn.Module, log: _Log) -> None:
+        super().__init__()
+        self._name = name
+        self._wrapped = (block,)  # in a tuple: not registered as a child
+        self._log = log
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self._wrapped[0], name)
+
+    def forward(self, *arguments: Any, **keywords: Any) -> Any:
+        log = self._log
+        slot = _hidden_slot(self._wrapped[0], arguments, keywords)
+        hidden = arguments[slot] if isinstance(slot, int) else keywords[slot]
+        if log.hidden is None:
+            log.hidden = hidden
+        elif hidden is not log.last:
+            raise ModelError(
+                f"between repeated blocks, before {self._name!r}, the model changes the hidden states; "
+                "whit can only stream blocks that feed each other directly"
+            )
+        if isinstance(slot, int):
+            kept: tuple[Any, ...] = (*arguments[:slot], None, *arguments[slot + 1 :])
+            log.calls.append(Call(self._name, kept, keywords, slot))
+        else:
+            log.calls.append(Call(self._name, arguments, {k: v for k, v in keywords.items() if k != slot}, slot))
+        # A view is a new object, so the next stand-in can tell our tensor from one the parent computed.
+        log.last = hidden.view_as(hidden)
+        if log.expected is not None and len(log.calls) == log.expected:
+            raise _Stop
+        return (log.last,) if log.as_tuple else log.last
+
+
+class _Replay(nn.Module):
+    """Stands in for a block of a finished stack: passes hidden states on; the last call returns the stack's result."""
+
+    def __init__(self, block: nn.Module, state: dict[str, Any]) -> None:
+        super().__init__()
+        self._wrapped = (block,)
+        self._state = state
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self._wrapped[0], name)
+
+    def forward(self, *arguments: Any, **keywords: Any) -> Any:
+        state = self._state
+        state["seen"] += 1
+        slot = _hidden_slot(self._wrapped[0], arguments, keywords)
+        hidden = arguments[slot] if isinstance(slot, int) else keywords[slot]
+        out = state["result"] if state["seen"] == state["calls"] else hidden
+        return (out,) if state["as_tuple"] else out
+
+
+class _Halt(nn.Module):
+    """Stands in for a block of a later stack: reaching it ends the catch."""
+
+    def forward(self, *_: Any, **__: Any) -> Any:
+        raise _Stop
+
+
+@dataclass
+class Finished:
+    """A stack that is done: its blocks, calls per forward, whether blocks return tuples, and results per batch."""
+
+    blocks: Sequence[str]
+    calls: int
+    as_tuple: bool
+    results: list[Tensor]
+
+
+def _hidden_slot(block: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> int | str:
+    """Where a block's hidden states are: its first parameter, given by position or by name."""
+    if arguments:
+        return 0
+    for name in inspect.signature(block.forward).parameters:
+        if isinstance(keywords.get(name), Tensor):
+            return name
+    raise ModelError(f"a block of type {type(block).__name__} is called without a tensor of hidden states")
+
+
+class CallCatcher:
+    """Catches the calls of one stack of blocks for any number of batches.
+
+    The first batch is run through the whole parent to learn how many calls a forward makes; later ones stop there.
+
+    Args:
+        model: skeleton whose parameters outside the blocks are loaded.
+        blocks: names of the stack's blocks.
+        as_tuple: the blocks return tuples.
+        finished: stacks that run before this one.
+        later: blocks of stacks that run after this one; the catch ends there.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Sequence[str],
+        *,
+        as_tuple: bool,
+        finished: Sequence[Finished] = (),
+        later: Sequence[str] = (),
+    ) -> None:
+        self._model = model
+        self._blocks = list(blocks)
+        self._as_tuple = as_tuple
+        self._finished = list(finished)
+        self._later = list(later)
+        self._expected: int | None = None
+        self._shared: list[Call] = []
+
+    def first_call(self, batch: dict[str, Tensor]) -> Caught:
+        """Only the first call of a forward: used to learn what the blocks return."""
+        hidden, calls = self._run(batch, 0, 1)
+        return Caught(hidden, calls)
+
+    def catch(self, batch: dict[str, Tensor], index: int) -> Caught:
+        """Run batch number `index` up to the last call of the blocks."""
+        hidden, calls = self._run(batch, index, self._expected)
+        self._expected = len(calls)
+        return Caught(hidden, self._deduplicate(calls))
+
+    def _run(self, batch: dict[str, Tensor], index: int, expected: int | None) -> tuple[Tensor, list[Call]]:
+        log = _Log(expected, self._as_tuple)
+        stand_ins: dict[str, nn.Module] = {
+            name: _StandIn(name, self._model.get_submodule(name), log) for name in self._blocks
+        }
+        for stack in self._finished:
+            state = {"seen": 0, "calls": stack.calls, "as_tuple": stack.as_tuple, "result": stack.results[index]}
+            stand_ins |= {name: _Replay(self._model.get_submodule(name), state) for name in stack.blocks}
+        stand_ins |= {name: _Halt() for name in self._later}
+        originals = {name: self._model.get_submodule(name) for name in stand_ins}
+        try:
+            for name, stand_in in stand_ins.items():
+                replace_module(self._model, name, stand_in)
+            with torch.no_grad():
+                self._model(**batch)
+        except _Stop:
+            pass
+        finally:
+            for name, block in originals.items():
+                replace_module(self._model, name, block)
+        if log.hidden is None:
+            raise ModelError(f"the model never called its blocks ({self._blocks[0]!r}, ...) on the calibration input")
+        return log.hidden, log.calls
+
+    def _deduplicate(self, calls: list[Call]) -> list[Call]:
+        """Reuse tensors of the first batch that are equal (masks, rotary tables), so memory does not grow with them."""
+        if not self._shared:
+            self._shared = calls
+            return calls
+        out = []
+        for call, first in zip(calls, self._shared, strict=True):
+            arguments = tuple(_share(new, old) for new, old in zip(call.arguments, first.arguments, strict=False))
+            keywords = {key: _share(value, first.keywords.get(key)) for key, value in call.keywords.items()}
+            out.append(Call(call.block, arguments, keywords, call.slot))
+        return out
+
+
+def _share(new: Any, old: Any) -> Any:
+    if isinstance(new, tuple) and isinstance(old, tuple) and len(new) == len(old):
+        return tuple(_share(a, b) for a, b in zip(new, old, strict=True))
+    if isinstance(new, Tensor) and isinstance(old, Tensor):
+        same = new.shape == old.shape and new.dtype == old.dtype and bool(torch.equal(new, old))
+        return old if same else new
+    return new

@@ -1,0 +1,180 @@
+"""The block loop: the story of a run, from a skeleton without weights to finished shards.
+
+    outside the blocks: load, compress embedding and head, store
+    for each stack of blocks:
+        catch what the first block receives (and each block's other arguments), once
+        for each block: load -> statistics -> method -> packed -> shard + journal -> outputs for the next -> free
+
+Memory holds the parameters outside the blocks while inputs are caught, afterwards one block, its statistics and the
+hidden states. Weights are read tensor by tensor.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from torch import Tensor, nn
+
+from whit.formats.base import Packed
+from whit.methods.statistics import LayerStatistics
+from whit.models.skeleton import materialise, materialise_outside, release, release_outside
+from whit.models.source import TensorSource
+from whit.models.stacks import Stack
+from whit.pipeline.assign import Assignment
+from whit.pipeline.block import Streams, compress_block, compress_layer, propagate, restore_layers
+from whit.pipeline.catch import CallCatcher, Caught, Finished
+from whit.pipeline.events import Listener
+from whit.pipeline.journal import Journal
+from whit.report.record import LayerRecord
+
+OUTSIDE = ""  # the unit of everything that lies in no block
+
+
+@dataclass
+class Run:
+    """Everything a run needs.
+
+    Attributes:
+        model: skeleton; parameters on the meta device.
+        dense_dtype: dtype in which untouched parameters are saved.
+        compute_dtype, device: of the forward passes.
+        batches: calibration inputs, on CPU.
+    """
+
+    model: nn.Module
+    source: TensorSource
+    stacks: Sequence[Stack]
+    assignment: Assignment
+    journal: Journal
+    listener: Listener
+    batches: list[dict[str, Tensor]]
+    dense_dtype: torch.dtype
+    compute_dtype: torch.dtype
+    device: torch.device
+    true_sequential: bool
+
+
+def compress_units(run: Run) -> None:
+    """Bring every unit (outside, then block after block) into the journal."""
+    blocks = [block for stack in run.stacks for block in stack.blocks]
+    materialise_outside(run.model, blocks, run.source, run.compute_dtype, run.device)
+    _outside(run, blocks)
+    finished: list[Finished] = []
+    total, number = len(blocks), 0
+    for position, stack in enumerate(run.stacks):
+        later = [block for other in run.stacks[position + 1 :] for block in other.blocks]
+        caught, as_tuple = _catch(run, stack, finished, later)
+        inside = sum(layer.block in stack.blocks for layer in run.assignment.layers.values())
+        run.listener.phase("compression", inside)
+        if not later:
+            release_outside(run.model, blocks)
+        hidden = [item.hidden for item in caught]
+        for block, calls in groupby(range(len(caught[0].calls)), key=lambda call: caught[0].calls[call].block):
+            span = list(calls)
+            streams = Streams(hidden, [[item.calls[call] for call in span] for item in caught])
+            _block(run, block, streams)
+            run.listener.block(number, total, block)
+            number += 1
+        finished.append(Finished(stack.blocks, len(caught[0].calls), as_tuple, hidden))
+    for block in blocks:
+        if block not in run.journal.units:
+            run.listener.note(f"block {block!r} was never called by the calibration inputs: compressed without data")
+            _block(run, block, Streams([], []))
+
+
+def _outside(run: Run, blocks: Sequence[str]) -> None:
+    layers = run.assignment.of_block(OUTSIDE)
+    run.listener.phase("embeddings", len(layers))
+    if OUTSIDE in run.journal.units:
+        tensors = run.journal.load(OUTSIDE)
+        restore_layers(run.model, "", layers, run.journal.units[OUTSIDE], tensors)
+        for record in run.journal.units[OUTSIDE]:
+            run.listener.layer(record)
+        return
+    start = time.perf_counter()
+    packed: dict[str, Packed] = {}
+    records: list[LayerRecord] = []
+    for name, layer in layers.items():
+        module = run.model.get_submodule(name)
+        packed[name], record = compress_layer(layer, module, run.source, LayerStatistics(layer.columns))
+        records.append(record)
+        run.listener.layer(record)
+    _store(run, OUTSIDE, packed, records, time.perf_counter() - start)
+
+
+def _block(run: Run, name: str, streams: Streams) -> None:
+    block = run.model.get_submodule(name)
+    layers = run.assignment.of_block(name)
+    start = time.perf_counter()
+    materialise(run.model, name, run.source, run.compute_dtype, run.device)
+    if name in run.journal.units:
+        restore_layers(block, name, layers, run.journal.units[name], run.journal.load(name))
+        for record in run.journal.units[name]:
+            run.listener.layer(record)
+    else:
+        packed, records = compress_block(
+            block,
+            layers,
+            name,
+            run.source,
+            streams,
+            true_sequential=run.true_sequential,
+            done=run.listener.layer,
+        )
+        _store(run, name, packed, records, time.perf_counter() - start)
+    propagate(block, streams)
+    release(run.model, name)
+
+
+def _store(run: Run, unit: str, packed: dict[str, Packed], records: list[LayerRecord], seconds: float) -> None:
+    """Packed tensors of the unit, and its untouched parameters and buffers in the dtype they are saved in."""
+    tensors = {f"{name}.{key}": tensor for name, item in packed.items() for key, tensor in item.tensors.items()}
+    blocks = [block for stack in run.stacks for block in stack.blocks]
+    replaced = {f"{name}.weight" for name in [*packed, *run.assignment.tied]}
+    for name in _dense_names(run.model, unit, blocks):
+        if name not in replaced:
+            tensors[name] = dense_value(run.model, run.source, name, run.dense_dtype)
+    run.journal.write(unit, tensors, records, seconds)
+
+
+def dense_value(model: nn.Module, source: TensorSource, name: str, dtype: torch.dtype) -> Tensor:
+    """An untouched parameter or buffer as it is saved: floating point in `dtype`, all else as it is."""
+    known = set(source.names())
+    if name in known:
+        value = source.load(name)
+    else:
+        value = model.get_buffer(name) if name in dict(model.named_buffers()) else model.get_parameter(name)
+    value = value.detach().cpu()
+    return value.to(dtype) if value.is_floating_point() else value
+
+
+def _dense_names(model: nn.Module, unit: str, blocks: Sequence[str]) -> list[str]:
+    """State-dict names in a unit, each shared tensor under its first name only."""
+    prefixes = tuple(block + "." for block in blocks)
+    shared = set(getattr(model, "all_tied_weights_keys", None) or {})
+    names = [name for name in model.state_dict() if name not in shared]
+    if unit == OUTSIDE:
+        return [name for name in names if not name.startswith(prefixes)]
+    return [name for name in names if name.startswith(unit + ".")]
+
+
+def _catch(run: Run, stack: Stack, finished: Sequence[Finished], later: Sequence[str]) -> tuple[list[Caught], bool]:
+    """Entering hidden states and calls of every batch; and whether the blocks return tuples (learnt by running one)."""
+    batches = [{key: value.to(run.device) for key, value in batch.items()} for batch in run.batches]
+    probe = CallCatcher(run.model, stack.blocks, as_tuple=False, finished=finished, later=later)
+    first = probe.first_call(batches[0])
+    name = first.calls[0].block
+    materialise(run.model, name, run.source, run.compute_dtype, run.device)
+    as_tuple = first.calls[0].returns_tuple(run.model.get_submodule(name), first.hidden)
+    release(run.model, name)
+    catcher = CallCatcher(run.model, stack.blocks, as_tuple=as_tuple, finished=finished, later=later)
+    run.listener.phase("calibration", len(batches))
+    caught = []
+    for index, batch in enumerate(batches):
+        caught.append(catcher.catch(batch, index))
+        run.listener.step(f"batch {index + 1}/{len(batches)}")
+    return caught, as_tuple

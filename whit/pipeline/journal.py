@@ -1,0 +1,201 @@
+"""Never losing work: every finished unit is a safetensors shard plus one journal line, both flushed to disk.
+
+The working folder lies inside the output directory until the run is complete. `run.json` says which run it belongs to;
+running the same command again continues after the last complete line. A line torn by a crash is dropped.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from whit.errors import OutputError
+from whit.formats.base import TensorSpec
+from whit.models.write import LazyTensor, write_safetensors
+from whit.report.record import LayerRecord
+
+WORK_FOLDER = ".whit-run"
+RESULT_FILE = "result.json"
+
+
+class Journal:
+    """The journal of one run in `directory`.
+
+    Args:
+        directory: output directory; created if missing.
+        run: JSON value that identifies the run: model, method, options, data, versions.
+
+    Raises:
+        OutputError: the directory holds something else, another run, or is in use by another process.
+    """
+
+    def __init__(self, directory: Path, run: dict[str, Any]) -> None:
+        self.directory = directory
+        self.folder = directory / WORK_FOLDER
+        self._run = json.loads(json.dumps(run))
+        self.units: dict[str, list[LayerRecord]] = {}
+        self._shards: dict[str, Path] = {}
+        self.seconds: dict[str, float] = {}
+        check_directory(directory, self._run)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._lock = (self.folder / "lock").open("w")
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise OutputError(
+                f"another whit process is working in {str(directory)!r}: wait for it, or use -o"
+            ) from None
+        run_file = self.folder / "run.json"
+        if not run_file.exists():
+            _write_synced(run_file, json.dumps(self._run, indent=1, sort_keys=True) + "\n")
+        self._read()
+
+    def _read(self) -> None:
+        path = self.folder / "journal.jsonl"
+        if not path.exists():
+            return
+        good = 0
+        for line in path.read_bytes().splitlines(keepends=True):
+            try:
+                entry = json.loads(line)
+                shard = self.folder / entry["shard"]
+                if not line.endswith(b"\n") or _sha256(shard) != entry["sha256"]:
+                    break
+            except (ValueError, KeyError, OSError):
+                break
+            good += len(line)
+            self.units[entry["unit"]] = [LayerRecord(**record) for record in entry["layers"]]
+            self._shards[entry["unit"]] = shard
+            self.seconds[entry["unit"]] = entry["seconds"]
+        with path.open("r+b") as file:  # drop what a crash left half written
+            file.truncate(good)
+
+    def write(self, unit: str, tensors: dict[str, Tensor], layers: list[LayerRecord], seconds: float) -> None:
+        """Store a finished unit. When this returns it survives a power cut."""
+        shard = self.folder / f"unit-{len(self.units):05d}.safetensors"
+        lazy = {name: LazyTensor(TensorSpec(tuple(t.shape), t.dtype), lambda t=t: t) for name, t in tensors.items()}  # type: ignore[misc]
+        write_safetensors(shard, lazy)
+        entry = {
+            "unit": unit,
+            "shard": shard.name,
+            "sha256": _sha256(shard),
+            "seconds": seconds,
+            "layers": [asdict(record) for record in layers],
+        }
+        with (self.folder / "journal.jsonl").open("ab") as file:
+            file.write(json.dumps(entry).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        self.units[unit] = layers
+        self._shards[unit] = shard
+        self.seconds[unit] = seconds
+
+    def load(self, unit: str) -> dict[str, Tensor]:
+        """All tensors of a finished unit."""
+        with safe_open(self._shards[unit], framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+
+    def lazy_tensors(self) -> dict[str, LazyTensor]:
+        """Every stored tensor of every unit, read when written."""
+        out: dict[str, LazyTensor] = {}
+        for shard in self._shards.values():
+            with safe_open(shard, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118
+                    part = file.get_slice(name)
+                    spec = TensorSpec(tuple(part.get_shape()), _DTYPE_NAMES[part.get_dtype()])
+                    out[name] = LazyTensor(spec, lambda shard=shard, name=name: _load_one(shard, name))  # type: ignore[misc]
+        return out
+
+    def close(self) -> None:
+        """Release the lock."""
+        self._lock.close()
+
+    def remove(self) -> None:
+        """Delete the working folder: the run is complete."""
+        self.close()
+        shutil.rmtree(self.folder)
+
+
+def check_directory(directory: Path, run: dict[str, Any]) -> None:
+    """Refuse a directory this run must not write to.
+
+    Raises:
+        OutputError: as said in `Journal`.
+    """
+    shown = str(directory)
+    if not directory.exists():
+        return
+    if not directory.is_dir():
+        raise OutputError(f"output {shown!r} is a file: choose a directory with -o")
+    run_file = directory / WORK_FOLDER / "run.json"
+    if run_file.exists():
+        try:
+            found = json.loads(run_file.read_text(encoding="utf-8"))
+        except ValueError:
+            raise OutputError(f"{str(run_file)!r} is damaged: delete that folder to start again") from None
+        differing = sorted(key for key in set(found) | set(run) if found.get(key) != run.get(key))
+        if differing:
+            key = differing[0]
+            raise OutputError(
+                f"output {shown!r} holds an unfinished run with another {', '.join(differing)} "
+                f"({key}: {_short(found.get(key))}, now {_short(run.get(key))}): repeat that command, "
+                f"choose another directory with -o, or delete {WORK_FOLDER!r} in it"
+            )
+        return
+    others = sorted(path.name for path in directory.iterdir() if path.name != WORK_FOLDER)
+    if others:
+        raise OutputError(
+            f"output {shown!r} already holds {', '.join(others[:3])}{', ...' if len(others) > 3 else ''}: "
+            "choose another directory with -o, or empty this one"
+        )
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_synced(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".partial")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _load_one(shard: Path, name: str) -> Tensor:
+    with safe_open(shard, framework="pt") as file:
+        tensor: Tensor = file.get_tensor(name)
+        return tensor
+
+
+_DTYPE_NAMES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I32": torch.int32,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+}
