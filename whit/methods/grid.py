@@ -5,7 +5,8 @@ Scales are rounded to float16 before anything is quantised with them, so what is
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -26,14 +27,23 @@ class Grid:
         """Nearest codes in [0, 2**bits) of values (rows, k), as float32."""
         if self.symmetric and self.bits == 1:
             return (values >= 0).float()
-        scale = torch.where(self.scale == 0, torch.ones_like(self.scale), self.scale)
-        return torch.clamp(torch.round(values / scale) + self.zero, 0, 2**self.bits - 1)
+        return (values / self._divisor).round_().add_(self.zero).clamp_(0, 2**self.bits - 1)
 
     def decode(self, codes: Tensor) -> Tensor:
         """Values of codes (rows, k)."""
         if self.symmetric and self.bits == 1:
             return (2 * codes - 1) * self.scale
-        return (codes - self.zero) * self.scale
+        return (codes - self.zero).mul_(self.scale)
+
+    def round_column(self, column: int, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes and decoded values, (rows,) each, of one column of the group (whichever: they share the grid)."""
+        codes = self.encode(values.unsqueeze(1))
+        return codes.squeeze(1), self.decode(codes).squeeze(1)
+
+    @cached_property
+    def _divisor(self) -> Tensor:
+        """The scale, or 1 for rows of zeros (whose every code means zero)."""
+        return torch.where(self.scale == 0, torch.ones_like(self.scale), self.scale)
 
 
 def fit_grid(values: Tensor, bits: int, symmetric: bool, clip_steps: int = 0) -> Grid:
@@ -80,6 +90,5 @@ def _grid_of_range(values: Tensor, low: Tensor, high: Tensor, bits: int, symmetr
             return Grid(bits, True, scale.half().float(), torch.zeros_like(scale))
         scale = torch.maximum(-low, high) / (2 ** (bits - 1) - 0.5)
         return Grid(bits, True, scale.half().float(), torch.full_like(scale, 2 ** (bits - 1)))
-    scale = ((high - low) / (2**bits - 1)).half().float()
-    safe = torch.where(scale == 0, torch.ones_like(scale), scale)
-    return Grid(bits, False, scale, torch.round(-low / safe).clamp(0, 2**bits - 1))
+    grid = Grid(bits, False, ((high - low) / (2**bits - 1)).half().float(), torch.zeros_like(low))
+    return replace(grid, zero=grid.encode(-low))

@@ -40,14 +40,13 @@ class LayerStatistics:
     columns: int
     tokens: int = 0
     second_moment: Tensor | None = None
-    _factors: dict[tuple[float, bool], InverseFactor] = field(default_factory=dict, repr=False)
+    _factors: dict[tuple[float, tuple[int, ...]], InverseFactor] = field(default_factory=dict, repr=False)
 
     def inverse_factor(self, damping: float, order: Tensor | None = None) -> InverseFactor:
         """U = cholesky(H^-1, upper) of H + damping * mean(diag H) * I (Frantar et al. 2022, section 3.3, step 3).
 
         Columns whose diagonal is zero are dead: their diagonal becomes 1. If H is not positive definite the damping is
-        raised tenfold until it is, and the notes say so. Factors in natural order are kept, because layers that
-        share inputs share them.
+        raised tenfold until it is, and the notes say so. Factors are kept, because layers that share inputs share them.
 
         Args:
             damping: relative to the mean diagonal of H.
@@ -56,15 +55,29 @@ class LayerStatistics:
         Raises:
             ModelError: H holds NaN or Inf, or no damping up to 1e4 helps.
         """
+        key = (damping, () if order is None else tuple(order.tolist()))
+        if key not in self._factors:
+            self._factors[key] = _factorise(self._moment(), damping, order)
+        return self._factors[key]
+
+    def dead_columns(self) -> Tensor:
+        """Inputs that were zero in every calibration vector: bool (m,), diag(H) = 0."""
+        return torch.diagonal(self._moment()) == 0
+
+    def descending_order(self) -> Tensor:
+        """Columns by descending diag(H), ties in natural order: int64 (m,)."""
+        return torch.argsort(torch.diagonal(self._moment()), descending=True, stable=True)
+
+    def _moment(self) -> Tensor:
         if self.second_moment is None:
             raise ValueError("second moments were not gathered: declare Statistic.SECOND_MOMENT in `needs`")
-        key = (damping, True)
-        if order is None and key in self._factors:
-            return self._factors[key]
-        factor = _factorise(self.second_moment, damping, order)
-        if order is None:
-            self._factors[key] = factor
-        return factor
+        return self.second_moment
+
+
+def dead_column_notes(statistics: LayerStatistics) -> tuple[str, ...]:
+    """A remark for the result if a method set the weights of dead inputs to zero."""
+    dead = int(statistics.dead_columns().sum())
+    return (f"{dead} of {statistics.columns} inputs never active in calibration: weights set to zero",) if dead else ()
 
 
 def _factorise(moment: Tensor, damping: float, order: Tensor | None) -> InverseFactor:

@@ -1,0 +1,78 @@
+"""Sequential rounding with error feedback: the update of GPTQ, for any scalar quantiser of columns.
+
+Columns are rounded left to right. With H^-1 = U^T U (U upper triangular), the error of a column that minimises
+tr(D H D^T), D = W - Q, over the columns not yet rounded is passed on by
+
+    e_j = (w_j - q_j) / U_jj,        w_k <- w_k - e_j U_jk   for k > j        (Frantar et al. 2022, equation 2 and step 3)
+
+so the value of column j when its turn comes is w_j - sum_{i<j} e_i U_ij, and the final loss is tr(D H D^T) = sum ||e_j||^2.
+Here that sum is evaluated when a column is needed ("looking left") instead of updating all later columns each time: the
+errors of finished blocks enter by one matrix product per block, those of the running block by one matrix-vector
+product per column. Everything is stored transposed, so a column is one contiguous row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+LAZY_BLOCK = 128
+
+Rounder = Callable[[int, Tensor], tuple[Tensor, Tensor]]
+"""(column index, its current values (rows,)) -> (codes (rows,), the values the codes stand for (rows,))."""
+
+Fit = Callable[[int, Tensor], Rounder]
+"""(first column of a group, current values (rows, k) of the group) -> how to round the group's columns."""
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """Codes uint8 (rows, columns), and the loss sum ||e_j||^2 = tr(D H D^T) per row, shape (rows,)."""
+
+    codes: Tensor
+    loss: Tensor
+
+
+def round_with_feedback(
+    weight: Tensor, upper: Tensor, group_size: int, fit: Fit, block_size: int = LAZY_BLOCK
+) -> Rounded:
+    """Round the columns of a weight one after the other, each absorbing the errors of those before it.
+
+    Args:
+        weight: (rows, columns), float32 (float64 works too); not modified.
+        upper: U of H^-1 = U^T U, upper triangular (columns, columns).
+        group_size: columns per call of `fit`, 0 for the whole row. `fit` sees the values as they are when the first
+            column of its group is reached, that is, with the errors of all earlier columns fed back.
+        fit: returns the quantiser of a group.
+        block_size: columns between two matrix products; changes speed, not results (up to float rounding).
+    """
+    rows, columns = weight.shape
+    group = group_size or columns
+    transposed = weight.T.contiguous()
+    errors = torch.empty_like(transposed)
+    codes = torch.empty(columns, rows, dtype=torch.uint8, device=weight.device)
+    diagonal = torch.diagonal(upper).tolist()
+    for first in range(0, columns, group):
+        last = min(first + group, columns)
+        group_values = _current(transposed, errors, upper, first, last)
+        rounder = fit(first, group_values.T)
+        for start in range(first, last, block_size):
+            stop = min(start + block_size, last)
+            block = group_values[: stop - start] if start == first else _current(transposed, errors, upper, start, stop)
+            inner = upper[start:stop, start:stop].T.contiguous()
+            done = errors[start:stop]
+            for j in range(stop - start):
+                values = torch.addmv(block[j], done[:j].T, inner[j, :j], alpha=-1) if j else block[j]
+                codes[start + j], rounded = rounder(start + j, values)
+                torch.div(values - rounded, diagonal[start + j], out=done[j])
+    return Rounded(codes.T, errors.square().sum(0))
+
+
+def _current(weight: Tensor, errors: Tensor, upper: Tensor, start: int, stop: int) -> Tensor:
+    """Columns start..stop, as rows (stop - start, rows), after the feedback of all columns before `start`."""
+    if start == 0:
+        return weight[:stop]
+    return torch.addmm(weight[start:stop], upper[:start, start:stop].T, errors[:start], alpha=-1)
