@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-import whit.models.integration  # noqa: E402
+from whit.models import integration as _integration  # noqa: F401 - registers the packed formats
 
 if TYPE_CHECKING:
     from whit.api import compress, evaluate, generate, load

@@ -28,6 +28,7 @@ class WhitConfig(QuantizationConfigMixin):  # type: ignore[misc]
     Attributes:
         formats: distinct layouts as JSON. layers: module name -> index into `formats`.
         tied: head module name -> packed embedding it shares.
+        scaled: embedding module name -> constant its rows are multiplied by.
         version: of this description; a newer one is refused with the remedy.
     """
 
@@ -36,6 +37,7 @@ class WhitConfig(QuantizationConfigMixin):  # type: ignore[misc]
         formats: list[dict[str, Any]],
         layers: dict[str, int],
         tied: dict[str, str] | None = None,
+        scaled: dict[str, float] | None = None,
         version: int = CONFIG_VERSION,
         **_: Any,
     ) -> None:
@@ -47,25 +49,8 @@ class WhitConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.formats = formats
         self.layers = layers
         self.tied = dict(tied or {})
+        self.scaled = dict(scaled or {})
         self.version = version
-
-    @classmethod
-    def of(cls, model: nn.Module) -> WhitConfig:
-        """Describe the packed modules of a model."""
-        formats: list[dict[str, Any]] = []
-        layers: dict[str, int] = {}
-        for name, module in packed_modules(model).items():
-            described = module.format.to_json()
-            if described not in formats:
-                formats.append(described)
-            layers[name] = formats.index(described)
-        names = {id(module): name for name, module in packed_modules(model).items()}
-        tied = {
-            name: names[id(module.source)]
-            for name, module in model.named_modules()
-            if isinstance(module, TiedPackedLinear)
-        }
-        return cls(formats, layers, tied)
 
     def apply(self, model: nn.Module) -> None:
         """Replace the described modules of a model by empty packed ones.
@@ -80,10 +65,17 @@ class WhitConfig(QuantizationConfigMixin):  # type: ignore[misc]
                 raise ModelError(f"config.json packs a module {name!r} that {type(model).__name__} lacks") from None
             if isinstance(module, PackedModule):
                 continue
-            kind = layer_kind(module)
-            if kind is None:
-                raise ModelError(f"config.json packs {name!r}, but a {type(module).__name__} cannot be packed")
-            replace_module(model, name, kind.build(module, format_from_json(self.formats[index])))
+            layout = format_from_json(self.formats[index])
+            if name in self.scaled and isinstance(module, nn.Embedding):
+                # On the meta device the constant cannot be found by trying, so the file says it.
+                size = (module.num_embeddings, module.embedding_dim)
+                packed: nn.Module = PackedEmbedding(layout, *size, module.weight.dtype, self.scaled[name])
+            else:
+                kind = layer_kind(module)
+                if kind is None:
+                    raise ModelError(f"config.json packs {name!r}, but a {type(module).__name__} cannot be packed")
+                packed = kind.build(module, layout)
+            replace_module(model, name, packed)
         for head, source in self.tied.items():
             embedding = model.get_submodule(source)
             if not isinstance(embedding, PackedEmbedding):

@@ -1,11 +1,13 @@
 """Which modules hold a compressible weight matrix, and how to see it as rows = outputs, columns = inputs.
 
 `nn.Linear`, transformers' `Conv1D` (GPT-2: stored transposed) and `nn.Embedding` are known. Exact types only: a
-subclass may use its weight in other ways (torch's MultiheadAttention reads `out_proj.weight` directly).
+subclass may use its weight in other ways (torch's MultiheadAttention reads `out_proj.weight` directly). One kind of
+subclass is recognised by what it does: an embedding that returns its rows times a constant.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -59,7 +61,10 @@ def _conv1d(module: nn.Module, layout: Format) -> nn.Module:
 
 def _embedding(module: nn.Module, layout: Format) -> nn.Module:
     assert isinstance(module, nn.Embedding)
-    return PackedEmbedding(layout, module.num_embeddings, module.embedding_dim, module.weight.dtype)
+    scale = embedding_scale(module)
+    return PackedEmbedding(
+        layout, module.num_embeddings, module.embedding_dim, module.weight.dtype, 1.0 if scale is None else scale
+    )
 
 
 def _bias_dtype(module: nn.Module) -> torch.dtype | None:
@@ -76,4 +81,23 @@ _KINDS: dict[type[nn.Module], LayerKind] = {
 
 def layer_kind(module: nn.Module) -> LayerKind | None:
     """The kind of a module that holds a compressible matrix, or None."""
-    return _KINDS.get(type(module))
+    if type(module) in _KINDS:
+        return _KINDS[type(module)]
+    return _KINDS[nn.Embedding] if isinstance(module, nn.Embedding) and embedding_scale(module) is not None else None
+
+
+def embedding_scale(module: nn.Embedding) -> float | None:
+    """c if the module returns c times the rows of its weight, found by trying it on rows of ones; None otherwise."""
+    if type(module) is nn.Embedding:
+        return 1.0
+    trial = copy.copy(module)
+    # Shallow: the original keeps its parameter; the copy gets a small real one.
+    trial._parameters = {"weight": nn.Parameter(torch.ones(4, module.embedding_dim), requires_grad=False)}
+    trial.padding_idx = None
+    try:
+        out = trial(torch.arange(4))
+    except Exception:
+        return None
+    if not isinstance(out, Tensor) or out.is_meta or out.shape != (4, module.embedding_dim):
+        return None
+    return float(out[0, 0]) if bool((out == out[0, 0]).all()) else None

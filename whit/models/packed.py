@@ -34,6 +34,11 @@ class PackedModule(nn.Module):
         tensors = {name: self.get_buffer(name) for name in self._stored}
         return Packed(self.format, self.rows, self.columns, tensors)
 
+    @property
+    def weight(self) -> Tensor:
+        """The weight, float32 (rows, columns), unpacked anew at each access: to look at, not for the forward."""
+        return self.packed.unpack()
+
     def set_packed(self, packed: Packed) -> None:
         """Take over the tensors of a packed weight of the same layout and shape."""
         if (packed.format, packed.rows, packed.columns) != (self.format, self.rows, self.columns):
@@ -75,10 +80,11 @@ class PackedLinear(PackedModule):
 
 
 class PackedEmbedding(PackedModule):
-    """Replaces `nn.Embedding`: rows of the packed matrix, in the compute dtype."""
+    """Replaces `nn.Embedding`: rows of the packed matrix times `scale` (for Gemma), in the compute dtype."""
 
-    def __init__(self, layout: Format, rows: int, columns: int, dtype: torch.dtype) -> None:
+    def __init__(self, layout: Format, rows: int, columns: int, dtype: torch.dtype, scale: float = 1.0) -> None:
         super().__init__(layout, rows, columns)
+        self.scale = scale
         self.num_embeddings, self.embedding_dim = rows, columns
         self.compute_dtype = dtype
 
@@ -89,7 +95,8 @@ class PackedEmbedding(PackedModule):
 
     def forward(self, ids: Tensor) -> Tensor:
         """Integer ids (...) -> (..., columns)."""
-        return packed_embedding(ids, self.packed, self.compute_dtype)
+        out = packed_embedding(ids, self.packed, self.compute_dtype)
+        return out if self.scale == 1.0 else out * torch.tensor(self.scale, dtype=out.dtype, device=out.device)
 
 
 class TiedPackedLinear(nn.Module):

@@ -12,7 +12,7 @@ from torch import nn
 from whit.errors import KnobError, ModelError, nearest
 from whit.methods.base import Method
 from whit.methods.rtn import RTN
-from whit.models.layers import LayerKind, layer_kind
+from whit.models.layers import LayerKind, embedding_scale, layer_kind
 from whit.models.stacks import Stack
 from whit.pipeline.options import RunOptions
 
@@ -39,11 +39,13 @@ class Assignment:
         layers: by module name, in order of the model.
         untouched: parameter or module name -> why it is left alone.
         tied: output head -> embedding whose packed matrix it shares.
+        scaled: embedding -> constant its rows are multiplied by, where that is not 1.
     """
 
     layers: dict[str, AssignedLayer] = field(default_factory=dict)
     untouched: dict[str, str] = field(default_factory=dict)
     tied: dict[str, str] = field(default_factory=dict)
+    scaled: dict[str, float] = field(default_factory=dict)
 
     def of_block(self, block: str) -> dict[str, AssignedLayer]:
         """Layers of one block ("" for those outside)."""
@@ -95,6 +97,9 @@ def assign(
             out.untouched[name] = "would not become smaller"
         else:
             out.layers[name] = AssignedLayer(name, block, kind, rows, columns, chosen)
+            scale = embedding_scale(module) if isinstance(module, nn.Embedding) else None
+            if scale not in (None, 1.0):
+                out.scaled[name] = scale
     _check_patterns(options.skip, used_patterns, names)
     for head, source in tied.items():
         if source in out.layers and head not in out.untouched:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from whit.report.record import LayerRecord
 
 @dataclass
 class Streams:
-    """Hidden states entering a block and its calls, one entry per batch. `hidden` is replaced by the block's outputs."""
+    """Hidden states entering a block and its calls, one entry per batch; `propagate` replaces `hidden`."""
 
     hidden: list[Tensor]
     calls: list[list[Call]]
@@ -124,7 +125,7 @@ def compress_layer(
     seconds = time.perf_counter() - start
     quantised = result.packed.unpack()
     error = relative_output_error(weight, quantised, statistics.second_moment)
-    if not bool(torch.isfinite(quantised).all()) or error != error:
+    if not bool(torch.isfinite(quantised).all()) or math.isnan(error):
         raise ModelError(f"method {layer.method.name!r} produced NaN or Inf for {layer.name!r}: raise its damping")
     target.data.copy_(layer.kind.matrix(quantised))
     record = LayerRecord(

@@ -193,6 +193,9 @@ class CallCatcher:
         self._later = list(later)
         self._expected: int | None = None
         self._shared: list[Call] = []
+        # A key-value cache would be among the recorded arguments and grow with every call of a block.
+        parameters = inspect.signature(model.forward).parameters
+        self._extra = {"use_cache": False} if "use_cache" in parameters else {}
 
     def first_call(self, batch: dict[str, Tensor]) -> Caught:
         """Only the first call of a forward: used to learn what the blocks return."""
@@ -219,7 +222,7 @@ class CallCatcher:
             for name, stand_in in stand_ins.items():
                 replace_module(self._model, name, stand_in)
             with torch.no_grad():
-                self._model(**batch)
+                self._model(**batch, **self._extra)
         except _Stop:
             pass
         finally:

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from whit.formats.base import Packed
 from whit.methods.statistics import LayerStatistics
-from whit.models.skeleton import materialise, materialise_outside, release, release_outside
+from whit.models.outside import materialise_outside, release_outside
+from whit.models.skeleton import materialise, release
 from whit.models.source import TensorSource
 from whit.models.stacks import Stack
 from whit.pipeline.assign import Assignment

@@ -29,7 +29,7 @@ def quantization_config(assignment: Assignment, records: list[LayerRecord]) -> W
         if described not in formats:
             formats.append(described)
         layers[name] = formats.index(described)
-    return WhitConfig(formats, layers, assignment.tied)
+    return WhitConfig(formats, layers, assignment.tied, assignment.scaled)
 
 
 def write_directory(
