@@ -105,7 +105,9 @@ def _layers(result: Result) -> str:
     lines = [f"- {len(result.layers)} layers compressed; details in `result.json` and `report.html`"]
     if errors:
         mean = sum(errors) / len(errors)
-        lines.append(f"- relative output error of a layer: mean {format_number(mean)}, worst {format_number(max(errors))}")
+        lines.append(
+            f"- relative output error of a layer: mean {format_number(mean)}, worst {format_number(max(errors))}"
+        )
     lines += [f"- {len(reason.names)} left alone: {_inline(reason.text)}" for reason in group_reasons(result.untouched)]
     return "## Layers\n\n" + "\n".join(lines)
 

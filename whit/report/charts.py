@@ -23,6 +23,16 @@ class Bar:
     style: str = "compressed"
 
 
+@dataclass(frozen=True)
+class Scale:
+    """Ends of a colour ramp, the words behind a value, and the style class of the ramp."""
+
+    low: float
+    high: float
+    unit: str
+    style: str
+
+
 def bars(items: Sequence[Bar]) -> Html:
     """Horizontal bars on one common scale from zero to the longest."""
     longest = max((item.value for item in items), default=0) or 1
@@ -44,32 +54,32 @@ def bars(items: Sequence[Bar]) -> Html:
 
 
 def heat_maps(
-    layers: Sequence[LayerRecord], value: Callable[[LayerRecord], float], unit: str, style: str
+    layers: Sequence[LayerRecord], value: Callable[[LayerRecord], float], unit: str, style: str, *, from_zero: bool
 ) -> list[tuple[str, Html]]:
-    """One map per stack of blocks: a row per layer kind, a column per block, colour from zero to the largest value.
+    """One map per stack of blocks: a row per layer kind, a column per block; all maps share one scale of colour.
 
     Args:
         layers: compressed layers; those outside blocks are left out.
         value: what the colour shows; several layers of one kind in a block are averaged.
         unit: words behind the value in the read-out.
         style: class of the colour ramp (`error` or `bits`).
+        from_zero: whether the colour starts at zero or at the smallest value.
 
     Returns:
         (stack name, map) pairs; an empty list when no layer lies in a block.
     """
     inside = [layer for layer in layers if layer.block]
-    top = max((value(layer) for layer in inside), default=0.0)
+    values = [value(layer) for layer in inside] or [0.0]
+    scale = Scale(0.0 if from_zero else min(values), max(values), unit, style)
     stacks = dict.fromkeys(stack_of(layer) for layer in inside)
     maps = []
     for stack in stacks:
         own = [layer for layer in inside if stack_of(layer) == stack]
-        maps.append((stack, _heat_map(own, value, top, unit, style)))
+        maps.append((stack, _heat_map(own, value, scale)))
     return maps
 
 
-def _heat_map(
-    layers: Sequence[LayerRecord], value: Callable[[LayerRecord], float], top: float, unit: str, style: str
-) -> Html:
+def _heat_map(layers: Sequence[LayerRecord], value: Callable[[LayerRecord], float], scale: Scale) -> Html:
     blocks = list(dict.fromkeys(layer.block for layer in layers))
     kinds = list(dict.fromkeys(layer_kind(layer) for layer in layers))
     cells: dict[tuple[str, str], list[LayerRecord]] = {}
@@ -79,7 +89,7 @@ def _heat_map(
         element(
             "tr",
             element("th", kind, scope="row"),
-            *(_heat_cell(cells.get((kind, block), []), value, top, unit) for block in blocks),
+            *(_heat_cell(cells.get((kind, block), []), value, scale) for block in blocks),
         )
         for kind in kinds
     ]
@@ -90,23 +100,23 @@ def _heat_map(
     rows.append(element("tr", element("th", "block", scope="row"), *numbers, class_="axis"))
     legend = element(
         "div",
-        element("span", "0"),
-        element("span", class_=f"ramp {style}"),
-        element("span", format_number(top)),
+        element("span", format_number(scale.low)),
+        element("span", class_=f"ramp {scale.style}"),
+        element("span", format_number(scale.high)),
         element("output", "point at a cell to read it", class_="readout"),
         class_="legend",
     )
-    table = element("div", element("table", *rows, class_=f"heat {style}"), class_="scroll", tabindex=0)
+    table = element("div", element("table", *rows, class_=f"heat {scale.style}"), class_="scroll", tabindex=0)
     return element("figure", table, legend, class_="heat-figure")
 
 
-def _heat_cell(found: Sequence[LayerRecord], value: Callable[[LayerRecord], float], top: float, unit: str) -> Html:
+def _heat_cell(found: Sequence[LayerRecord], value: Callable[[LayerRecord], float], scale: Scale) -> Html:
     if not found:
         return element("td", class_="none")
     mean = sum(value(layer) for layer in found) / len(found)
     name = found[0].name if len(found) == 1 else f"{found[0].name} and {len(found) - 1} more (mean)"
-    share = 100 * mean / top if top > 0 else 0.0
-    return element("td", class_="cell", style=f"--t:{share:.1f}%", title=f"{name}: {format_number(mean)} {unit}")
+    share = 100 * (mean - scale.low) / (scale.high - scale.low) if scale.high > scale.low else 50.0
+    return element("td", class_="cell", style=f"--t:{share:.1f}%", title=f"{name}: {format_number(mean)} {scale.unit}")
 
 
 def metric_chart(name: str, before: MetricRecord | None, after: MetricRecord | None) -> Html:
@@ -135,9 +145,7 @@ def metric_chart(name: str, before: MetricRecord | None, after: MetricRecord | N
                 class_="bar-row",
             )
         )
-    marks = [
-        element("span", format_number(tick), class_="tick", style=f"left:{scale(tick):.2f}%") for tick in ticks
-    ]
+    marks = [element("span", f"{tick:g}", class_="tick", style=f"left:{scale(tick):.2f}%") for tick in ticks]
     axis = element(
         "div",
         element("span", "log scale" if logarithmic else "", class_="bar-label"),
@@ -157,9 +165,15 @@ def _axis(values: Sequence[float]) -> tuple[Callable[[float], float], list[float
     if low > 0 and high / low > LOG_AXIS_FROM:
         first, last = math.log10(low), math.log10(high)
         margin = 0.06 * (last - first)
-        ticks = [10.0**exponent * step for exponent in range(math.floor(first), math.ceil(last) + 1) for step in (1, 2, 5)]
+        ticks = [
+            10.0**exponent * step for exponent in range(math.floor(first), math.ceil(last) + 1) for step in (1, 2, 5)
+        ]
         inside = [tick for tick in ticks if first - margin <= math.log10(tick) <= last + margin]
-        return _clamped(lambda value: math.log10(value) if value > 0 else first, first - margin, last + margin), inside, True
+        return (
+            _clamped(lambda value: math.log10(value) if value > 0 else first, first - margin, last + margin),
+            inside,
+            True,
+        )
     margin = 0.06 * (high - low) or max(abs(high) * 0.1, 0.1)
     start, end = low - margin, high + margin
     step = _round_step((end - start) / 4)

@@ -139,7 +139,7 @@ def size_rows(result: Result) -> list[SummaryRow]:
 def metric_rows(result: Result) -> list[SummaryRow]:
     """Every measured metric with its interval."""
     return [
-        SummaryRow(metric_label(name), before and format_metric(before) or "", after and format_metric(after) or "")
+        SummaryRow(metric_label(name), _metric_text(before), _metric_text(after))
         for name, before, after in metric_pairs(result)
     ]
 
@@ -173,6 +173,10 @@ def remarks(result: Result) -> list[str]:
     for note, names in by_note.items():
         found.append(f"{note} ({names[0] if len(names) == 1 else f'{len(names)} layers, first {names[0]}'})")
     return _unique(found)
+
+
+def _metric_text(metric: MetricRecord | None) -> str:
+    return "" if metric is None else format_metric(metric)
 
 
 def _metrics(record: EvaluationRecord | None) -> list[MetricRecord]:

@@ -32,6 +32,7 @@ from whit.report.figures import (
 from whit.report.markup import Html, element, join, raw
 from whit.report.record import LayerRecord, Result
 
+HEADLINE_METRICS = 3
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
 
 
@@ -73,15 +74,14 @@ def _section(title: str, *children: str | None, hint: str = "") -> Html:
 def _header(result: Result) -> Html:
     size = result.size
     ratio = size.original_dense_bytes / max(size.file_bytes, 1)
+    before_size = f"from {format_bytes(size.original_dense_bytes)}, {ratio:.1f}× smaller"
     tiles = [
-        _tile("size on disk", format_bytes(size.file_bytes), f"from {format_bytes(size.original_dense_bytes)}"),
-        _tile("smaller by", f"{ratio:.1f}x", "than the dense weights"),
+        _tile("size on disk", format_bytes(size.file_bytes), before_size),
         _tile("bits per weight", f"{size.compressed_bits:.2f}", "stored, compressed layers"),
         _tile("bits per parameter", f"{size.file_bits:.2f}", "stored, whole model"),
     ]
-    for name, before, after in metric_pairs(result):
-        if after is None:
-            continue
+    measured = [(name, before, after) for name, before, after in metric_pairs(result) if after is not None]
+    for name, before, after in measured[:HEADLINE_METRICS]:
         beside = f"from {format_number(before.value)}" if before else after.better + " is better"
         tiles.append(_tile(metric_label(name).partition(" to ")[0], format_number(after.value), beside))
     subtitle = f"{result.model.get('architecture', '')} · {size.parameters:,} parameters · {method_line(result)}"
@@ -168,8 +168,8 @@ def _share(count: int, whole: int) -> str:
 
 
 def _layer_maps(result: Result) -> Html | None:
-    errors = heat_maps(result.layers, lambda layer: layer.error, "relative output error", "error")
-    bits = heat_maps(result.layers, lambda layer: layer.stored_bits, "stored bits per weight", "bits")
+    errors = heat_maps(result.layers, lambda layer: layer.error, "relative output error", "error", from_zero=True)
+    bits = heat_maps(result.layers, lambda layer: layer.stored_bits, "stored bits per weight", "bits", from_zero=False)
     if not errors:
         return None
     maps: list[Html] = []
@@ -177,7 +177,10 @@ def _layer_maps(result: Result) -> Html | None:
         suffix = f" in {stack}" if len(errors) > 1 else ""
         maps += [element("h3", f"Relative output error{suffix}"), error_map]
         maps += [element("h3", f"Stored bits per weight{suffix}"), bits_map]
-    hint = "Each cell is one layer: a row per kind, a column per block. Error is ||(W - Q)X||² / ||WX||² on the calibration inputs."
+    hint = (
+        "Each cell is one layer: a row per kind, a column per block. "
+        "Error is ||(W - Q)X||² / ||WX||² on the calibration inputs."
+    )
     return _section("Layer by layer", *maps, hint=hint)
 
 
@@ -188,7 +191,8 @@ def _samples(result: Result) -> Html | None:
         if record is None or not record.sample:
             continue
         texts = [
-            join(element("h4", metric_label(key)), element("blockquote", text)) for key, text in record.sample.items()
+            join(element("h4", metric_label(key)), element("blockquote", text.strip()))
+            for key, text in record.sample.items()
         ]
         cards.append(element("div", element("h3", name), *texts, class_=f"sample {name}"))
     return _section("Sample", element("div", *cards, class_="samples")) if cards else None
@@ -196,9 +200,7 @@ def _samples(result: Result) -> Html | None:
 
 def _layer_table(layers: Sequence[LayerRecord]) -> Html:
     columns = ("layer", "rows x columns", "format", "stored bits", "stored bytes", "output error", "weight error", "s")
-    head = element(
-        "tr", *(element("th", element("button", name, type="button"), scope="col") for name in columns)
-    )
+    head = element("tr", *(element("th", element("button", name, type="button"), scope="col") for name in columns))
     body = [_layer_row(layer) for layer in layers]
     table = element("table", element("thead", head), element("tbody", *body), class_="layers sortable")
     return _section(f"All {len(layers)} layers", element("div", table, class_="scroll tall", tabindex=0))
