@@ -1,0 +1,5 @@
+"""The command line: `whit compress`, `evaluate`, `generate`, `inspect`, `methods`."""
+
+from whit.cli.main import main
+
+__all__ = ["main"]

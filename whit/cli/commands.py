@@ -1,0 +1,225 @@
+"""The commands. Parsing and doing are apart: each typer command returns an action, which `main` then runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+import whit
+from whit.cli.display import make_display
+from whit.cli.engine import Engine
+from whit.cli.inspection import compute_dtype, kernel_of, read_result
+from whit.cli.options import (
+    DEFAULT_METHOD,
+    argument,
+    knob_parameters,
+    option,
+    requested_method,
+    run_options,
+    run_parameters,
+    with_signature,
+)
+from whit.cli.tables import evaluation_view, layers_view, method_view, methods_view
+from whit.methods.base import available_methods, knobs, method_class
+from whit.pipeline.events import Plan
+
+Action = Callable[[Callable[[], Engine]], None]
+DEFAULT_MODEL = "smollm2-135m"
+EVALUATION_OPTIONS = (
+    "evaluation",
+    "evaluation_windows",
+    "window",
+    "allow_leak",
+    "seed",
+    "device",
+    "dtype",
+    "batch_size",
+)
+REQUIRED = inspect.Parameter.empty
+
+
+def build(argv: Sequence[str]) -> typer.Typer:
+    """The application, with the knobs of the method that `argv` asks for.
+
+    Raises:
+        KnobError: the arguments ask to compress by a method that does not exist.
+    """
+    app = typer.Typer(
+        name="whit",
+        help="Make pretrained models small, and prove what is left.",
+        add_completion=False,
+        rich_markup_mode="rich",
+    )
+    app.callback(invoke_without_command=True)(_root)
+    app.command("compress")(_compress_command(argv))
+    app.command("evaluate")(_evaluate_command())
+    app.command("generate")(_generate)
+    app.command("inspect")(_inspect)
+    app.command("methods")(_methods)
+    return app
+
+
+def default_output(model: str | None, method: str) -> Path:
+    """`whit-output/<model>-<method>`; the model's name is the last part of its path or id."""
+    name = re.sub(r"\.gguf$", "", Path(model or DEFAULT_MODEL).resolve().name if _is_path(model) else _last(model))
+    return Path("whit-output") / f"{name or 'model'}-{method}"
+
+
+def _is_path(model: str | None) -> bool:
+    return model is not None and Path(model).exists()
+
+
+def _last(model: str | None) -> str:
+    return (model or DEFAULT_MODEL).rstrip("/").rpartition("/")[2]
+
+
+def _root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Show the version and exit.")] = False,
+) -> None:
+    if version:
+        print(f"whit {whit.__version__}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+        raise typer.Exit
+
+
+def _compress_command(argv: Sequence[str]) -> Callable[..., Action]:
+    # Looking a method up imports every method: only the command that shows knobs pays for that.
+    wanted = "compress" in argv
+    cls = method_class(requested_method(argv)) if wanted else None
+    knob_names = [item.name for item in knobs(cls)] if cls is not None else []
+    parameters = [
+        argument(
+            "model", str | None, None, metavar="MODEL", help="directory, GGUF file or hub id; default: SmolLM2-135M"
+        ),
+        option(
+            "method", str, DEFAULT_METHOD, "--method", "-m", help="how to compress; see 'whit methods'", metavar="NAME"
+        ),
+        option(
+            "output", Path | None, None, "--output", "-o", help="default: whit-output/<model>-<method>", metavar="DIR"
+        ),
+        option("dry_run", bool, False, "--dry-run", help="show the plan and stop"),
+        *_output_options(),
+        *run_parameters(),
+        *(knob_parameters(cls) if cls is not None else []),
+    ]
+
+    def compress(**values: Any) -> Action:
+        model: str | None = values["model"]
+        method: str = values["method"]
+        output: Path = values["output"] or default_output(model, method)
+        options = run_options(values)
+        chosen = {name: values[name] for name in knob_names}
+
+        def action(engine: Callable[[], Engine]) -> None:
+            display = make_display(as_json=values["as_json"], quiet=values["quiet"])
+            with display:
+                outcome = engine().compress(
+                    model, method, output, options=options, listener=display, dry_run=values["dry_run"], **chosen
+                )
+                if not isinstance(outcome, Plan):
+                    display.finished(outcome, output)
+                elif not display.plan_seen:
+                    display.planned(outcome)
+
+        return action
+
+    return with_signature(compress, parameters, "Compress a model, measure what is left, write a report.")
+
+
+def _evaluate_command() -> Callable[..., Action]:
+    parameters = [
+        argument("model", str, REQUIRED, metavar="MODEL", help="compressed directory, or any model"),
+        option("against", str | None, None, "--against", help="the original, for KL divergence", metavar="MODEL"),
+        *_output_options(),
+        *run_parameters(EVALUATION_OPTIONS),
+    ]
+
+    def evaluate(**values: Any) -> Action:
+        options = run_options(values)
+
+        def action(engine: Callable[[], Engine]) -> None:
+            display = make_display(as_json=values["as_json"], quiet=values["quiet"])
+            record = engine().evaluate(values["model"], against=values["against"], options=options)
+            display.show(evaluation_view(record), dataclasses.asdict(record))
+
+        return action
+
+    return with_signature(
+        evaluate, parameters, "Measure a model: perplexity with its interval, beside another if given."
+    )
+
+
+def _generate(
+    directory: Annotated[str, typer.Argument(metavar="DIR", help="compressed directory")],
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="text to continue")],
+    new_tokens: Annotated[int, typer.Option("--new-tokens", min=1, help="tokens to generate")] = 64,
+    debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
+) -> Action:
+    """Continue a prompt with a compressed model."""
+
+    def action(engine: Callable[[], Engine]) -> None:
+        print(engine().generate(directory, prompt, new_tokens=new_tokens))
+
+    return action
+
+
+def _inspect(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="compressed directory")],
+    device: Annotated[str, typer.Option("--device", help="device whose kernels are shown")] = "cpu",
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON value on standard output")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
+) -> Action:
+    """Show what each layer became: format, shape, stored bits, error, kernel."""
+
+    def action(engine: Callable[[], Engine]) -> None:
+        result = read_result(directory)
+        dtype = compute_dtype(directory)
+        kernels = {layer.name: kernel_of(layer, dtype, torch.device(device)) for layer in result.layers}
+        layers = [
+            {**dataclasses.asdict(layer), "stored_bits": layer.stored_bits, "kernel": kernels[layer.name]}
+            for layer in result.layers
+        ]
+        data = {"layers": layers, "untouched": result.untouched, "size": dataclasses.asdict(result.size)}
+        make_display(as_json=as_json, quiet=False).show(layers_view(result, kernels), data)
+
+    return action
+
+
+def _methods(
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="show the knobs of this method")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON value on standard output")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
+) -> Action:
+    """List the methods, or the knobs of one."""
+
+    def action(engine: Callable[[], Engine]) -> None:
+        chosen = available_methods() if name is None else {name: method_class(name)}
+        view = methods_view(chosen) if name is None else method_view(chosen[name])
+        data = {
+            key: {
+                "summary": cls.summary,
+                "knobs": [{**dataclasses.asdict(item), "type": item.type.__name__} for item in knobs(cls)],
+            }
+            for key, cls in chosen.items()
+        }
+        make_display(as_json=as_json, quiet=False).show(view, data)
+
+    return action
+
+
+def _output_options() -> list[inspect.Parameter]:
+    return [
+        option("as_json", bool, False, "--json", help="JSON lines on standard output, nothing else there"),
+        option("quiet", bool, False, "--quiet", "-q", help="print errors only"),
+        option("debug", bool, False, "--debug", help="show the traceback of an error"),
+    ]

@@ -1,0 +1,46 @@
+"""What the command line needs of the Python API, as a protocol: tests drive the commands with a stand-in."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+from whit.pipeline.events import Listener, Plan
+from whit.pipeline.options import RunOptions
+from whit.report.record import EvaluationRecord, Result
+
+
+class Engine(Protocol):
+    """The verbs of `whit.api`."""
+
+    def compress(
+        self,
+        model: str | None = None,
+        method: str = "billm",
+        output: Path | None = None,
+        *,
+        options: RunOptions = ...,
+        listener: Listener | None = None,
+        dry_run: bool = False,
+        **knobs: Any,
+    ) -> Result | Plan:
+        """Compress a model into a directory, or only plan it."""
+        ...
+
+    def evaluate(self, model: str, *, against: str | None = None, options: RunOptions) -> EvaluationRecord:
+        """Measure a model, beside another if given."""
+        ...
+
+    def generate(self, directory: str, prompt: str, *, new_tokens: int = 64) -> str:
+        """Continue a prompt."""
+        ...
+
+
+def default_engine(debug: bool = False) -> Engine:
+    """The real API; the libraries under it keep quiet (their bars would tear ours) unless `debug` is on."""
+    if not debug:
+        logging = importlib.import_module("transformers").utils.logging
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+    return cast(Engine, importlib.import_module("whit.api"))

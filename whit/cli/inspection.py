@@ -1,0 +1,51 @@
+"""What `whit inspect` reads: the record of a run, and which implementation computes each packed layer here."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from whit.errors import ModelError
+from whit.formats.base import Packed, format_from_json
+from whit.kernels import explain
+from whit.report.record import LayerRecord, Result
+from whit.report.write import RESULT_FILE
+
+
+def read_result(directory: Path) -> Result:
+    """The record in a compressed model's directory.
+
+    Raises:
+        ModelError: there is no such directory or record, or it cannot be read.
+    """
+    path = directory / RESULT_FILE
+    if not directory.is_dir():
+        raise ModelError(f"no directory {str(directory)!r}: give the output directory of 'whit compress'")
+    if not path.is_file():
+        raise ModelError(f"{str(directory)!r} holds no {RESULT_FILE}: it is no finished output of 'whit compress'")
+    try:
+        return Result.load(path)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{str(path)!r} cannot be read ({error}): it is damaged or of another version") from error
+
+
+def compute_dtype(directory: Path) -> torch.dtype:
+    """The dtype that the model's config asks for; float32 if it does not say."""
+    try:
+        config: dict[str, Any] = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{str(directory / 'config.json')!r} cannot be read: {error}") from error
+    dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "float32"), None)
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+
+def kernel_of(layer: LayerRecord, dtype: torch.dtype, device: torch.device) -> str:
+    """Name of the implementation that multiplies one input vector by this layer on this machine."""
+    layout = format_from_json(layer.format)
+    specs = layout.specs(layer.rows, layer.columns)
+    tensors = {name: torch.empty(spec.shape, dtype=spec.dtype, device=device) for name, spec in specs.items()}
+    packed = Packed(layout, layer.rows, layer.columns, tensors)
+    return explain(torch.empty(1, layer.columns, dtype=dtype, device=device), packed)

@@ -1,0 +1,24 @@
+"""Writes the three files that tell what a run found: `result.json`, `README.md` and `report.html`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from whit.report.card import model_card
+from whit.report.page import report_page
+from whit.report.record import Result
+
+RESULT_FILE = "result.json"
+CARD_FILE = "README.md"
+PAGE_FILE = "report.html"
+
+
+def write_reports(directory: Path, result: Result) -> None:
+    """Write the record, the model card and the HTML page into `directory`, replacing earlier ones.
+
+    Raises:
+        OSError: the directory cannot be written.
+    """
+    result.save(directory / RESULT_FILE)
+    (directory / CARD_FILE).write_text(model_card(result), encoding="utf-8")
+    (directory / PAGE_FILE).write_text(report_page(result), encoding="utf-8")
