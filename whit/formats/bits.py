@@ -33,7 +33,7 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     groups = -(-columns // 8)
     padded = torch.nn.functional.pad(codes.to(torch.uint8), (0, groups * 8 - columns))
     if bits == 8:
-        return padded[..., :].contiguous()
+        return padded.contiguous()
     padded = padded.reshape(*codes.shape[:-1], groups, 8)
     out = torch.zeros(*codes.shape[:-1], groups, bits, dtype=torch.int16, device=codes.device)
     for position in range(8):
@@ -45,29 +45,33 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     return out.to(torch.uint8).reshape(*codes.shape[:-1], groups * bits)
 
 
-def unpack_codes(packed: Tensor, bits: int, columns: int) -> Tensor:
-    """Inverse of `pack_codes`: uint8 (..., packed_width(columns, bits)) -> uint8 codes (..., columns)."""
+def unpack_codes(packed: Tensor, bits: int, columns: int, dtype: torch.dtype = torch.uint8) -> Tensor:
+    """Inverse of `pack_codes`: uint8 (..., packed_width(columns, bits)) -> codes (..., columns) of `dtype`.
+
+    Asking for the dtype that is needed next saves a pass over the codes.
+    """
+    shape = packed.shape[:-1]
     if bits == 8:
-        return packed[..., :columns]
+        return packed[..., :columns].to(dtype)
     if 8 % bits == 0:
-        table = _byte_table(bits, packed.device)
-        return table[packed.int()].flatten(-2)[..., :columns]
+        rows = _byte_table(bits, dtype, packed.device).index_select(0, packed.reshape(-1).int())
+        return rows.reshape(*shape, packed.shape[-1] * 8 // bits)[..., :columns]
     groups = packed.shape[-1] // bits
-    wide = packed.reshape(*packed.shape[:-1], groups, bits).to(torch.int16)
+    wide = packed.reshape(*shape, groups, bits).to(torch.int16)
     mask = (1 << bits) - 1
-    codes = torch.empty(*packed.shape[:-1], groups, 8, dtype=torch.uint8, device=packed.device)
+    codes = torch.empty(*shape, groups, 8, dtype=dtype, device=packed.device)
     for position in range(8):
         byte, shift = divmod(position * bits, 8)
         value = wide[..., byte] >> shift
         if shift + bits > 8:
             value = value | (wide[..., byte + 1] << (8 - shift))
-        codes[..., position] = (value & mask).to(torch.uint8)
+        codes[..., position] = value & mask
     return codes.flatten(-2)[..., :columns]
 
 
-@lru_cache(maxsize=16)
-def _byte_table(bits: int, device: torch.device) -> Tensor:
+@lru_cache(maxsize=32)
+def _byte_table(bits: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Table (256, 8 // bits): the codes each byte value holds. One gather replaces shifts and masks."""
     values = torch.arange(256, device=device).unsqueeze(1)
     shifts = torch.arange(0, 8, bits, device=device).unsqueeze(0)
-    return ((values >> shifts) & ((1 << bits) - 1)).to(torch.uint8)
+    return ((values >> shifts) & ((1 << bits) - 1)).to(dtype)

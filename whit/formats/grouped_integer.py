@@ -62,14 +62,23 @@ class GroupedInteger(Format):
         return Packed(self, rows, columns, tensors)
 
     def unpack(self, tensors: Mapping[str, Tensor], rows: int, columns: int) -> Tensor:
-        """float32 (rows, columns) by the equation at the top of this file."""
-        codes = unpack_codes(tensors["codes"], self.bits, columns).float()
+        """float32 (rows, columns) by the equation at the top of this file; every operation is exact."""
+        out = unpack_codes(tensors["codes"], self.bits, columns, torch.float32)
         groups = self.groups(columns)
-        if self.symmetric:
-            shifted = 2 * codes - 1 if self.bits == 1 else codes - 2 ** (self.bits - 1)
-            return shifted * self._spread(tensors["scales"].float(), columns)
-        zeros = unpack_codes(tensors["zeros"], self.bits, rows * groups).reshape(rows, groups).float()
-        return (codes - self._spread(zeros, columns)) * self._spread(tensors["scales"].float(), columns)
+        scale = tensors["scales"].float()
+        if not self.symmetric:
+            zeros = unpack_codes(tensors["zeros"], self.bits, rows * groups, torch.float32).reshape(rows, groups)
+        elif self.bits > 1:
+            zeros = torch.full_like(scale, 2 ** (self.bits - 1))
+        else:
+            scale, zeros = 2 * scale, torch.full_like(scale, 0.5)
+        size = self.group_size or columns
+        whole = columns // size
+        for part, first, last in ((out[:, : whole * size], 0, whole), (out[:, whole * size :], whole, groups)):
+            if last > first:
+                grouped = part.view(rows, last - first, -1)
+                grouped.sub_(zeros[:, first:last, None]).mul_(scale[:, first:last, None])
+        return out
 
     def unpack_rows(self, tensors: Mapping[str, Tensor], rows: int, columns: int, index: Tensor) -> Tensor:
         """Only the asked rows are decoded (zero points, packed across rows, are decoded whole)."""
@@ -79,9 +88,3 @@ class GroupedInteger(Format):
             zeros = unpack_codes(tensors["zeros"], self.bits, rows * groups).reshape(rows, groups)[index]
             part["zeros"] = pack_codes(zeros.reshape(-1), self.bits)
         return self.unpack(part, len(index), columns)
-
-    def _spread(self, per_group: Tensor, columns: int) -> Tensor:
-        """(rows, groups) -> (rows, columns)."""
-        if per_group.shape[1] == 1:
-            return per_group
-        return per_group.repeat_interleave(self.group_size, dim=1)[:, :columns]

@@ -46,7 +46,7 @@ class LevelTable(Format):
         }
 
     def pack(self, codes: Tensor, levels: Tensor) -> Packed:
-        """Store integer codes (rows, columns) in [0, 2**bits) and levels (rows, blocks, 2**bits) as float16."""
+        """Store integer codes (rows, columns) in [0, 2**bits) and float16-rounded levels (rows, blocks, 2**bits)."""
         rows, columns = codes.shape
         tensors = {"codes": pack_codes(codes, self.bits), "levels": levels.to(torch.float16).contiguous()}
         return Packed(self, rows, columns, tensors)

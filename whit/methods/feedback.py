@@ -3,17 +3,17 @@
 Columns are rounded left to right. With H^-1 = U^T U (U upper triangular), the error of a column that minimises
 tr(D H D^T), D = W - Q, over the columns not yet rounded is passed on by
 
-    e_j = (w_j - q_j) / U_jj,        w_k <- w_k - e_j U_jk   for k > j        (Frantar et al. 2022, equation 2 and step 3)
+    e_j = (w_j - q_j) / U_jj,      w_k <- w_k - e_j U_jk  for k > j      (Frantar et al. 2022, equation 2 and step 3)
 
-so the value of column j when its turn comes is w_j - sum_{i<j} e_i U_ij, and the final loss is tr(D H D^T) = sum ||e_j||^2.
-Here that sum is evaluated when a column is needed ("looking left") instead of updating all later columns each time: the
-errors of finished blocks enter by one matrix product per block, those of the running block by one matrix-vector
-product per column. Everything is stored transposed, so a column is one contiguous row.
+so the value of column j when its turn comes is w_j - sum_{i<j} e_i U_ij, and the final loss is
+tr(D H D^T) = sum_j ||e_j||^2. Here the feedback is summed when a column is needed ("looking left") instead of updating
+all later columns each time: the errors of finished blocks enter by one matrix product per block, those of the running
+block by one matrix-vector product per column. Everything is held transposed, so a column is one contiguous row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -61,7 +61,7 @@ def round_with_feedback(
         rounder = fit(first, group_values.T)
         for start in range(first, last, block_size):
             stop = min(start + block_size, last)
-            block = group_values[: stop - start] if start == first else _current(transposed, errors, upper, start, stop)
+            block = _current(transposed, errors, upper, start, stop) if start > first else group_values
             inner = upper[start:stop, start:stop].T.contiguous()
             done = errors[start:stop]
             for j in range(stop - start):
@@ -69,6 +69,36 @@ def round_with_feedback(
                 codes[start + j], rounded = rounder(start + j, values)
                 torch.div(values - rounded, diagonal[start + j], out=done[j])
     return Rounded(codes.T, errors.square().sum(0))
+
+
+def round_in_order(
+    weight: Tensor, upper: Tensor, order: Tensor, group_size: int, rounders: Sequence[Rounder]
+) -> Rounded:
+    """As `round_with_feedback`, but columns take their turn in another order, with quantisers made beforehand.
+
+    Neighbours of a group are then not rounded together, so their quantiser cannot see the fed-back weights ("static
+    groups"); in return groups, and all that is stored, stay in natural order and no permutation is stored.
+
+    Args:
+        weight: (rows, columns), in natural order.
+        upper: U of the permuted H, that is, of H[order][:, order].
+        order: permutation of the columns, first to be rounded first.
+        group_size: columns per rounder, 0 for the whole row.
+        rounders: one per group, in natural order.
+
+    Returns:
+        codes in natural order.
+    """
+    step = group_size or weight.shape[1]
+    natural: list[int] = order.tolist()
+
+    def round_column(turn: int, values: Tensor) -> tuple[Tensor, Tensor]:
+        return rounders[natural[turn] // step](natural[turn], values)
+
+    permuted = round_with_feedback(weight[:, order], upper, 0, lambda first, values: round_column)
+    codes = torch.empty_like(permuted.codes)
+    codes[:, order] = permuted.codes
+    return Rounded(codes, permuted.loss)
 
 
 def _current(weight: Tensor, errors: Tensor, upper: Tensor, start: int, stop: int) -> Tensor:

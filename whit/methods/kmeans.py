@@ -1,8 +1,8 @@
 """Weighted k-means levels per row and block, rounded column by column with error feedback: the honest 2.5-bit baseline.
 
 Each row of each block of columns gets 2**bits free levels. They minimise sum_j (w_j - level(w_j))^2 / U_jj^2 over the
-block's current weights, with H^-1 = U^T U: 1/U_jj^2 is what rounding error costs in column j once the later columns have
-compensated for it. Columns are then rounded in turn to the nearest level, with the feedback of GPTQ
+block's current weights, with H^-1 = U^T U: 1/U_jj^2 is what rounding error costs in column j once the later columns
+have compensated for it. Columns are then rounded in turn to the nearest level, with the feedback of GPTQ
 (`whit.methods.feedback`). At 2 bits and blocks of 128 this stores 2 + 4*16/128 = 2.5 bits per weight: no more than a
 binarisation with group flags and scalars, which is a choice of four levels as well.
 """
@@ -18,7 +18,7 @@ from torch import Tensor
 from whit.errors import ModelError
 from whit.formats.level_table import LevelTable
 from whit.methods.base import Compressed, Method, knob, register_method
-from whit.methods.feedback import Rounder, round_with_feedback
+from whit.methods.feedback import Rounder, round_in_order, round_with_feedback
 from whit.methods.statistics import LayerStatistics, Statistic, dead_column_notes
 
 
@@ -33,6 +33,7 @@ class KMeans(Method):
 
     bits: int = knob(2, "bits per code: 2**bits levels", minimum=1, maximum=3)
     block_size: int = knob(128, "columns that share a table of levels; 0 for the whole row", minimum=0)
+    act_order: bool = knob(False, "round columns by descending diag(H); levels are then fitted beforehand")
     iterations: int = knob(20, "most Lloyd iterations per block", minimum=0, maximum=1000)
     damping: float = knob(0.01, "added to diag(H), relative to its mean", minimum=0, maximum=1)
 
@@ -43,8 +44,11 @@ class KMeans(Method):
     def compress(self, weight: Tensor, statistics: LayerStatistics) -> Compressed:
         """Fit levels block by block and round with feedback; needs `statistics.second_moment`."""
         layout = self.format(*weight.shape)
-        factor = statistics.inverse_factor(self.damping)
-        importance = torch.diagonal(factor.upper).square().reciprocal()
+        order = statistics.descending_order() if self.act_order else None
+        factor = statistics.inverse_factor(self.damping, order)
+        importance = torch.empty_like(factor.upper[0])
+        importance[slice(None) if order is None else order] = torch.diagonal(factor.upper).square().reciprocal()
+        alive = weight.masked_fill(statistics.dead_columns(), 0)
         tables: list[Tensor] = []
 
         def fit(first: int, values: Tensor) -> Rounder:
@@ -52,9 +56,14 @@ class KMeans(Method):
             tables.append(weighted_levels(values, part, 2**self.bits, self.iterations))
             return _nearest(tables[-1])
 
-        alive = weight.masked_fill(statistics.dead_columns(), 0)
-        codes = round_with_feedback(alive, factor.upper, layout.block_size, fit).codes
-        return Compressed(layout.pack(codes, torch.stack(tables, 1)), (*factor.notes, *dead_column_notes(statistics)))
+        if order is None:
+            rounded = round_with_feedback(alive, factor.upper, layout.block_size, fit)
+        else:
+            step = layout.block_size or weight.shape[1]
+            rounders = [fit(start, alive[:, start : start + step]) for start in range(0, weight.shape[1], step)]
+            rounded = round_in_order(alive, factor.upper, order, layout.block_size, rounders)
+        notes = (*factor.notes, *dead_column_notes(statistics))
+        return Compressed(layout.pack(rounded.codes, torch.stack(tables, 1)), notes)
 
 
 def weighted_levels(values: Tensor, importance: Tensor, count: int, iterations: int) -> Tensor:

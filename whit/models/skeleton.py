@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -99,9 +100,26 @@ def materialise(
     Raises:
         ModelError: a tensor is missing, has the wrong shape, or holds NaN or infinite values.
     """
+    module = model.get_submodule(prefix)
+    dot = f"{prefix}." if prefix else ""
+    parameters = [dot + name for name, _ in module.named_parameters()]
+    buffers = [dot + name for name, _ in module.named_buffers(remove_duplicate=False)]
+    materialise_tensors(model, parameters, buffers, source, dtype, device)
+
+
+def materialise_tensors(
+    model: nn.Module,
+    parameters: Sequence[str],
+    buffers: Sequence[str],
+    source: TensorSource,
+    dtype: torch.dtype,
+    device: torch.device | str,
+) -> None:
+    """`materialise` for parameters and buffers given by full name."""
     stored = set(source.names())
     owners = _owners(model)
-    for name, parameter in _below(model, prefix):
+    for name in parameters:
+        parameter = model.get_parameter(name)
         aliases = owners[id(parameter)]
         names = [f"{path}.{key}" if path else key for path, _, key in aliases]
         wanted = torch.float32 if keeps_float32(model, names[0], dtype) else dtype
@@ -113,23 +131,28 @@ def materialise(
         else:
             value = parameter.detach()
         _replace(aliases, parameter, _cast(value, wanted, device))
-    module = model.get_submodule(prefix)
-    persistent = set(persistent_buffers(module))
-    for name, buffer in list(module.named_buffers(remove_duplicate=False)):
+    persistent = set(persistent_buffers(model))
+    for name in buffers:
         path, _, key = name.rpartition(".")
-        full = f"{prefix}.{name}" if prefix else name
-        value = buffer
-        if name in persistent and full in stored:
-            value = _load(source, full, tuple(buffer.shape)).to(buffer.dtype)
+        buffer = value = model.get_buffer(name)
+        if name in persistent and name in stored:
+            value = _load(source, name, tuple(buffer.shape)).to(buffer.dtype)
         elif buffer.is_meta:
-            raise ModelError(f"the checkpoint has no tensor for buffer {full!r}")
-        module.get_submodule(path)._buffers[key] = value.to(device)
+            raise ModelError(f"the checkpoint has no tensor for buffer {name!r}")
+        model.get_submodule(path)._buffers[key] = value.to(device)
 
 
 def release(model: nn.Module, prefix: str) -> None:
     """Put the parameters of a submodule ("" = all) back on the meta device; shared parameters everywhere."""
+    dot = f"{prefix}." if prefix else ""
+    release_parameters(model, [dot + name for name, _ in model.get_submodule(prefix).named_parameters()])
+
+
+def release_parameters(model: nn.Module, names: Sequence[str]) -> None:
+    """`release` for parameters given by full name."""
     owners = _owners(model)
-    for _, parameter in _below(model, prefix):
+    for name in names:
+        parameter = model.get_parameter(name)
         if not parameter.is_meta:
             _replace(owners[id(parameter)], parameter, torch.empty_like(parameter, device="meta"))
 
@@ -152,12 +175,6 @@ def _owners(model: nn.Module) -> dict[int, list[_Owner]]:
             if parameter is not None:
                 owners.setdefault(id(parameter), []).append((path, module, key))
     return owners
-
-
-def _below(model: nn.Module, prefix: str) -> list[tuple[str, nn.Parameter]]:
-    """The distinct parameters of a submodule, by full name."""
-    named = model.get_submodule(prefix).named_parameters()
-    return [(f"{prefix}.{name}" if prefix else name, parameter) for name, parameter in named]
 
 
 def _load(source: TensorSource, name: str, shape: tuple[int, ...]) -> Tensor:
