@@ -81,7 +81,8 @@ def match_names(model: nn.Module, source: TensorSource) -> Match:
 
     for group in tied_groups(model):
         shape = tuple(model.get_parameter(group[0]).shape)
-        if not any([take(name, shape) for name in group]):
+        taken = [take(name, shape) for name in group]  # all of them, not only up to the first
+        if not any(taken):
             missing.append(group[0])
     for name in persistent_buffers(model):
         take(name, tuple(model.get_buffer(name).shape))
