@@ -110,8 +110,8 @@ def resolve_model(model: str | Path | None) -> ModelReference:
 
 
 def _not_found(text: str, path: Path) -> str:
-    if path.parent == Path(".") and not path.suffix:
-        hint = nearest(text, [*catalog.CATALOG, *_listing(Path("."))])
+    if path.parent == Path() and not path.suffix:
+        hint = nearest(text, [*catalog.CATALOG, *_listing(Path())])
         return f"no model {text!r}: no such folder, and not one of {', '.join(catalog.CATALOG)}{hint}"
     parent = path.parent
     while not parent.exists():
