@@ -72,7 +72,8 @@ def model_class_of(config: Any) -> type:
     for mapping in (transformers.MODEL_FOR_CAUSAL_LM_MAPPING, transformers.MODEL_MAPPING):
         if type(config) in mapping:
             found = mapping[type(config)]
-            return found[0] if isinstance(found, tuple | list) else found
+            first: type = found[0] if isinstance(found, tuple | list) else found
+            return first
     raise ModelError(f"config of type {config.model_type!r} names no architecture: add 'architectures' to config.json")
 
 

@@ -1,12 +1,10 @@
-"""Reading GGUF files: config and tokenizer through transformers, weights tensor by tensor through the gguf package.
+"""Reading GGUF files: config from the metadata, weights tensor by tensor, tokenizer through transformers.
 
 GGUF names and layouts differ from transformers' in a few ways per architecture, kept here as data:
 
 - `llama` files store the rows of the query and key projections in interleaved rotary order (pairs 2i, 2i+1);
   transformers rotates halves (pairs i, i + d/2), so the rows of each head are put back.
 - `gemma3` files store the weights of norms as 1 + w, transformers stores w.
-
-File layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md.
 """
 
 from __future__ import annotations
@@ -15,21 +13,20 @@ import contextlib
 import importlib.util
 import io
 import logging
+import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import transformers
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
 
 from whit.errors import MissingDependencyError, ModelError, nearest
-from whit.models.source import describe, hash_file, hash_lines
-
-_MAGIC = b"GGUF"
+from whit.models.gguf_header import MAGIC, GGUFTensor, read_gguf_header
+from whit.models.source import describe, hash_file, hash_lines, read_bytes
 
 Transform = Callable[[Tensor, Any], Tensor]
 
@@ -76,20 +73,41 @@ _SANDWICH_NORMS = {
     "post_ffw_norm": "post_feedforward_layernorm",
 }
 
+# Metadata keys (after the architecture's prefix) -> config fields.
+_CONFIG = (
+    ("context_length", "max_position_embeddings"),
+    ("block_count", "num_hidden_layers"),
+    ("embedding_length", "hidden_size"),
+    ("feed_forward_length", "intermediate_size"),
+    ("attention.head_count", "num_attention_heads"),
+    ("attention.head_count_kv", "num_key_value_heads"),
+    ("attention.layer_norm_rms_epsilon", "rms_norm_eps"),
+    ("attention.key_length", "head_dim"),
+    ("rope.freq_base", "rope_theta"),
+)
+_TOKENS = {"bos": "bos_token_id", "eos": "eos_token_id", "padding": "pad_token_id"}
+
 
 @dataclass(frozen=True)
 class GGUFArchitecture:
-    """How the tensors of one GGUF architecture become those of a transformers model.
+    """How one GGUF architecture becomes a transformers model.
 
     Attributes:
-        block: "blk.N." parts -> "model.layers.N." parts (weights and biases alike).
+        model_type, model_class: of transformers.
         dtype: in which the architecture is known to compute well and untouched tensors are saved.
+        block: "blk.N." parts -> "model.layers.N." parts (weights and biases alike).
         transforms: name part (in a block or outside) -> what to do with the dequantised tensor.
+        config: metadata keys beyond the common ones -> config fields.
+        defaults: config fields that the metadata does not state.
     """
 
-    block: Mapping[str, str]
+    model_type: str
+    model_class: str
     dtype: torch.dtype
-    transforms: Mapping[str, Transform]
+    block: Mapping[str, str]
+    transforms: Mapping[str, Transform] = field(default_factory=dict)
+    config: tuple[tuple[str, str], ...] = ()
+    defaults: Mapping[str, Any] = field(default_factory=dict)
 
     def name(self, stored: str) -> str | None:
         """Model name of a stored tensor, or None if the architecture has no such tensor."""
@@ -109,20 +127,27 @@ class GGUFArchitecture:
 
 
 # float16 keeps 11 significant bits of a scale (float16) times an integer; bfloat16 would keep 8. The families whose
-# activations are known to overflow float16 are saved in bfloat16.
+# activations are known to overflow float16 are saved in bfloat16, which is what they were trained in.
 ARCHITECTURES: dict[str, GGUFArchitecture] = {
-    "llama": GGUFArchitecture(_NORMS | _ATTENTION | _GATED, torch.float16, {"attn_q": _query, "attn_k": _key}),
-    "qwen2": GGUFArchitecture(_NORMS | _ATTENTION | _GATED, torch.bfloat16, {}),
-    "qwen3": GGUFArchitecture(_NORMS | _HEAD_NORMS | _ATTENTION | _GATED, torch.bfloat16, {}),
+    "llama": GGUFArchitecture(
+        "llama",
+        "LlamaForCausalLM",
+        torch.float16,
+        _NORMS | _ATTENTION | _GATED,
+        {"attn_q": _query, "attn_k": _key},
+    ),
+    "qwen2": GGUFArchitecture("qwen2", "Qwen2ForCausalLM", torch.bfloat16, _NORMS | _ATTENTION | _GATED),
+    "qwen3": GGUFArchitecture("qwen3", "Qwen3ForCausalLM", torch.bfloat16, _NORMS | _HEAD_NORMS | _ATTENTION | _GATED),
     "gemma3": GGUFArchitecture(
-        _SANDWICH_NORMS | _HEAD_NORMS | _ATTENTION | _GATED,
+        "gemma3_text",
+        "Gemma3ForCausalLM",
         torch.bfloat16,
+        _SANDWICH_NORMS | _HEAD_NORMS | _ATTENTION | _GATED,
         dict.fromkeys((*_SANDWICH_NORMS, *_HEAD_NORMS, "output_norm"), _minus_one),
+        (("attention.sliding_window", "sliding_window"), ("attention.key_length", "query_pre_attn_scalar")),
+        {"rope_local_base_freq": 10000.0},
     ),
 }
-
-# Tensors that carry no weights of the model: factors already contained in the config's rotary parameters.
-_DERIVED = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 
 
 @dataclass(frozen=True)
@@ -139,9 +164,11 @@ class GGUFModel:
 class GGUFSource:
     """Tensors of a GGUF file under transformers names, dequantised to float32 one at a time."""
 
-    def __init__(self, path: Path, tensors: Mapping[str, Any], architecture: GGUFArchitecture, config: Any) -> None:
+    def __init__(
+        self, path: Path, tensors: Mapping[str, GGUFTensor], architecture: GGUFArchitecture, config: Any
+    ) -> None:
         self._path = path
-        self._tensors = dict(tensors)  # model name -> gguf.ReaderTensor, whose data is a view of the file
+        self._tensors = dict(tensors)
         self._architecture = architecture
         self._config = config
         self._fingerprint: str | None = None
@@ -156,8 +183,8 @@ class GGUFSource:
         return sorted(self._tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor (GGUF lists dimensions innermost first)."""
-        return tuple(int(size) for size in reversed(self._tensor(name).shape))
+        """Shape of a tensor."""
+        return self._tensor(name).shape
 
     def dtype(self, name: str) -> torch.dtype:
         """float32: what dequantisation yields."""
@@ -169,13 +196,16 @@ class GGUFSource:
         import gguf
 
         tensor = self._tensor(name)
-        values = np.array(gguf.dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
-        value = torch.from_numpy(values).reshape(self.shape(name))
+        kind = gguf.GGMLQuantizationType(tensor.type_number)
+        raw = read_bytes(self._path, tensor.start, stored_size(tensor)).numpy()
+        rows = math.prod(tensor.shape[:-1])
+        values = gguf.dequantize(raw.reshape(rows, -1), kind)
+        value = torch.from_numpy(np.array(values, dtype=np.float32)).reshape(tensor.shape)
         return self._architecture.transform(tensor.name, value, self._config)
 
     def quantization(self, name: str) -> str:
         """Name of the stored type, for example "Q4_1"."""
-        return str(self._tensor(name).tensor_type.name)
+        return type_name(self._tensor(name))
 
     def fingerprint(self) -> str:
         """sha256 over names, shapes, dtypes and the file."""
@@ -183,10 +213,41 @@ class GGUFSource:
             self._fingerprint = hash_lines([*describe(self), hash_file(self._path)])
         return self._fingerprint
 
-    def _tensor(self, name: str) -> Any:
+    def _tensor(self, name: str) -> GGUFTensor:
         if name not in self._tensors:
             raise ModelError(f"{self._path.name!r} has no tensor {name!r}{nearest(name, self._tensors)}")
         return self._tensors[name]
+
+
+def type_name(tensor: GGUFTensor) -> str:
+    """Name of a tensor's stored type.
+
+    Raises:
+        ModelError: the installed gguf package does not know the type.
+    """
+    import gguf
+
+    try:
+        return str(gguf.GGMLQuantizationType(tensor.type_number).name)
+    except ValueError:
+        raise ModelError(
+            f"tensor {tensor.name!r} has GGUF type {tensor.type_number}, unknown to gguf: pip install -U gguf"
+        ) from None
+
+
+def stored_size(tensor: GGUFTensor) -> int:
+    """Bytes of a tensor in the file.
+
+    Raises:
+        ModelError: its rows are not a whole number of quantisation blocks.
+    """
+    import gguf
+
+    type_name(tensor)
+    block, size = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType(tensor.type_number)]
+    if tensor.shape[-1] % block:
+        raise ModelError(f"tensor {tensor.name!r} of shape {tensor.shape} is not made of blocks of {block}")
+    return int(math.prod(tensor.shape) // block * size)
 
 
 def is_gguf(path: Path) -> bool:
@@ -195,7 +256,7 @@ def is_gguf(path: Path) -> bool:
         return True
     try:
         with path.open("rb") as file:
-            return file.read(4) == _MAGIC
+            return file.read(4) == MAGIC
     except OSError as error:
         raise ModelError(f"cannot read {str(path)!r}: {error.strerror or error}") from error
 
@@ -207,85 +268,97 @@ def open_gguf(path: Path) -> GGUFModel:
         MissingDependencyError: the gguf package is not installed.
         ModelError: not GGUF, truncated, of an architecture whit does not know, or with tensors it does not know.
     """
-    reader = _read(path)
-    name = _architecture_name(reader, path)
+    if importlib.util.find_spec("gguf") is None:
+        raise MissingDependencyError(f"reading {path.name!r} needs the gguf package: pip install 'gguf>=0.17'")
+    header = read_gguf_header(path)
+    name = str(header.metadata.get("general.architecture"))
     if name not in ARCHITECTURES:
         raise ModelError(
             f"{str(path)!r} has GGUF architecture {name!r}; whit reads {', '.join(ARCHITECTURES)}"
             f"{nearest(name, ARCHITECTURES)} (or give the model's transformers folder)"
         )
     architecture = ARCHITECTURES[name]
-    tensors: dict[str, Any] = {}
-    notes = []
-    for tensor in reader.tensors:
-        if tensor.name in _DERIVED:
-            notes.append(f"{tensor.name} of the GGUF file is not used: rotary scaling is taken from its metadata")
-            continue
+    size = path.stat().st_size
+    tensors: dict[str, GGUFTensor] = {}
+    for tensor in header.tensors:
         model_name = architecture.name(tensor.name)
         if model_name is None:
-            raise ModelError(f"{str(path)!r} has a tensor {tensor.name!r} that architecture {name!r} should not have")
+            raise ModelError(
+                f"{str(path)!r} has a tensor {tensor.name!r} that whit does not know in architecture {name!r}: "
+                "give the model's transformers folder"
+            )
+        if tensor.start + stored_size(tensor) > size:
+            raise ModelError(
+                f"{str(path)!r} is incomplete: tensor {tensor.name!r} ends at byte "
+                f"{tensor.start + stored_size(tensor):,} of {size:,}: download it again"
+            )
         tensors[model_name] = tensor
-    config = _quietly(lambda: AutoConfig.from_pretrained(path.parent, gguf_file=path.name), path, "config")
-    config.tie_word_embeddings = "lm_head.weight" not in tensors
-    config.dtype = architecture.dtype
-    if not config.architectures and type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
-        config.architectures = [transformers.MODEL_FOR_CAUSAL_LM_MAPPING[type(config)].__name__]
-
-    def load_tokenizer() -> Any:
-        return _quietly(lambda: AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name), path, "tokenizer")
-
-    quantised = sorted({str(tensor.tensor_type.name) for tensor in reader.tensors} - {"F32", "F16", "BF16"})
-    if quantised:
-        notes.append(
-            f"the file's weights are already quantised ({', '.join(quantised)}): figures are against the dequantised "
-            "model, and a format that contains the same grid reproduces it without error"
-        )
+    config = _config(path, name, header.metadata, tensors)
     source = GGUFSource(path, tensors, architecture, config)
-    return GGUFModel(config, source, load_tokenizer, architecture.dtype, tuple(notes))
+    return GGUFModel(config, source, _tokenizer_loader(path), architecture.dtype, _notes(header.tensors))
 
 
-def _read(path: Path) -> Any:
-    if importlib.util.find_spec("gguf") is None:
-        raise MissingDependencyError(f"reading {path.name!r} needs the gguf package: pip install 'gguf>=0.17'")
-    import gguf
-
-    try:
-        with path.open("rb") as file:
-            magic = file.read(4)
-    except OSError as error:
-        raise ModelError(f"cannot read {str(path)!r}: {error.strerror or error}") from error
-    if magic != _MAGIC:
-        raise ModelError(f"{str(path)!r} is not a GGUF file (it starts with {magic!r}, not {_MAGIC!r})")
-    try:
-        reader = gguf.GGUFReader(path)
-    except Exception as error:
+def _config(path: Path, name: str, metadata: Mapping[str, Any], tensors: Mapping[str, GGUFTensor]) -> Any:
+    architecture = ARCHITECTURES[name]
+    scaling = metadata.get(f"{name}.rope.scaling.type", "none")
+    if scaling != "none":
         raise ModelError(
-            f"{str(path)!r} is a damaged or incomplete GGUF file ({type(error).__name__}: {error}): download it again"
-        ) from error
-    size = path.stat().st_size
-    for tensor in reader.tensors:
-        if int(tensor.data_offset) + int(tensor.n_bytes) > size:
-            raise ModelError(f"{str(path)!r} is incomplete: tensor {tensor.name!r} ends past its {size:,} bytes")
-    return reader
-
-
-def _architecture_name(reader: Any, path: Path) -> str:
-    field = reader.fields.get("general.architecture")
-    if field is None:
-        raise ModelError(f"{str(path)!r} does not say its architecture (general.architecture): download it again")
-    return str(field.contents())
-
-
-def _quietly(load: Callable[[], Any], path: Path, what: str) -> Any:
-    """Run a transformers GGUF loader without its progress bars."""
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+            f"{str(path)!r} scales rotary positions ({scaling!r}), which whit does not read from GGUF: "
+            "give the model's transformers folder"
+        )
+    if "model.embed_tokens.weight" not in tensors:
+        raise ModelError(f"{str(path)!r} has no tensor 'token_embd.weight': download it again")
+    fields = dict(architecture.defaults)
+    for key, target in (*_CONFIG, *architecture.config):
+        value = metadata.get(f"{name}.{key}")
+        if value is not None:
+            fields[target] = _shortest(value) if isinstance(value, float) else value
+    for key, target in _TOKENS.items():
+        if f"tokenizer.ggml.{key}_token_id" in metadata:
+            fields[target] = metadata[f"tokenizer.ggml.{key}_token_id"]
     try:
-        with contextlib.redirect_stderr(io.StringIO()):
-            return load()
+        return AutoConfig.for_model(
+            architecture.model_type,
+            architectures=[architecture.model_class],
+            vocab_size=tensors["model.embed_tokens.weight"].shape[0],
+            tie_word_embeddings="lm_head.weight" not in tensors,
+            dtype=architecture.dtype,
+            **fields,
+        )
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"the {what} in {str(path)!r} cannot be read ({reason})") from error
-    finally:
-        logger.setLevel(level)
+        raise ModelError(
+            f"the metadata of {str(path)!r} makes no {architecture.model_type} config ({reason})"
+        ) from error
+
+
+def _shortest(value: float) -> float:
+    """The shortest decimal that is the same float32: metadata holds 1e-05 as 9.99999974e-06."""
+    return float(str(np.float32(value)))
+
+
+def _notes(tensors: list[GGUFTensor]) -> tuple[str, ...]:
+    quantised = sorted({type_name(tensor) for tensor in tensors} - {"F32", "F16", "BF16"})
+    if not quantised:
+        return ()
+    return (
+        f"the file's weights are already quantised ({', '.join(quantised)}): figures are against the dequantised "
+        "model, and a format that contains the same grid would reproduce it without error",
+    )
+
+
+def _tokenizer_loader(path: Path) -> Callable[[], Any]:
+    def load() -> Any:
+        logger = logging.getLogger("transformers")
+        level = logger.level
+        logger.setLevel(logging.ERROR)
+        try:
+            with contextlib.redirect_stderr(io.StringIO()):  # transformers shows progress bars of its own
+                return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        except Exception as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise ModelError(f"the tokenizer in {str(path)!r} cannot be read ({reason})") from error
+        finally:
+            logger.setLevel(level)
+
+    return load

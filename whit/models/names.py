@@ -81,8 +81,8 @@ def match_names(model: nn.Module, source: TensorSource) -> Match:
 
     for group in tied_groups(model):
         shape = tuple(model.get_parameter(group[0]).shape)
-        taken = [take(name, shape) for name in group]  # all of them, not only up to the first
-        if not any(taken):
+        found = [take(name, shape) for name in group]  # every name is asked for, not only the first that is there
+        if not any(found):
             missing.append(group[0])
     for name in persistent_buffers(model):
         take(name, tuple(model.get_buffer(name).shape))

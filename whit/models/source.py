@@ -85,7 +85,7 @@ def read_bytes(path: Path, start: int, count: int) -> Tensor:
         ModelError: the file cannot be read or has become shorter.
     """
     out = torch.empty(count, dtype=torch.uint8)
-    view = memoryview(out.numpy())
+    view = out.numpy().data
     try:
         with path.open("rb", buffering=0) as file:
             file.seek(start)
@@ -194,7 +194,7 @@ def hash_tensor(tensor: Tensor) -> str:
     """sha256 (hexadecimal) of the bytes of a contiguous CPU tensor."""
     flat = tensor.reshape(-1)
     raw = flat.view(torch.uint8) if flat.numel() else torch.empty(0, dtype=torch.uint8)
-    return hashlib.sha256(memoryview(raw.numpy())).hexdigest()
+    return hashlib.sha256(raw.numpy().data).hexdigest()
 
 
 class RenamedSource:
