@@ -99,13 +99,10 @@ def _compare(
     mine: Sums,
     theirs: Sums,
 ) -> None:
-    logits = name == "logits" or causal
-    if logits and output.ndim in (2, 3):
-        last = -1 if causal else None
-        rows = output.flatten(0, -2) if output.ndim == 2 else output[0, :last]
-        other = None if reference is None else reference.flatten(0, -2) if output.ndim == 2 else reference[0, :last]
-        scored = targets if targets is not None else _attended(batch, rows)
-        sums = token_sums(rows, scored, other)
+    counted = targets if targets is not None else _attended(batch, output)
+    if (name == "logits" or causal) and output.ndim in (2, 3):
+        rows, other = _rows(output, causal), None if reference is None else _rows(reference, causal)
+        sums = token_sums(rows, counted, other)
         if targets is not None and sums.likelihood is not None:
             _add(mine, "perplexity", sums.likelihood, sums.tokens)
         if targets is not None and sums.reference_likelihood is not None:
@@ -115,17 +112,26 @@ def _compare(
             _add(mine, "top1_agreement", sums.agreement, sums.tokens)
     if causal or reference is None:
         return
-    _add(mine, "output_error", *_squares(output, reference))
+    if counted is not None:
+        used = (counted != IGNORED).to(output.device)
+        _add(mine, "output_error", *_squares(output[0, used], reference[0, used]))
+    else:
+        _add(mine, "output_error", *_squares(output, reference))
     if name == "last_hidden_state":
         mask = batch.get("attention_mask")
         similarity = torch.cosine_similarity(_pooled(output, mask), _pooled(reference, mask), dim=-1)
         _add(mine, "cosine_similarity", float(similarity.sum()), len(similarity))
 
 
-def _attended(batch: Mapping[str, Tensor], rows: Tensor) -> Tensor | None:
-    """A stand-in for targets that leaves padded positions out: 0 where the mask is set."""
+def _rows(logits: Tensor, causal: bool) -> Tensor:
+    """Logits of one sample as (rows, classes), without the last position where rows predict the next token."""
+    return logits if logits.ndim == 2 else logits[0, : -1 if causal else None]
+
+
+def _attended(batch: Mapping[str, Tensor], output: Tensor) -> Tensor | None:
+    """A stand-in for targets that leaves padded positions out: 0 where the mask is set, `IGNORED` elsewhere."""
     mask = batch.get("attention_mask")
-    if mask is None or mask.shape[-1] != rows.shape[0]:
+    if mask is None or output.ndim != 3 or mask.shape != output.shape[:2]:
         return None
     return torch.where(mask[0] > 0, 0, IGNORED)
 

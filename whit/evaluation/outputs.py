@@ -40,7 +40,7 @@ def run_model(model: nn.Module, batch: Mapping[str, Tensor], device: torch.devic
         listed = ", ".join(sorted(batch))
         raise ModelError(f"{type(model).__name__} does not take the inputs {listed}: {_first_line(error)}") from error
     name, value = main_output(answer, type(model).__name__)
-    if not bool(torch.isfinite(value.sum())) and not bool(torch.isfinite(value).all()):
+    if _broken(value):
         raise ModelError(
             f"{name} of {type(model).__name__} hold NaN or Inf: try --dtype float32, or check the model's weights"
         )
@@ -89,8 +89,15 @@ def is_causal(model: nn.Module, batch: Mapping[str, Tensor], device: torch.devic
     if name not in ("logits", "output") or before.ndim != 3 or before.shape[:2] != probe.shape:
         return False
     _, after = run_model(model, {"input_ids": changed}, device)
-    moved = (before[:, :-1] - after[:, :-1]).abs().max()
-    return bool(moved <= 1e-3 * (before[:, -1] - after[:, -1]).abs().max())
+    moved = (before - after).nan_to_num(0).abs()  # NaN: -Inf on both sides
+    return bool(moved[:, :-1].max() <= 1e-3 * moved[:, -1].max())
+
+
+def _broken(value: Tensor) -> bool:
+    """NaN or +Inf anywhere; -Inf is how models rule tokens out. The sum decides first: it needs no mask in memory."""
+    if bool(torch.isfinite(value.sum(dtype=torch.float32))):
+        return False
+    return bool(value.isnan().any()) or bool((value == torch.inf).any())
 
 
 def _first_line(error: Exception) -> str:

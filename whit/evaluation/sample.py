@@ -11,8 +11,7 @@ from whit.data.inputs import ModelInputs
 from whit.errors import ModelError
 from whit.evaluation.tokens import IGNORED
 
-DEFAULT_PROMPT = "The capital of France is"
-DEFAULT_TOKENS = 32
+NEW_TOKENS = 32
 
 
 def sample_text(model: nn.Module, tokenizer: Any, prompt: str, new_tokens: int) -> str:
@@ -81,13 +80,8 @@ def transcribe(model: nn.Module, tokenizer: Any, batch: dict[str, Tensor], new_t
     return str(tokenizer.decode(ids[0, start:], skip_special_tokens=True)).strip()
 
 
-def sample_task(
-    model: nn.Module,
-    tokenizer: Any,
-    data: ModelInputs,
-    *,
-    prompt: str = DEFAULT_PROMPT,
-    new_tokens: int = DEFAULT_TOKENS,
+def sample_record(
+    model: nn.Module, tokenizer: Any, prompt: str, data: ModelInputs, *, new_tokens: int = NEW_TOKENS
 ) -> dict[str, str]:
     """The sample of an evaluation record: `prompt` and `text`, and `reference` where the data knows the answer.
 

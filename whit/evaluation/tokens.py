@@ -58,16 +58,18 @@ def token_sums(logits: Tensor, targets: Tensor | None, reference: Tensor | None 
         model = functional.log_softmax(logits[rows].float(), dim=-1)
         if targets is not None:
             wanted = targets[rows][:, None]
-            likelihood -= float(model.gather(1, wanted).double().sum())
+            likelihood -= float(model.gather(1, wanted).sum(dtype=torch.float64))
         if reference is None:
             continue
         original = functional.log_softmax(reference[rows].float(), dim=-1)
         if targets is not None:
-            reference_likelihood -= float(original.gather(1, wanted).double().sum())
+            reference_likelihood -= float(original.gather(1, wanted).sum(dtype=torch.float64))
         agreement += int((model.argmax(-1) == original.argmax(-1)).sum())
-        # In place: p * (log p - log q), three buffers of ROWS x vocabulary in all.
+        # In place: p * (log p - log q), and 0 where p = 0; a few buffers of ROWS x vocabulary in all.
         difference = model.neg_().add_(original)
-        divergence += float(difference.mul_(original.exp_()).double().sum())
+        probability = original.exp_()
+        difference.mul_(probability).masked_fill_(probability == 0, 0)
+        divergence += float(difference.sum(dtype=torch.float64))
     return TokenSums(
         tokens=len(scored),
         likelihood=likelihood if targets is not None else None,
