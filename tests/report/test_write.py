@@ -68,7 +68,11 @@ def nasty_result() -> Result:
     return dataclasses.replace(
         result,
         model={**result.model, "label": NASTY, "architecture": NASTY, "notes": [NASTY], "license": NASTY},
-        run={**result.run, "command": NASTY, "method": {"method": NASTY, NASTY: NASTY}},
+        run={
+            **result.run,
+            "options": {**result.run["options"], "skip": [NASTY]},
+            "method": {"method": NASTY, NASTY: NASTY},
+        },
         layers=layers,
         untouched={NASTY: NASTY},
         compressed=compressed,
@@ -107,7 +111,10 @@ def test_page_shows_every_layer_cell_and_figure() -> None:
     for layer in result.layers:
         assert layer.name in found.text
     assert "tied to model.embed_tokens.weight" in found.text
-    assert "whit compress -o whit-output/smollm2-135m-billm" in found.text
+    assert (
+        "whit compress smollm2-135m --method billm --block-size 128 --variant whit --samples 32 --skip lm_head"
+        in found.text
+    )
 
 
 def test_bars_of_the_size_chart_add_up_to_the_file() -> None:
@@ -173,7 +180,7 @@ def test_two_stacks_have_a_map_each() -> None:
 
 def test_card_has_front_matter_table_and_loading_code() -> None:
     card = model_card(example_result())
-    assert card.startswith('---\nbase_model: "SmolLM2-135M-Instruct"\nbase_model_relation: "quantized"\n')
+    assert card.startswith('---\nbase_model: "smollm2-135m"\nbase_model_relation: "quantized"\n')
     assert 'license: "apache-2.0"' in card
     assert "| stored bits per weight, compressed layers | 16.00 | 2.687 |" in card
     assert 'AutoModelForCausalLM.from_pretrained("DIR")' in card
