@@ -16,7 +16,7 @@ import torch
 from tests.report.example import example_evaluations, example_plan, example_result
 from whit import errors
 from whit.cli import main
-from whit.cli.commands import build, default_output
+from whit.cli.commands import build, output_directory
 from whit.cli.options import RUN_HELP, explain_unknown, requested_method
 from whit.methods.base import available_methods, knobs
 from whit.pipeline.events import Listener, Plan
@@ -41,7 +41,7 @@ class FakeEngine:
         method: str = "billm",
         output: Path | None = None,
         *,
-        options: RunOptions = RunOptions(),  # noqa: B008
+        options: RunOptions | None = None,
         listener: Listener | None = None,
         dry_run: bool = False,
         **knobs: Any,
@@ -52,6 +52,8 @@ class FakeEngine:
         result, plan = example_result(BLOCKS), example_plan(BLOCKS)
         if dry_run:
             return plan
+        for note in plan.notes:
+            listener.note(note)
         listener.planned(plan)
         listener.phase("calibration", 1)
         listener.step("batch 1/1")
@@ -70,12 +72,14 @@ class FakeEngine:
             write_reports(output, result)
         return result
 
-    def evaluate(self, model: str, *, against: str | None = None, options: RunOptions) -> EvaluationRecord:
+    def evaluate(
+        self, model: str, *, against: str | None = None, options: RunOptions | None = None
+    ) -> EvaluationRecord:
         self.calls.append({"model": model, "against": against, "options": options})
         return example_evaluations()[1]
 
-    def generate(self, directory: str, prompt: str, *, new_tokens: int = 64) -> str:
-        self.calls.append({"directory": directory, "prompt": prompt, "new_tokens": new_tokens})
+    def generate(self, directory: str, prompt: str, *, new_tokens: int = 64, device: str = "auto") -> str:
+        self.calls.append({"directory": directory, "prompt": prompt, "new_tokens": new_tokens, "device": device})
         return f"{prompt} and so on"
 
 
@@ -155,10 +159,10 @@ def test_defaults_of_the_command_line_are_those_of_python() -> None:
 def test_default_output_is_named_after_model_and_method(tmp_path: Path) -> None:
     (tmp_path / "Tiny.Q4_1.gguf").touch()
     (tmp_path / "folder").mkdir()
-    assert default_output(None, "billm") == Path("whit-output/smollm2-135m-billm")
-    assert default_output("org/name", "gptq") == Path("whit-output/name-gptq")
-    assert default_output(str(tmp_path / "Tiny.Q4_1.gguf"), "rtn") == Path("whit-output/Tiny.Q4_1-rtn")
-    assert default_output(f"{tmp_path / 'folder'}/", "rtn") == Path("whit-output/folder-rtn")
+    assert output_directory(None, "billm") == Path("whit-output/smollm2-135m-billm")
+    assert output_directory("org/name", "gptq") == Path("whit-output/name-gptq")
+    assert output_directory(str(tmp_path / "Tiny.Q4_1.gguf"), "rtn") == Path("whit-output/Tiny.Q4_1-rtn")
+    assert output_directory(f"{tmp_path / 'folder'}/", "rtn") == Path("whit-output/folder-rtn")
 
 
 def test_the_last_method_on_the_line_counts() -> None:
@@ -178,6 +182,7 @@ def test_plain_lines_when_output_is_no_terminal(tmp_path: Path, capsys: pytest.C
     assert re.search(r"^block 1/2 model\.layers\.0: mean error 0\.\d+, about .* left$", out, re.M)
     assert re.search(r"^block 2/2 model\.layers\.1: mean error 0\.\d+$", out, re.M)
     assert "note: damping raised" in out
+    assert out.count("the source lies on a Q4_1 grid") == 1
     assert "131.4 [113.9, 152.6]" in out
     assert out.index("Plan") < out.index("block 1/2") < out.index("perplexity")
 
@@ -194,7 +199,7 @@ def test_json_is_one_event_per_line_and_nothing_else(tmp_path: Path, capsys: pyt
     captured = capsys.readouterr()
     events = [json.loads(line) for line in captured.out.splitlines()]
     kinds = [event["event"] for event in events]
-    assert kinds[0] == "plan"
+    assert kinds[:2] == ["note", "plan"]
     assert kinds[-1] == "result"
     assert kinds.count("layer") == 14
     assert kinds.count("block") == BLOCKS

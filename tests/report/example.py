@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import random
 
 from whit.pipeline.events import Plan, PlannedLayer
+from whit.pipeline.options import RunOptions
 from whit.report.record import EvaluationRecord, LayerRecord, MetricRecord, Result, SizeRecord
 
 KINDS = {
@@ -101,7 +103,7 @@ def example_result(blocks: int = 30, evaluated: bool = True, leak: bool = False)
     untouched["lm_head.weight"] = "tied to model.embed_tokens.weight"
     return Result(
         model={
-            "label": "SmolLM2-135M-Instruct",
+            "label": "smollm2-135m",
             "architecture": "LlamaForCausalLM",
             "identity": "b179c9523d0e6a0f",
             "license": "apache-2.0",
@@ -114,7 +116,7 @@ def example_result(blocks: int = 30, evaluated: bool = True, leak: bool = False)
             "device": "cpu",
             "dtype": "float32",
             "versions": {"whit": "0.1.0", "torch": "2.13.0", "transformers": "5.23.0", "python": "3.11.7"},
-            "command": "whit compress -o whit-output/smollm2-135m-billm",
+            "options": {**dataclasses.asdict(RunOptions(samples=32)), "skip": ["lm_head"]},
         },
         layers=layers,
         untouched=untouched,
@@ -149,7 +151,7 @@ def example_plan(blocks: int = 30) -> Plan:
         for layer in result.layers
     ]
     return Plan(
-        model="SmolLM2-135M-Instruct",
+        model="smollm2-135m",
         architecture="LlamaForCausalLM",
         layers=layers,
         untouched=result.untouched,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,7 +30,6 @@ from whit.methods.base import available_methods, knobs, method_class
 from whit.pipeline.events import Plan
 
 Action = Callable[[Callable[[], Engine]], None]
-DEFAULT_MODEL = "smollm2-135m"
 EVALUATION_OPTIONS = (
     "evaluation",
     "evaluation_windows",
@@ -66,18 +64,13 @@ def build(argv: Sequence[str]) -> typer.Typer:
     return app
 
 
-def default_output(model: str | None, method: str) -> Path:
-    """`whit-output/<model>-<method>`; the model's name is the last part of its path or id."""
-    name = re.sub(r"\.gguf$", "", Path(model or DEFAULT_MODEL).resolve().name if _is_path(model) else _last(model))
-    return Path("whit-output") / f"{name or 'model'}-{method}"
+def output_directory(model: str | None, method: str) -> Path:
+    """The directory that a run without -o writes to: named after the model and the method."""
+    from whit.models.catalog import DEFAULT
+    from whit.pipeline.compress import default_output
 
-
-def _is_path(model: str | None) -> bool:
-    return model is not None and Path(model).exists()
-
-
-def _last(model: str | None) -> str:
-    return (model or DEFAULT_MODEL).rstrip("/").rpartition("/")[2]
+    name = model or DEFAULT
+    return default_output(str(Path(name).resolve()) if Path(name).exists() else name, method)
 
 
 def _root(
@@ -116,8 +109,8 @@ def _compress_command(argv: Sequence[str]) -> Callable[..., Action]:
     def compress(**values: Any) -> Action:
         model: str | None = values["model"]
         method: str = values["method"]
-        output: Path = values["output"] or default_output(model, method)
         options = run_options(values)
+        output: Path = values["output"] or output_directory(model, method)
         chosen = {name: values[name] for name in knob_names}
 
         def action(engine: Callable[[], Engine]) -> None:
@@ -163,12 +156,13 @@ def _generate(
     directory: Annotated[str, typer.Argument(metavar="DIR", help="compressed directory")],
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="text to continue")],
     new_tokens: Annotated[int, typer.Option("--new-tokens", min=1, help="tokens to generate")] = 64,
+    device: Annotated[str, typer.Option("--device", help="where to compute: auto, cpu, cuda, ...")] = "auto",
     debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
 ) -> Action:
     """Continue a prompt with a compressed model."""
 
     def action(engine: Callable[[], Engine]) -> None:
-        print(engine().generate(directory, prompt, new_tokens=new_tokens))
+        print(engine().generate(directory, prompt, new_tokens=new_tokens, device=device))
 
     return action
 

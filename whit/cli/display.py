@@ -65,11 +65,13 @@ class PlainDisplay(Display):
         self._started = 0.0
         self._done_before = 0
         self._errors: list[float] = []
+        self._notes: set[str] = set()
 
     def planned(self, plan: Plan) -> None:
         """Print the plan."""
         super().planned(plan)
-        self.console.print(plan_view(plan))
+        fresh = [note for note in plan.notes if note not in self._notes]
+        self.console.print(plan_view(dataclasses.replace(plan, notes=fresh)))
         self._done_before = plan.blocks_done
 
     def phase(self, name: str, total: int) -> None:
@@ -96,6 +98,7 @@ class PlainDisplay(Display):
 
     def note(self, message: str) -> None:
         """Print the note."""
+        self._notes.add(message)
         self._line(f"note: {message}")
 
     def finished(self, result: Result, directory: Path) -> None:

@@ -20,7 +20,7 @@ class Engine(Protocol):
         method: str = "billm",
         output: Path | None = None,
         *,
-        options: RunOptions = ...,
+        options: RunOptions | None = None,
         listener: Listener | None = None,
         dry_run: bool = False,
         **knobs: Any,
@@ -28,11 +28,13 @@ class Engine(Protocol):
         """Compress a model into a directory, or only plan it."""
         ...
 
-    def evaluate(self, model: str, *, against: str | None = None, options: RunOptions) -> EvaluationRecord:
+    def evaluate(
+        self, model: str, *, against: str | None = None, options: RunOptions | None = None
+    ) -> EvaluationRecord:
         """Measure a model, beside another if given."""
         ...
 
-    def generate(self, directory: str, prompt: str, *, new_tokens: int = 64) -> str:
+    def generate(self, directory: str, prompt: str, *, new_tokens: int = 64, device: str = "auto") -> str:
         """Continue a prompt."""
         ...
 

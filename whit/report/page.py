@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
-import whit
 from whit.report.charts import Bar, bars, heat_maps, metric_chart
+from whit.report.command import command_line
 from whit.report.figures import (
     SummaryRow,
     cost_rows,
@@ -239,7 +239,8 @@ def _left_alone(result: Result) -> Html | None:
 
 
 def _provenance(result: Result) -> Html:
-    facts: dict[str, Any] = {"model": result.model, **result.run, "schema": result.schema, "whit": whit.__version__}
+    facts: dict[str, Any] = {"command": command_line(result), "model": result.model, **result.run}
+    facts.pop("identity", None)  # repeats what the other entries say, for machines
     for name, record in (("original", result.original), ("compressed", result.compressed)):
         if record is not None:
             facts[f"evaluation of the {name}"] = {

