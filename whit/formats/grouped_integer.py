@@ -76,7 +76,7 @@ class GroupedInteger(Format):
         whole = columns // size
         for part, first, last in ((out[:, : whole * size], 0, whole), (out[:, whole * size :], whole, groups)):
             if last > first:
-                grouped = part.view(rows, last - first, -1)
+                grouped = part.view(rows, last - first, min(size, part.shape[1]))
                 grouped.sub_(zeros[:, first:last, None]).mul_(scale[:, first:last, None])
         return out
 

@@ -53,11 +53,10 @@ class LevelTable(Format):
 
     def unpack(self, tensors: Mapping[str, Tensor], rows: int, columns: int) -> Tensor:
         """float32 (rows, columns) by the equation at the top of this file."""
-        codes = unpack_codes(tensors["codes"], self.bits, columns)
+        codes = unpack_codes(tensors["codes"], self.bits, columns, torch.int64)
         levels = tensors["levels"].float()
         block = torch.arange(columns, device=codes.device) // (self.block_size or columns)
-        index = codes.long() + block * 2**self.bits
-        return levels.reshape(rows, -1).gather(1, index)
+        return levels.flatten(1).gather(1, codes + block * 2**self.bits)
 
     def unpack_rows(self, tensors: Mapping[str, Tensor], rows: int, columns: int, index: Tensor) -> Tensor:
         """Only the asked rows are decoded."""
