@@ -93,10 +93,23 @@ class BiLLM(Method):
         alive = weight.masked_fill(factor.dead, 0)
         notes = (*factor.notes, *dead_column_notes(statistics))
         size = layout.block_size or weight.shape[1]
-        options = {"block_size": size, "salient_metric": self.salient_metric, "limit": self.salient_limit}
         if self.variant == "paper":
-            paper = paper_billm(alive, factor.upper, **options, compensate=self.compensate)
+            paper = paper_billm(
+                alive,
+                factor.upper,
+                block_size=size,
+                salient_metric=self.salient_metric,
+                limit=self.salient_limit,
+                compensate=self.compensate,
+            )
             return layout.pack(paper.signs, paper.second, paper.salient, paper.scalars), notes
-        found = official_billm(alive, factor.upper, **options, compensate=self.compensate)
+        found = official_billm(
+            alive,
+            factor.upper,
+            block_size=size,
+            salient_metric=self.salient_metric,
+            limit=self.salient_limit,
+            compensate=self.compensate,
+        )
         second = torch.where(found.salient, found.second, found.sparse)
         return layout.pack(found.first, second, found.salient, found.scalars), notes

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from whit.methods.billm_official import SALIENT_LIMIT
+from whit.methods.billm_official import SALIENT_LIMIT, push_error
 
 SPLIT_SHARES = 9
 
@@ -121,7 +121,7 @@ def paper_billm(
         ordinary = torch.where(sparse, alpha_s, alpha_c) * sign
         quantised = torch.where(marks, alpha_1 * sign + alpha_2 * (last.float() * 2 - 1), ordinary)
         if compensate:
-            current[:, end:] -= ((block - quantised) / diagonal) @ upper[start:end, end:]
+            push_error(current, (block - quantised) / diagonal, upper, start, end)
         salient[start:end] = marks
         signs[:, start:end] = first
         second[:, start:end] = torch.where(marks, last, sparse)
