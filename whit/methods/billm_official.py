@@ -161,6 +161,20 @@ def block_masks(block: Tensor, diagonal: Tensor, salient_metric: str, limit: int
     return masks_at(saliency, salient, search_split(saliency, salient))
 
 
+def push_error(current: Tensor, scaled: Tensor, upper: Tensor, start: int, end: int) -> None:
+    """Let the columns after a block absorb its error, in place: W_later -= ((W_b - Q_b) / diag(U_b)) U_b,later.
+
+    This is the diagonal form of the released code. The exact optimum is (W_b - Q_b) U_bb^-1 U_b,later.
+
+    Args:
+        current: float32 (rows, columns).
+        scaled: (W_b - Q_b) / diag(U_b), (rows, end - start).
+        upper: U, (columns, columns).
+        start, end: columns of the block.
+    """
+    current[:, end:] -= scaled.matmul(upper[start:end, end:])
+
+
 def official_billm(
     weight: Tensor,
     upper: Tensor,
@@ -172,7 +186,7 @@ def official_billm(
 ) -> OfficialResult:
     """Binarise a whole weight matrix block by block, left to right.
 
-    After each block, W_later -= ((W_b - Q_b) / diag(U_b)) U_b,later: the diagonal form of the released code.
+    The columns of a block are quantised as they entered it; its error then moves to later blocks (`push_error`).
 
     Args:
         weight: float32 (rows, columns), dead columns already zero. Not modified.
@@ -203,7 +217,7 @@ def official_billm(
         error += float((scaled**2).sum()) / 2
         current[:, start:end] = quantised
         if compensate:
-            current[:, end:] -= scaled.matmul(upper[start:end, end:])
+            push_error(current, scaled, upper, start, end)
 
         salient[start:end] = masks.salient[0]
         sparse[:, start:end] = masks.sparse

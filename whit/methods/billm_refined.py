@@ -1,0 +1,295 @@
+"""BiLLM's representation, fitted properly: two symmetric codebooks per row, sequential rounding, joint refinement.
+
+Without means, both kinds of column of BiLLM hold four symmetric values per row: +-c and +-s on ordinary columns,
++-(a1 + a2) and +-(a1 - a2) on salient ones. So a column's mark simply chooses between two codebooks {+-low, +-high},
+and the two sign planes are a two-bit code in either. Seen so, every step has a plain optimum:
+
+1. Marks and codebooks minimise sum_ij (w_ij - q_ij)^2 / U_jj^2 by turns: the best codebooks for given marks come from
+   prefix sums over sorted magnitudes, which give every split exactly; the best mark of a column is that of the
+   codebook with less error. 1/U_jj^2 is what an error in column j costs once later columns have compensated for it.
+2. Columns are rounded in descending order of diag(H), each absorbing the errors of those before it (GPTQ's update).
+   The codebooks do not depend on the order, so nothing about the order needs to be stored.
+3. By turns, all scalars of a row are refitted by least squares under the full H, and every code is chosen anew given
+   all others (coordinate descent). No step can raise tr(D H D^T).
+
+Since this leaves the codebooks little to do locally, a whole row shares them by default: 2 + 64/m + 1/n stored bits.
+
+Internally everything is transposed and in rounding order: a column of the weight is one contiguous row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from whit.methods.feedback import Rounder, round_with_feedback
+
+MARK_ROUNDS = 3
+INITIAL_SHARE = 0.1
+SAMPLED_ROWS = 1024
+LAZY_COLUMNS = 128
+
+
+@dataclass(frozen=True)
+class Codebooks:
+    """Magnitudes of 2 * blocks symmetric codebooks, number 2 * block + mark: `low`, `high`, each (codebooks, rows).
+
+    0 <= low <= high, in float32, exactly as the stored float16 scalars give them.
+    """
+
+    low: Tensor
+    high: Tensor
+
+    def scalars(self) -> Tensor:
+        """The scalars of `BinaryResidual` without means, float32 exact in float16: (rows, blocks, 4)."""
+        ordinary_low, ordinary_high = self.low[0::2], self.high[0::2]
+        scale_1, scale_2 = _scales(self.low[1::2], self.high[1::2])
+        return torch.stack([ordinary_low, ordinary_high, scale_1, scale_2], -1).transpose(0, 1)
+
+
+def storable(low: Tensor, high: Tensor) -> Codebooks:
+    """Round magnitudes (codebooks, rows) to what float16 scalars can express: the even ones as they are, the odd ones
+    as sum and difference of two scales."""
+    stored_low, stored_high = low.half().float(), high.half().float()
+    scale_1, scale_2 = _scales(low[1::2], high[1::2])
+    stored_low[1::2], stored_high[1::2] = scale_1 - scale_2, scale_1 + scale_2
+    return Codebooks(stored_low, stored_high)
+
+
+def _scales(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+    return ((high + low) / 2).half().float(), ((high - low) / 2).half().float()
+
+
+@dataclass(frozen=True)
+class RefinedResult:
+    """Stored form of one weight matrix, ordered as in `BinaryResidual`: bool marks and planes, float32 scalars."""
+
+    salient: Tensor
+    signs: Tensor
+    second: Tensor
+    scalars: Tensor
+
+
+def two_magnitudes(sorted_magnitude: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]:
+    """The exact optimum of weighted two-means per row: low, high (rows,).
+
+    Splitting sorted magnitudes a_1 <= ... <= a_k after position t, the weighted squared error is a constant minus
+    (sum_{i<=t} m_i a_i)^2 / sum_{i<=t} m_i + (the same for i > t); prefix sums give all t at once.
+
+    Args:
+        sorted_magnitude: float32 (rows, k), ascending per row.
+        mass: non-negative weights (rows, k); entries of mass zero do not count.
+    """
+    mass_low = mass.cumsum(1)
+    sum_low = (mass * sorted_magnitude).cumsum(1)
+    mass_high = (mass_low[:, -1:] - mass_low).clamp(min=0)
+    sum_high = (sum_low[:, -1:] - sum_low).clamp(min=0)
+    tiny = 1e-6 * mass_low[:, -1:].clamp(min=1e-30)
+    gain = sum_low.square() / mass_low.clamp(min=tiny) + sum_high.square() / mass_high.clamp(min=tiny)
+    split = gain.argmax(1, keepdim=True)
+    below, above = mass_low.gather(1, split), mass_high.gather(1, split)
+    overall = sum_low[:, -1:] / mass_low[:, -1:].clamp(min=tiny)
+    low = torch.where(below > tiny, sum_low.gather(1, split) / below.clamp(min=tiny), overall)
+    high = torch.where(above > tiny, sum_high.gather(1, split) / above.clamp(min=tiny), overall)
+    return torch.minimum(low, high).squeeze(1), torch.maximum(low, high).squeeze(1)
+
+
+def choose_marks(weight: Tensor, importance: Tensor, rounds: int = MARK_ROUNDS) -> Tensor:
+    """Which of two codebooks each column of a block uses, by turns of fitting codebooks and moving columns.
+
+    Starts from the tenth of the columns that matter most. Wide weights are judged by an even sample of their rows.
+
+    Args:
+        weight: float32 (rows, columns).
+        importance: 1/U_jj^2, (columns,).
+        rounds: turns.
+
+    Returns:
+        bool (columns,).
+    """
+    stride = -(-weight.shape[0] // SAMPLED_ROWS)
+    magnitude = weight[::stride].abs()
+    marks = torch.zeros(weight.shape[1], dtype=torch.bool, device=weight.device)
+    marks[torch.topk(importance, max(1, round(INITIAL_SHARE * weight.shape[1]))).indices] = True
+    ordered, index = magnitude.sort(1)
+    mass = importance[index]
+    for _ in range(rounds):
+        marked = marks[index]
+        errors = []
+        for mask in (~marked, marked):
+            low, high = two_magnitudes(ordered, mass * mask)
+            errors.append(((magnitude - _nearest(magnitude, low[:, None], high[:, None])) ** 2).sum(0))
+        marks = errors[1] < errors[0]
+    return marks
+
+
+def fit_codebooks(weight: Tensor, importance: Tensor, marks: Tensor) -> tuple[Tensor, Tensor]:
+    """Both codebooks of a block for given marks: low, high (2, rows)."""
+    pairs = []
+    for mask in (~marks, marks):
+        magnitude, index = weight[:, mask].abs().sort(1)
+        if magnitude.shape[1]:
+            pairs.append(two_magnitudes(magnitude, importance[mask][index]))
+        else:
+            pairs.append((torch.zeros_like(weight[:, 0]), torch.zeros_like(weight[:, 0])))
+    return torch.stack([pair[0] for pair in pairs]), torch.stack([pair[1] for pair in pairs])
+
+
+def _nearest(magnitude: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    return torch.where(magnitude > (low + high) / 2, high, low)
+
+
+def _decode(codes: Tensor, books: Codebooks, book: Tensor) -> Tensor:
+    """Values (columns, rows) of codes uint8 (columns, rows), bit 0 = positive, bit 1 = high; `book` (columns,)."""
+    magnitude = torch.where(codes > 1, books.high[book], books.low[book])
+    return torch.where(codes % 2 == 1, magnitude, -magnitude)
+
+
+def round_columns(weight: Tensor, upper: Tensor, books: Codebooks, book: Tensor) -> Tensor:
+    """Round columns in turn with error feedback; codes uint8 (columns, rows). `weight` (columns, rows), in order."""
+    middle = (books.low + books.high) / 2
+    number = book.tolist()
+
+    def fit(first: int, values: Tensor) -> Rounder:
+        def round_column(column: int, current: Tensor) -> tuple[Tensor, Tensor]:
+            chosen = number[column]
+            positive, large = current >= 0, current.abs() > middle[chosen]
+            magnitude = torch.where(large, books.high[chosen], books.low[chosen])
+            return positive + 2 * large.to(torch.uint8), torch.where(positive, magnitude, -magnitude)
+
+        return round_column
+
+    return round_with_feedback(weight.T, upper, 0, fit).codes.T
+
+
+def descend(codes: Tensor, values: Tensor, gradient: Tensor, moment: Tensor, books: Codebooks, book: Tensor) -> None:
+    """One pass of coordinate descent over all columns, in place: each code becomes the best one given all others.
+
+    Row by row the loss is d^T H d with d = w - q. With g = H d, the minimum over q_j alone lies at q_j + g_j / H_jj,
+    and the best code is the one nearest to it. The gradient is kept exact: within a block by looking back at the
+    block's own changes, across blocks by one matrix product.
+
+    Args:
+        codes: uint8 (columns, rows).
+        values: float32 (columns, rows), what the codes stand for.
+        gradient: H (w - q), float32 (columns, rows).
+        moment: H, float32 (columns, columns), positive diagonal.
+        books: codebooks.
+        book: codebook of each column, (columns,).
+    """
+    middle = (books.low + books.high) / 2
+    number, diagonal = book.tolist(), torch.diagonal(moment).tolist()
+    columns = len(number)
+    for start in range(0, columns, LAZY_COLUMNS):
+        stop = min(start + LAZY_COLUMNS, columns)
+        inner = moment[start:stop, start:stop].contiguous()
+        change = torch.empty_like(values[start:stop])
+        for j in range(stop - start):
+            column = start + j
+            slope = gradient[column]
+            if j:
+                slope = torch.addmv(slope, change[:j].T, inner[j, :j], alpha=-1)
+            best = torch.add(values[column], slope, alpha=1 / diagonal[column])
+            chosen = number[column]
+            positive, large = best >= 0, best.abs() > middle[chosen]
+            magnitude = torch.where(large, books.high[chosen], books.low[chosen])
+            rounded = torch.where(positive, magnitude, -magnitude)
+            torch.sub(rounded, values[column], out=change[j])
+            values[column] = rounded
+            codes[column] = positive + 2 * large.to(torch.uint8)
+        gradient.addmm_(moment[:, start:stop], change, alpha=-1)
+
+
+def refit(codes: Tensor, values: Tensor, gradient: Tensor, moment: Tensor, books: Codebooks, book: Tensor) -> Codebooks:
+    """Least squares of the four magnitudes of each block of a row under the full H, codes fixed.
+
+    With sign patterns B (columns, 4), q = B a: the change of a that minimises d^T H d solves (B^T H B) x = B^T H d.
+    When one block spans the row this is the joint optimum of all its scalars; else blocks take turns. A row whose
+    solution is not 0 <= low <= high keeps its scalars. Arguments as in `descend`; values and
+    gradient are updated in place, the new codebooks returned.
+    """
+    low, high = books.low.clone(), books.high.clone()
+    for block in range(len(low) // 2):
+        columns = torch.nonzero(book // 2 == block).squeeze(1)
+        inner = moment[columns][:, columns]
+        code, marked = codes[columns], (book[columns] % 2 == 1).unsqueeze(1)
+        sign = (code % 2).float() * 2 - 1
+        patterns = [
+            sign * ((code > 1) == large) * (marked == mark) for mark in (False, True) for large in (False, True)
+        ]
+        right = torch.stack([(pattern * gradient[columns]).sum(0) for pattern in patterns], 1)
+        normal = torch.zeros(*right.shape, 4, dtype=right.dtype, device=right.device)
+        for i, pattern in enumerate(patterns):
+            product = inner @ pattern
+            for j in range(i + 1):
+                normal[:, i, j] = normal[:, j, i] = (patterns[j] * product).sum(0)
+        diagonal = torch.diagonal(normal, dim1=1, dim2=2)
+        diagonal += 1e-6 * diagonal.mean(1, keepdim=True) + 1e-30
+        step = torch.linalg.solve(normal, right)
+        old = torch.stack([low[2 * block], high[2 * block], low[2 * block + 1], high[2 * block + 1]], 1)
+        new = old + step
+        sound = ((new[:, 0::2] >= 0) & (new[:, 1::2] >= new[:, 0::2])).all(1, keepdim=True)
+        new = torch.where(sound, new, old)
+        rounded = storable(new[:, 0::2].T, new[:, 1::2].T)
+        low[2 * block : 2 * block + 2], high[2 * block : 2 * block + 2] = rounded.low, rounded.high
+        updated = _decode(code, Codebooks(low, high), book[columns])
+        gradient.addmm_(moment[:, columns], updated - values[columns], alpha=-1)
+        values[columns] = updated
+    return Codebooks(low, high)
+
+
+def refined_billm(
+    weight: Tensor,
+    moment: Tensor,
+    upper: Tensor,
+    order: Tensor,
+    *,
+    block_size: int = 0,
+    passes: int = 2,
+) -> RefinedResult:
+    """Fit BiLLM's representation as described at the top of this file.
+
+    Args:
+        weight: float32 (rows, columns). Not modified.
+        moment: damped H, float32 (columns, columns), positive definite, in the order of the weight.
+        upper: U with H^-1 = U^T U for the columns taken in `order`.
+        order: permutation (columns,) in which columns are rounded.
+        block_size: columns that share scalars; 0 for the whole row.
+        passes: turns of refitting scalars and choosing codes anew.
+    """
+    columns = weight.shape[1]
+    size = block_size or columns
+    importance = torch.empty(columns, device=weight.device)
+    importance[order] = torch.diagonal(upper).square().reciprocal()
+    importance /= importance.mean()
+    salient = torch.zeros(columns, dtype=torch.bool, device=weight.device)
+    lows, highs = [], []
+    for start in range(0, columns, size):
+        part, weights = weight[:, start : start + size], importance[start : start + size]
+        salient[start : start + size] = choose_marks(part, weights)
+        low, high = fit_codebooks(part, weights, salient[start : start + size])
+        lows.append(low)
+        highs.append(high)
+    books = storable(torch.cat(lows), torch.cat(highs))
+    book = (2 * (torch.arange(columns, device=weight.device) // size) + salient)[order]
+
+    target = weight.T[order].contiguous()
+    codes = round_columns(target, upper, books, book).contiguous()
+    if passes:
+        inner = moment[order][:, order].contiguous()
+        values = _decode(codes, books, book)
+        gradient = inner @ (target - values)
+        for _ in range(passes):
+            books = refit(codes, values, gradient, inner, books, book)
+            descend(codes, values, gradient, inner, books, book)
+        books = refit(codes, values, gradient, inner, books, book)
+
+    natural = torch.empty_like(codes)
+    natural[order] = codes
+    natural = natural.T
+    signs, large = natural % 2 == 1, natural > 1
+    # On salient columns the planes are two signs: q = s1 (a1 + a2) when large, s1 (a1 - a2) when not.
+    second = torch.where(salient, signs == large, large)
+    return RefinedResult(salient, signs, second, books.scalars())
