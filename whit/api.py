@@ -18,12 +18,12 @@ from whit.models.skeleton import load_dense
 from whit.pipeline.compare import PROMPT
 from whit.pipeline.compress import (
     DEFAULT_WINDOW,
-    RESULT_FILE,
     choose_device,
     compress,
     compute_dtype,
     data_limits,
 )
+from whit.pipeline.journal import RESULT_FILE
 from whit.pipeline.leak import check_recorded_leak
 from whit.pipeline.options import RunOptions
 from whit.report.record import EvaluationRecord, Result

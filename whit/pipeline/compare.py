@@ -54,5 +54,5 @@ def _fits(reference: ModelReference, dtype: torch.dtype, device: torch.device) -
     needed = reference.dense_bytes / max(reference.dtype.itemsize, 1) * dtype.itemsize * 1.3
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
-        return needed < 0.8 * free
-    return needed < 0.8 * psutil.virtual_memory().available
+        return bool(needed < 0.8 * free)
+    return bool(needed < 0.8 * psutil.virtual_memory().available)
