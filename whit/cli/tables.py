@@ -46,7 +46,7 @@ def plan_view(plan: Plan) -> RenderableType:
             "leave alone", f"{len(reason.names)} {_plural('weight', len(reason.names))}: {reason.text} ({names})"
         )
     if plan.calibration:
-        grid.add_row("calibration", ", ".join(f"{key} {value}" for key, value in plan.calibration.items()))
+        grid.add_row("calibration", _calibration(plan.calibration))
     grid.add_row("stored bits", f"{plan.compressed_bits:.3f} per weight of the compressed layers")
     file_bits = plan.file_bytes * 8 / max(plan.parameters, 1)
     grid.add_row(
@@ -185,3 +185,11 @@ def _sample(title: str, record: EvaluationRecord) -> RenderableType:
 
 def _plural(word: str, count: int) -> str:
     return word if count == 1 else word + "s"
+
+
+def _calibration(provenance: Mapping[str, object]) -> str:
+    """The part of a data set's provenance a person wants to read before a run."""
+    shown = f"{provenance.get('name')}: {provenance.get('sequences')} sequences of {provenance.get('sequence_length')}"
+    extras = [f"{key} {provenance[key]}" for key in ("seed", "licence") if provenance.get(key) is not None]
+    notes = provenance.get("notes") or []
+    return ", ".join([shown, *extras, *(map(str, notes) if isinstance(notes, list) else [])])

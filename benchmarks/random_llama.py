@@ -1,0 +1,164 @@
+"""Time and memory of compressing a randomly initialised LLaMA of a given shape on one device.
+
+    python benchmarks/random_llama.py --shape 7b --method billm --output results.json
+
+The weights are random (Gaussian, standard deviation 0.02) and the calibration tokens are uniform: only time, memory and
+bytes mean anything, never the error. The model is written to disk shard by shard first, so that the run reads it as it
+would read a downloaded one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import shutil
+import time
+from pathlib import Path
+
+import torch
+import transformers
+from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import whit
+from whit.models.skeleton import skeleton_of
+from whit.pipeline.events import Listener, Plan
+
+SHAPES = {
+    "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
+    "1b": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 16, "num_attention_heads": 32},
+    "tiny": {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 2, "num_attention_heads": 4},
+}
+
+
+class _Clock(Listener):
+    """Prints one line per block."""
+
+    def __init__(self) -> None:
+        self.start = time.perf_counter()
+        self.plan: Plan | None = None
+
+    def planned(self, plan: Plan) -> None:
+        self.plan = plan
+        print(
+            f"plan: {plan.minutes:.1f} min, host {plan.host_bytes / 1e9:.2f} GB, device {plan.device_bytes / 1e9:.2f} GB",
+            flush=True,
+        )
+
+    def block(self, index: int, total: int, name: str) -> None:
+        print(f"{time.perf_counter() - self.start:8.1f} s  block {index + 1}/{total}", flush=True)
+
+
+def write_random_model(directory: Path, shape: str, seed: int) -> None:
+    """A LLaMA with random float16 weights, one file per block, written without holding the model."""
+    config = LlamaConfig(**SHAPES[shape], vocab_size=32000, max_position_embeddings=4096, tie_word_embeddings=False)
+    config.architectures = ["LlamaForCausalLM"]
+    config.dtype = "float16"
+    directory.mkdir(parents=True)
+    config.save_pretrained(directory)
+    skeleton = skeleton_of(LlamaForCausalLM, config, torch.float16)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    generator = torch.Generator(device).manual_seed(seed)
+    files: dict[str, dict[str, torch.Tensor]] = {}
+    for name, parameter in skeleton.named_parameters():
+        unit = name.split(".")[2] if name.startswith("model.layers.") else "outside"
+        shape_ = tuple(parameter.shape)
+        value = (
+            torch.randn(shape_, generator=generator, device=device) * 0.02 if len(shape_) > 1 else torch.ones(shape_)
+        )
+        files.setdefault(unit, {})[name] = value.half().cpu()
+        last = unit != "outside" and name.endswith("post_attention_layernorm.weight")
+        if last:
+            save_file(files.pop(unit), directory / f"model-{unit}.safetensors")
+            files[unit] = {}
+    save_file(files["outside"], directory / "model-outside.safetensors")
+    weight_map = {}
+    for name in skeleton.state_dict():
+        unit = name.split(".")[2] if name.startswith("model.layers.") else "outside"
+        weight_map[name] = f"model-{unit}.safetensors"
+    index = {"metadata": {}, "weight_map": weight_map}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=SHAPES, default="7b")
+    parser.add_argument("--methods", nargs="+", default=["billm"], help="NAME or NAME:knob=value,knob=value")
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--sequence-length", type=int, default=2048)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--work", type=Path, default=Path("random-llama"))
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    model = arguments.work / "model"
+    if not model.exists():
+        started = time.perf_counter()
+        write_random_model(model, arguments.shape, arguments.seed)
+        print(f"random model written in {time.perf_counter() - started:.0f} s", flush=True)
+    generator = torch.Generator().manual_seed(arguments.seed)
+    ids = torch.randint(0, 32000, (arguments.samples, arguments.sequence_length), generator=generator)
+    data = arguments.work / "calibration.safetensors"
+    save_file({"input_ids": ids}, data)
+    rows = []
+    for text in arguments.methods:
+        name, _, knobs = text.partition(":")
+        options = whit.RunOptions(
+            calibration=str(data),
+            samples=arguments.samples,
+            sequence_length=arguments.sequence_length,
+            batch_size=arguments.batch_size,
+            evaluate=False,
+        )
+        out = arguments.work / "out"
+        shutil.rmtree(out, ignore_errors=True)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        clock = _Clock()
+        started = time.perf_counter()
+        method = whit.make_method(name, dict(part.split("=") for part in knobs.split(",")) if knobs else None)
+        result = whit.compress(model, method, out, options=options, listener=clock)
+        seconds = time.perf_counter() - started
+        assert isinstance(result, whit.Result) and clock.plan is not None
+        rows.append(
+            {
+                "method": method.to_json(),
+                "seconds": seconds,
+                "timings": result.timings,
+                "method_seconds": sum(layer.seconds for layer in result.layers),
+                "peak_device_bytes": result.peak_device_bytes,
+                "peak_host_bytes": result.peak_host_bytes,
+                "planned": {
+                    "minutes": clock.plan.minutes,
+                    "device_bytes": clock.plan.device_bytes,
+                    "host_bytes": clock.plan.host_bytes,
+                },
+                "file_bytes": result.size.file_bytes,
+                "stored_bits_compressed": result.size.compressed_bits,
+                "stored_bits_file": result.size.file_bits,
+                "original_file_bytes": result.size.original_file_bytes,
+            }
+        )
+        print(json.dumps(rows[-1]["timings"]), f"{seconds:.1f} s", flush=True)
+        report = {
+            "shape": arguments.shape,
+            "samples": arguments.samples,
+            "sequence_length": arguments.sequence_length,
+            "batch_size": arguments.batch_size,
+            "seed": arguments.seed,
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor(),
+            "versions": {
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "whit": whit.__version__,
+            },
+            "rows": rows,
+        }
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
+        arguments.output.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
