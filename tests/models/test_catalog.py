@@ -138,7 +138,8 @@ def test_minilm_sentence_similarity():
 def test_albert_completes_reactions():
     reference = installed("albert-smiles")
     tokenizer, model = reference.load_tokenizer(), load_dense(reference, torch.float32, "cpu")
-    ids = tokenizer("CC(=O)O.OCC>>CC(=O)OCC.O", return_tensors="pt").input_ids
+    reaction = "CC(C)S.CN(C)C=O.Fc1cccnc1F.O=C([O-])[O-].[K+].[K+]>>CC(C)Sc1ncccc1F"
+    ids = tokenizer(reaction, return_tensors="pt").input_ids
     assert tokenizer.unk_token_id not in ids
     right = 0
     for position in range(1, ids.shape[1] - 1):
@@ -146,4 +147,4 @@ def test_albert_completes_reactions():
         masked[0, position] = tokenizer.mask_token_id
         with torch.no_grad():
             right += int(model(masked).logits[0, position].argmax() == ids[0, position])
-    assert right >= 0.8 * (ids.shape[1] - 2)
+    assert (right, ids.shape[1] - 2) == (53, 54)
