@@ -49,6 +49,22 @@ def test_unknown_name_suggests_the_catalogue():
     assert "did you mean 'smollm2-135m'" in refused("smollm-135m")
 
 
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), OSError(5, "Input/output error")])
+def test_unreadable_path(llama: Path, error: OSError, monkeypatch: pytest.MonkeyPatch):
+    def fail(self: Path, *args: object, **options: object) -> object:
+        raise error
+
+    monkeypatch.setattr(Path, "stat", fail)
+    monkeypatch.setattr(Path, "exists", fail)
+    message = refused(llama)
+    assert str(llama) in message
+    assert str(error.strerror) in message
+
+
+def test_name_too_long():
+    assert "cannot read" in refused("x" * 5000)
+
+
 def test_empty_name():
     assert "MODEL is empty" in refused("")
 
@@ -215,8 +231,8 @@ def test_pickled_weights_are_refused_unread(llama: Path, name: str):
     (llama / name).write_bytes(b"never opened")
     message = refused(llama)
     assert name in message
-    assert "safe_serialization" in message
-    assert "save_pretrained" in refused(llama / name)
+    assert "save_pretrained(NEW)" in message
+    assert "save_pretrained(NEW)" in refused(llama / name)
 
 
 def test_no_weights(llama: Path):

@@ -5,8 +5,10 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from transformers import WhisperFeatureExtractor
 
 from whit.errors import MissingDependencyError, ModelError
 from whit.models import catalog
@@ -111,14 +113,15 @@ def test_whisper_is_converted():
     model = load_dense(reference, torch.float32, "cpu")
     assert [len(stack.blocks) for stack in find_stacks(model)] == [4, 4]
     tokenizer = reference.load_tokenizer()
-    # A second of silence-like noise: a converted model says the usual filler of silence and then stops.
-    features = torch.full((1, 80, 3000), -0.6)
-    prompt = torch.tensor([tokenizer.convert_tokens_to_ids(["<|startoftranscript|>", "<|notimestamps|>"])])
-    with torch.no_grad():
-        logits = model(input_features=features, decoder_input_ids=prompt).logits[0, -1]
-    assert torch.isfinite(logits).all()
-    assert logits.log_softmax(-1).exp().max() > 0.1
-    assert reference.generation_config.decoder_start_token_id == prompt[0, 0]
+    # What Whisper makes of silence is well known: " you", and the end.
+    features = WhisperFeatureExtractor()(np.zeros(16000, dtype=np.float32), sampling_rate=16000, return_tensors="pt")
+    ids = torch.tensor([tokenizer.convert_tokens_to_ids(["<|startoftranscript|>", "<|notimestamps|>"])])
+    assert reference.generation_config.decoder_start_token_id == ids[0, 0]
+    for _ in range(2):
+        with torch.no_grad():
+            logits = model(**features, decoder_input_ids=ids).logits
+        ids = torch.cat([ids, logits[:, -1:].argmax(-1)], dim=1)
+    assert tokenizer.convert_ids_to_tokens(ids[0, 2:]) == ["Ġyou", "<|endoftext|>"]
 
 
 def test_minilm_sentence_similarity():
@@ -138,7 +141,8 @@ def test_minilm_sentence_similarity():
 def test_albert_completes_reactions():
     reference = installed("albert-smiles")
     tokenizer, model = reference.load_tokenizer(), load_dense(reference, torch.float32, "cpu")
-    ids = tokenizer("CC(=O)O.OCC>>CC(=O)OCC.O", return_tensors="pt").input_ids
+    reaction = "CC(C)S.CN(C)C=O.Fc1cccnc1F.O=C([O-])[O-].[K+].[K+]>>CC(C)Sc1ncccc1F"
+    ids = tokenizer(reaction, return_tensors="pt").input_ids
     assert tokenizer.unk_token_id not in ids
     right = 0
     for position in range(1, ids.shape[1] - 1):
@@ -146,4 +150,4 @@ def test_albert_completes_reactions():
         masked[0, position] = tokenizer.mask_token_id
         with torch.no_grad():
             right += int(model(masked).logits[0, position].argmax() == ids[0, position])
-    assert right >= 0.8 * (ids.shape[1] - 2)
+    assert (right, ids.shape[1] - 2) == (53, 54)

@@ -12,9 +12,9 @@ from whit.models.source import SafetensorsSource
 _INDEX = "model.safetensors.index.json"
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _OTHER_FRAMEWORKS = (".h5", ".msgpack", ".onnx")
-_REMEDY = (
-    "convert them once, where you trust them, with transformers: "
-    "AutoModel.from_pretrained(FOLDER).save_pretrained(NEW, safe_serialization=True)"
+PICKLED_REMEDY = (
+    "if you trust the file, convert it once with transformers: "
+    "AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW) (or the class that config.json names)"
 )
 
 
@@ -91,7 +91,7 @@ def open_checkpoint(directory: Path) -> SafetensorsSource:
         weights = [name for name in names if name.endswith(endings)]
         if weights:
             raise ModelError(
-                f"{str(directory)!r} holds only {kind} weights ({weights[0]}), not read by whit; {_REMEDY}"
+                f"{str(directory)!r} holds only {kind} weights ({weights[0]}), not read by whit: {PICKLED_REMEDY}"
             )
     raise ModelError(f"{str(directory)!r} holds no weights (*.safetensors): download them as well")
 

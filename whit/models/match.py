@@ -33,7 +33,7 @@ class Matched:
     notes: list[str] = field(default_factory=list)
 
 
-def match_source(skeleton: nn.Module, source: TensorSource, directory: Path | None) -> Matched:
+def match_source(skeleton: nn.Module, source: TensorSource, directory: Path | None, label: str) -> Matched:
     """Bring a source under the names of a model.
 
     Names are matched directly (see `names.py`). When transformers must convert tensors of this family (fuse, split,
@@ -43,6 +43,7 @@ def match_source(skeleton: nn.Module, source: TensorSource, directory: Path | No
         skeleton: the model, on meta.
         source: the checkpoint as stored.
         directory: the folder `from_pretrained` can read, if there is one.
+        label: what to call the model in errors.
 
     Raises:
         ModelError: lists up to 5 missing or mismatched tensors.
@@ -59,8 +60,8 @@ def match_source(skeleton: nn.Module, source: TensorSource, directory: Path | No
         return Matched(RenamedSource(source, match.mapping), bool(untied), notes)
     # from_pretrained can only help when something in the checkpoint was not understood, or must be converted.
     if directory is not None and (convert or (match.missing and match.unused)):
-        return _by_transformers(skeleton, source, directory)
-    raise ModelError(f"the checkpoint does not fit {type(skeleton).__name__}: {match.problems()} (check config.json)")
+        return _by_transformers(skeleton, source, directory, label)
+    raise ModelError(f"{label!r} does not fit {type(skeleton).__name__}: {match.problems()} (check config.json)")
 
 
 def _needs_conversion(skeleton: nn.Module, names: list[str]) -> bool:
@@ -81,7 +82,7 @@ def _untied_group(skeleton: nn.Module, mapping: dict[str, str], source: TensorSo
     return []
 
 
-def _by_transformers(skeleton: nn.Module, source: TensorSource, directory: Path) -> Matched:
+def _by_transformers(skeleton: nn.Module, source: TensorSource, directory: Path, label: str) -> Matched:
     model_class: Any = type(skeleton)
     logger = transformers_logging.get_logger("transformers")
     level = logger.level
@@ -97,12 +98,12 @@ def _by_transformers(skeleton: nn.Module, source: TensorSource, directory: Path)
         )
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"the checkpoint does not fit {model_class.__name__} ({reason}): check config.json") from error
+        raise ModelError(f"{label!r} does not fit {model_class.__name__} ({reason}): check config.json") from error
     finally:
         logger.setLevel(level)
     missing = sorted(info["missing_keys"])
     if missing:
         listed = "; ".join(missing[:5]) + (f"; and {len(missing) - 5} more" if len(missing) > 5 else "")
-        raise ModelError(f"the checkpoint does not fit {model_class.__name__}: not in the file: {listed}")
+        raise ModelError(f"{label!r} does not fit {model_class.__name__}: not in the file: {listed}")
     note = "the checkpoint's tensors had to be converted by transformers, so the whole model was held in memory once"
     return Matched(InMemorySource(model.state_dict(), source.stored_bytes), notes=[note])

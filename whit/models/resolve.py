@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from whit.errors import ModelError, nearest
+from whit.errors import ModelError, WhitError, nearest
 from whit.models import architecture, catalog, gguf
-from whit.models.checkpoint import open_checkpoint, read_config_json
+from whit.models.checkpoint import PICKLED_REMEDY, open_checkpoint, read_config_json
 from whit.models.ctranslate2 import open_whisper
 from whit.models.match import match_source
 from whit.models.skeleton import skeleton_of
@@ -95,17 +95,22 @@ def resolve_model(model: str | Path | None) -> ModelReference:
         return _finish(_from_catalog(catalog.DEFAULT))
     if not str(model):
         raise ModelError("MODEL is empty: give a folder, a GGUF file, a hub id or a name (or nothing for the default)")
-    path = Path(model).expanduser()
     try:
-        exists = path.exists()
+        return _finish(_parts_of(model))
     except OSError as error:
+        if isinstance(error, WhitError):
+            raise
         raise ModelError(f"cannot read {str(model)!r}: {error.strerror or error}") from error
-    if exists:
-        return _finish(_from_path(path))
+
+
+def _parts_of(model: str | Path) -> _Parts:
+    path = Path(model).expanduser()
+    if path.exists():
+        return _from_path(path)
     if str(model) in catalog.CATALOG:
-        return _finish(_from_catalog(str(model)))
-    if isinstance(model, str) and _HUB_ID.fullmatch(model) and not model.startswith("."):
-        return _finish(_from_hub(model))
+        return _from_catalog(str(model))
+    if isinstance(model, str) and _HUB_ID.fullmatch(model):
+        return _from_hub(model)
     raise ModelError(_not_found(str(model), path))
 
 
@@ -138,8 +143,8 @@ def _from_path(path: Path) -> _Parts:
             f"{str(path)!r} is only the weights: give the folder that also holds config.json ({str(path.parent)!r})"
         )
     raise ModelError(
-        f"{str(path)!r} is not a model whit reads: it takes a transformers folder with safetensors, or a GGUF file "
-        "(convert pickled weights with transformers: model.save_pretrained(FOLDER))"
+        f"{str(path)!r} is not a model whit reads: it takes a transformers folder with safetensors, or a GGUF file; "
+        f"for pickled weights: {PICKLED_REMEDY}"
     )
 
 
@@ -216,7 +221,7 @@ def _finish(parts: _Parts) -> ModelReference:
     dtype = parts.dtype or architecture.config_dtype(parts.config) or main_dtype(parts.source)
     skeleton = skeleton_of(model_class, parts.config, dtype)
     find_stacks(skeleton)
-    matched = match_source(skeleton, parts.source, parts.directory)
+    matched = match_source(skeleton, parts.source, parts.directory, parts.label)
     if matched.untied:
         parts.config.tie_word_embeddings = False
         skeleton = skeleton_of(model_class, parts.config, dtype)

@@ -60,11 +60,11 @@ def skeleton_of(model_class: type, config: Any, dtype: torch.dtype) -> nn.Module
             f"{model_class.__name__} cannot be built from its config ({reason[0]}): check config.json"
         ) from error
     release(model, "")
-    _rebuild_lost_buffers(model, model_class.__name__)
+    _refuse_lost_buffers(model, model_class.__name__)
     return model.eval()
 
 
-def _rebuild_lost_buffers(model: nn.Module, name: str) -> None:
+def _refuse_lost_buffers(model: nn.Module, name: str) -> None:
     """Refuse a model whose constructor left a computed buffer on meta: its values would be unknown."""
     persistent = set(persistent_buffers(model))
     lost = [key for key, buffer in model.named_buffers() if buffer.is_meta and key not in persistent]
