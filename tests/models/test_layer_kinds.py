@@ -76,3 +76,19 @@ def test_only_exact_types_are_known():
     assert layer_kind(Special(3, 3)) is None
     assert isinstance(attention.out_proj, nn.Linear) and layer_kind(attention.out_proj) is None
     assert layer_kind(nn.LayerNorm(3)) is None
+
+
+def test_an_embedding_that_scales_its_rows_is_known_by_what_it_does():
+    class Scaled(nn.Embedding):
+        def forward(self, ids):
+            return super().forward(ids) * 5.0
+
+    class Normalised(nn.Embedding):
+        def forward(self, ids):
+            return nn.functional.normalize(super().forward(ids) + torch.arange(16.0), dim=-1)
+
+    module = Scaled(30, 16)
+    replacement, weight = compress(module)
+    assert replacement.scale == 5.0
+    assert torch.equal(replacement(torch.tensor([3])), weight[[3]] * 5.0)
+    assert layer_kind(Normalised(30, 16)) is None

@@ -6,7 +6,7 @@ from torch import nn
 
 from whit.formats.grouped_integer import GroupedInteger
 from whit.methods import LayerStatistics, make_method
-from whit.models.packed import PackedEmbedding, PackedLinear, as_json, packed_modules, replace_module
+from whit.models.packed import PackedEmbedding, PackedLinear, TiedPackedLinear, packed_modules, replace_module
 
 
 def packed_weight(rows=8, columns=20, bits=4):
@@ -125,8 +125,30 @@ def test_replacing_and_listing_by_dotted_name():
     replacement = linear()
     replace_module(root, "0.0", replacement)
     assert packed_modules(root) == {"0.0": replacement}
-    assert as_json(root) == {
-        "0.0": {"format": "grouped-integer", "bits": 4, "group_size": 8, "symmetric": False},
-    }
     replace_module(root, "1", nn.Identity())
     assert isinstance(root[1], nn.Identity)
+
+
+def test_an_embedding_may_scale_its_rows_in_the_compute_dtype():
+    packed = packed_weight()
+    module = PackedEmbedding(packed.format, 8, 20, torch.bfloat16, scale=3.3)
+    module.set_packed(packed)
+    expected = packed.unpack().to(torch.bfloat16)[[2, 5]] * torch.tensor(3.3, dtype=torch.bfloat16)
+    assert torch.equal(module(torch.tensor([2, 5])), expected)
+
+
+def test_a_tied_head_multiplies_with_the_embedding_and_stores_nothing():
+    source = embedding()
+    head = TiedPackedLinear(source, None)
+    x = torch.randn(3, 20, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(head(x), nn.functional.linear(x, source.packed.unpack()))
+    assert (head.in_features, head.out_features) == (20, 8)
+    assert not head.state_dict()
+    assert packed_modules(nn.ModuleList([source, head])) == {"0": source}
+
+
+def test_a_tied_head_stays_tied_in_a_copy_of_the_model():
+    source = embedding()
+    model = copy.deepcopy(nn.ModuleList([source, TiedPackedLinear(source, torch.float32)]))
+    assert model[1].source is model[0]
+    assert set(model[1].state_dict()) == {"bias"}
