@@ -297,6 +297,20 @@ def test_a_knob_of_another_method_says_whose_it_is() -> None:
     assert explain_unknown("--bits", ["--device"], None) == "no option '--bits' (--help lists the options)"
 
 
+def test_a_knob_of_another_method_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    own = {item.name for item in knobs(available_methods()["rtn"])}
+    other, foreign = next(
+        (name, item.name) for name, cls in available_methods().items() for item in knobs(cls) if item.name not in own
+    )
+    option = "--" + foreign.replace("_", "-")
+    engine = FakeEngine()
+    assert main([*RTN, option, "1"], engine) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: option {option!r} is a knob of ")
+    assert other in err
+    assert engine.calls == []
+
+
 def test_evaluate_shows_metrics_with_intervals(capsys: pytest.CaptureFixture[str]) -> None:
     engine = FakeEngine()
     assert main(["evaluate", "dir", "--against", "original", "--evaluation-windows", "3"], engine) == 0
