@@ -80,7 +80,7 @@ class FakeEngine:
 
     def generate(self, directory: str, prompt: str, *, new_tokens: int = 64, device: str = "auto") -> str:
         self.calls.append({"directory": directory, "prompt": prompt, "new_tokens": new_tokens, "device": device})
-        return f"{prompt} and so on"
+        return " and so on"
 
 
 def help_text(arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> str:
@@ -182,6 +182,7 @@ def test_plain_lines_when_output_is_no_terminal(tmp_path: Path, capsys: pytest.C
     assert re.search(r"^block 1/2 model\.layers\.0: mean error 0\.\d+, about .* left$", out, re.M)
     assert re.search(r"^block 2/2 model\.layers\.1: mean error 0\.\d+$", out, re.M)
     assert "note: damping raised" in out
+    assert "JasxFAAA" not in out
     assert out.count("the source lies on a Q4_1 grid") == 1
     assert "131.4 [113.9, 152.6]" in out
     assert out.index("Plan") < out.index("block 1/2") < out.index("perplexity")
@@ -296,6 +297,20 @@ def test_a_knob_of_another_method_says_whose_it_is() -> None:
     assert explain_unknown("--bits", ["--device"], None) == "no option '--bits' (--help lists the options)"
 
 
+def test_a_knob_of_another_method_on_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:
+    own = {item.name for item in knobs(available_methods()["rtn"])}
+    other, foreign = next(
+        (name, item.name) for name, cls in available_methods().items() for item in knobs(cls) if item.name not in own
+    )
+    option = "--" + foreign.replace("_", "-")
+    engine = FakeEngine()
+    assert main([*RTN, option, "1"], engine) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"error: option {option!r} is a knob of ")
+    assert other in err
+    assert engine.calls == []
+
+
 def test_evaluate_shows_metrics_with_intervals(capsys: pytest.CaptureFixture[str]) -> None:
     engine = FakeEngine()
     assert main(["evaluate", "dir", "--against", "original", "--evaluation-windows", "3"], engine) == 0
@@ -307,7 +322,7 @@ def test_evaluate_shows_metrics_with_intervals(capsys: pytest.CaptureFixture[str
     assert json.loads(capsys.readouterr().out)["metrics"][0]["name"] == "perplexity"
 
 
-def test_generate_prints_the_text_alone(capsys: pytest.CaptureFixture[str]) -> None:
+def test_generate_prints_prompt_and_continuation_alone(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", "dir", "Once", "--new-tokens", "5"], FakeEngine()) == 0
     assert capsys.readouterr().out == "Once and so on\n"
 

@@ -24,6 +24,10 @@ FORMAT = {"format": "binary-residual", "block_size": 128}
 PROTOCOL = "perplexity-v1/4f2a11c0/wikitext2-test-173c8/w2048/s2048/nobos/t16376/float32"
 
 
+# What a provenance holds for machines only.
+SKETCH = {"kind": "words", "hashes": "JasxFAAA" * 500}
+
+
 def example_layers(blocks: int = 30, seed: int = 0) -> list[LayerRecord]:
     """Layers of a LLaMA-like model whose error grows with depth, plus the embedding."""
     chance = random.Random(seed)
@@ -73,7 +77,7 @@ def example_evaluations(leak: bool = False) -> tuple[EvaluationRecord, Evaluatio
     prompt = "The capital of France is"
     original = EvaluationRecord(
         [MetricRecord("perplexity", 22.55, 20.1, 25.32, PROTOCOL)],
-        {"prompt": prompt, "continuation": " Paris, which is located in the north of the country."},
+        {"prompt": prompt, "text": " Paris, which is located in the north of the country."},
         data,
         18.2,
         leak,
@@ -84,7 +88,7 @@ def example_evaluations(leak: bool = False) -> tuple[EvaluationRecord, Evaluatio
             MetricRecord("kl_divergence", 1.842, 1.77, 1.913, PROTOCOL),
             MetricRecord("top1_agreement", 0.412, 0.399, 0.425, PROTOCOL, "higher"),
         ],
-        {"prompt": prompt, "continuation": " the capital of the country.\nThe <b>capital</b> & the city of the"},
+        {"prompt": prompt, "text": " the capital of the country.\nThe <b>capital</b> & the city of the"},
         data,
         19.7,
         leak,
@@ -112,7 +116,14 @@ def example_result(blocks: int = 30, evaluated: bool = True, leak: bool = False)
         run={
             "method": METHOD,
             "seed": 0,
-            "calibration": {"name": "mix", "sha256": "9f8e7d6c5b4a", "licence": "CC0-1.0", "sequences": 64},
+            "calibration": {
+                "name": "mix",
+                "sha256": "9f8e7d6c5b4a",
+                "licence": "CC0-1.0",
+                "sequences": 64,
+                "path": None,
+                "sketch": SKETCH,
+            },
             "device": "cpu",
             "dtype": "float32",
             "versions": {"whit": "0.1.0", "torch": "2.13.0", "transformers": "5.23.0", "python": "3.11.7"},
@@ -165,6 +176,6 @@ def example_plan(blocks: int = 30) -> Plan:
         minutes=4.2,
         blocks=blocks,
         blocks_done=0,
-        calibration={"name": "mix", "sequences": 64, "sequence_length": 512},
+        calibration={"name": "mix", "sequences": 64, "sequence_length": 512, "sketch": SKETCH},
         notes=["the source lies on a Q4_1 grid"],
     )

@@ -142,6 +142,13 @@ def test_hostile_strings_stay_text_in_the_card() -> None:
     assert not re.search(r"(?<!\\)\[c(?<!\\)\]\(", body)
 
 
+def test_fingerprints_for_machines_are_not_shown_to_people() -> None:
+    result = example_result(2)
+    assert "JasxFAAA" in str(result.to_json())
+    assert "JasxFAAA" not in report_page(result)
+    assert "JasxFAAA" not in model_card(result)
+
+
 def test_a_run_without_evaluation_says_so() -> None:
     result = example_result(2, evaluated=False)
     assert "Not measured in this run (--no-evaluate)" in outline(result).text

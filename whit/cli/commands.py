@@ -162,7 +162,7 @@ def _generate(
     """Continue a prompt with a compressed model."""
 
     def action(engine: Callable[[], Engine]) -> None:
-        print(engine().generate(directory, prompt, new_tokens=new_tokens, device=device))
+        print(prompt + engine().generate(directory, prompt, new_tokens=new_tokens, device=device))
 
     return action
 

@@ -17,6 +17,7 @@ from whit.report.figures import (
     SummaryRow,
     cost_rows,
     describe_fields,
+    facts,
     format_bytes,
     format_metric,
     format_number,
@@ -46,7 +47,7 @@ def plan_view(plan: Plan) -> RenderableType:
             "leave alone", f"{len(reason.names)} {_plural('weight', len(reason.names))}: {reason.text} ({names})"
         )
     if plan.calibration:
-        grid.add_row("calibration", _calibration(plan.calibration))
+        grid.add_row("calibration", _provenance(plan.calibration))
     grid.add_row("stored bits", f"{plan.compressed_bits:.3f} per weight of the compressed layers")
     file_bits = plan.file_bytes * 8 / max(plan.parameters, 1)
     grid.add_row(
@@ -87,8 +88,7 @@ def evaluation_view(record: EvaluationRecord) -> RenderableType:
         table.add_row(
             metric_label(metric.name), format_metric(metric), metric.better, Text(metric.protocol, overflow="fold")
         )
-    data = ", ".join(f"{key} {value}" for key, value in record.data.items())
-    parts: list[RenderableType] = [table, Text(f"data: {data}; {format_seconds(record.seconds)}")]
+    parts: list[RenderableType] = [table, Text(f"data: {_provenance(record.data)}; {format_seconds(record.seconds)}")]
     if record.sample:
         parts.append(_sample("sample", record))
     if record.leak:
@@ -163,6 +163,10 @@ def _planned_groups(plan: Plan) -> list[str]:
     return lines
 
 
+def _provenance(data: Mapping[str, object]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in facts(data).items())
+
+
 def _facts() -> Table:
     grid = Table.grid(padding=(0, 2))
     grid.add_column(style="cyan", no_wrap=True)
@@ -185,11 +189,3 @@ def _sample(title: str, record: EvaluationRecord) -> RenderableType:
 
 def _plural(word: str, count: int) -> str:
     return word if count == 1 else word + "s"
-
-
-def _calibration(provenance: Mapping[str, object]) -> str:
-    """The part of a data set's provenance a person wants to read before a run."""
-    shown = f"{provenance.get('name')}: {provenance.get('sequences')} sequences of {provenance.get('sequence_length')}"
-    extras = [f"{key} {provenance[key]}" for key in ("seed", "licence") if provenance.get(key) is not None]
-    notes = provenance.get("notes") or []
-    return ", ".join([shown, *extras, *(map(str, notes) if isinstance(notes, list) else [])])

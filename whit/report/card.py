@@ -8,6 +8,7 @@ from typing import Any
 from whit.report.figures import (
     SummaryRow,
     cost_rows,
+    facts,
     format_number,
     group_reasons,
     method_line,
@@ -80,7 +81,7 @@ def _measured(result: Result) -> list[str]:
     if record is None:
         return ["## What was measured\n\nNothing: the run was made with `--no-evaluate`."]
     lines = [f"- protocol `{_code(protocol)}`" for protocol in protocols(result)]
-    lines += [f"- evaluation data, {_inline(key)}: {_inline(str(value))}" for key, value in record.data.items()]
+    lines += [f"- evaluation data, {_inline(key)}: {_inline(value)}" for key, value in facts(record.data).items()]
     lines.append("- intervals: 95 %, bootstrap; equal protocol ids mean comparable numbers")
     return ["## What was measured\n\n" + "\n".join(lines), *_samples(result)]
 

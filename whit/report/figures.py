@@ -10,6 +10,7 @@ from typing import Any
 
 from whit.report.record import EvaluationRecord, LayerRecord, MetricRecord, Result
 
+LONGEST_FACT = 200
 _METRIC_LABELS = {"kl_divergence": "KL divergence to the original (nats/token)"}
 
 
@@ -152,6 +153,12 @@ def cost_rows(result: Result) -> list[SummaryRow]:
     if result.peak_device_bytes is not None:
         rows.append(SummaryRow("peak device memory", "", format_bytes(result.peak_device_bytes)))
     return rows
+
+
+def facts(data: Mapping[str, Any]) -> dict[str, str]:
+    """The entries of a provenance that people read: no empty ones, no nested ones, no fingerprints of many lines."""
+    shown = {key: str(value) for key, value in data.items() if isinstance(value, str | int | float)}
+    return {key: text for key, text in shown.items() if text and len(text) <= LONGEST_FACT}
 
 
 def protocols(result: Result) -> list[str]:

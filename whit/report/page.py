@@ -13,6 +13,7 @@ from whit.report.figures import (
     SummaryRow,
     cost_rows,
     describe_fields,
+    facts,
     format_bytes,
     format_metric,
     format_number,
@@ -239,16 +240,17 @@ def _left_alone(result: Result) -> Html | None:
 
 
 def _provenance(result: Result) -> Html:
-    facts: dict[str, Any] = {"command": command_line(result), "model": result.model, **result.run}
-    facts.pop("identity", None)  # repeats what the other entries say, for machines
+    entries: dict[str, Any] = {"command": command_line(result), "model": facts(result.model), **result.run}
+    entries.pop("identity", None)  # repeats what the other entries say, for machines
+    entries["calibration"] = facts(result.run.get("calibration", {}))
     for name, record in (("original", result.original), ("compressed", result.compressed)):
         if record is not None:
-            facts[f"evaluation of the {name}"] = {
-                **record.data,
+            entries[f"evaluation of the {name}"] = {
+                **facts(record.data),
                 "seconds": format_seconds(record.seconds),
                 "metrics": {metric.name: f"{format_metric(metric)} ({metric.protocol})" for metric in record.metrics},
             }
-    rows = [join(element("dt", key), element("dd", _value(value))) for key, value in facts.items()]
+    rows = [join(element("dt", key), element("dd", _value(value))) for key, value in entries.items()]
     return _section("How this was made", element("dl", *rows))
 
 
