@@ -15,7 +15,9 @@ from whit.methods.billm_official import (
     residual_binarise,
     search_salient_columns,
     search_split,
+    split_candidates,
 )
+from whit.methods.billm_screening import explained, promising_counts, promising_splits
 from whit.methods.statistics import LayerStatistics
 
 
@@ -243,3 +245,49 @@ def test_few_distinct_values_per_row_and_block() -> None:
             assert len(values[sparse].unique()) <= 2
             assert len(values[~sparse & ~salient].unique()) <= 2
             assert len(values[salient].unique()) <= 4
+
+
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("skewed", [True, False])
+def test_the_screening_estimate_is_the_binariser_s_error(order: int, skewed: bool) -> None:
+    values = torch.randn(30, 40, generator=torch.Generator().manual_seed(6))
+    values = values**2 if skewed else values
+    members = torch.arange(40) < 15
+    fit, _ = residual_binarise(values, members.expand_as(values), order)
+    chosen = values[:, members].double()
+
+    def below(threshold: Tensor) -> Tensor:
+        smaller = chosen < threshold.unsqueeze(1)
+        return torch.stack([smaller.double().sum(1), (chosen * smaller).sum(1)])
+
+    whole = torch.stack([torch.full((30,), 15.0).double(), chosen.sum(1)])
+    error = chosen.square().sum(1) - explained(whole, below, order)
+    assert torch.allclose(error, (values[:, members] - fit[:, members]).double().square().sum(1), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("skewed", [True, False])
+def test_screening_keeps_the_winner_and_drops_most(skewed: bool) -> None:
+    for seed in range(5):
+        values = torch.randn(24, 64, generator=torch.Generator().manual_seed(seed))
+        values = values**2 if skewed else values
+        ranked = values.abs().sum(0).argsort(descending=True)[:50]
+        everywhere = torch.ones_like(values, dtype=torch.bool)
+        errors = []
+        for count in range(1, 50):
+            mask = torch.isin(torch.arange(64), ranked[:count]) & everywhere
+            fit = residual_binarise(values, mask, 2)[0] + residual_binarise(values, ~mask, 2)[0]
+            errors.append(float(((values - fit) ** 2).mean()))
+        kept = promising_counts(values, ranked)
+        assert 1 + min(range(49), key=errors.__getitem__) in kept
+        assert len(kept) < 10
+        salient = torch.zeros(64, dtype=torch.bool)
+        salient[ranked[:3]] = True
+        splits = split_candidates((values * ~salient).abs())
+        errors = []
+        for split in splits:
+            masks = masks_at(values, salient, split)
+            fit = sum((residual_binarise(values, m, 1)[0] for m in (masks.concentrated, masks.sparse)), 0 * values)
+            errors.append(float(((values - fit - residual_binarise(values, masks.salient, 2)[0]) ** 2).mean()))
+        chosen = promising_splits(values, salient, splits)
+        assert min(range(81), key=errors.__getitem__) in chosen
+        assert len(chosen) < 20

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from whit.methods.billm_screening import promising_counts, promising_splits
+
 SALIENT_LIMIT = 50
 SPLIT_QUANTILES = 81
 
@@ -104,7 +106,7 @@ def search_salient_columns(saliency: Tensor, limit: int = SALIENT_LIMIT) -> Tens
     scores = saliency.abs().sum(0)
     ranked = torch.topk(scores, limit).indices
     best_error, best = float("inf"), 1
-    for count in range(1, limit):
+    for count in promising_counts(saliency, ranked) if limit > 1 else []:
         mask = torch.zeros_like(saliency, dtype=torch.bool)
         mask[:, ranked[:count]] = True
         inside, _ = residual_binarise(saliency, mask, 2)
@@ -137,7 +139,8 @@ def search_split(saliency: Tensor, salient: Tensor) -> Tensor:
     kept, _ = residual_binarise(saliency, salient.expand_as(saliency), 2)
     candidates = split_candidates((saliency * ~salient).abs())
     best_error, best = float("inf"), candidates[0]
-    for split in candidates:
+    for number in promising_splits(saliency, salient, candidates):
+        split = candidates[number]
         masks = masks_at(saliency, salient, split)
         low, _ = residual_binarise(saliency, masks.concentrated, 1)
         high, _ = residual_binarise(saliency, masks.sparse, 1)

@@ -89,7 +89,8 @@ def _factorise(moment: Tensor, damping: float, order: Tensor | None) -> InverseF
     diagonal[dead] = 1
     if order is not None:
         h = h[order][:, order].contiguous()
-    mean = float(torch.diagonal(h).mean())
+    # A contiguous float32 mean times a float32 factor: the very bits of the released GPTQ and BiLLM codes.
+    mean = torch.diag(h).mean()
     index = torch.arange(h.shape[0], device=h.device)
     used, notes = damping, []
     while True:
