@@ -42,7 +42,8 @@ class _Clock(Listener):
     def planned(self, plan: Plan) -> None:
         self.plan = plan
         print(
-            f"plan: {plan.minutes:.1f} min, host {plan.host_bytes / 1e9:.2f} GB, device {plan.device_bytes / 1e9:.2f} GB",
+            f"plan: {plan.minutes:.1f} min, host {plan.host_bytes / 1e9:.2f} GB, "
+            f"device {plan.device_bytes / 1e9:.2f} GB",
             flush=True,
         )
 
