@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-ROWS = 256
+ROWS = 64
 #: Label that marks a position without a target (the convention of the field).
 IGNORED = -100
 
