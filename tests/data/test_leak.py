@@ -101,3 +101,15 @@ def test_shared_token_ids_are_found_though_cut_differently() -> None:
     b = {"sha256": "b", "sketch": tensor_sketch({"input_ids": ids.reshape(50, 40)})}
     assert overlap(a, b) > 0.9
     assert overlap(a, {"sha256": "c", "sketch": tensor_sketch({"input_ids": ids.flip(0).reshape(20, 100)})}) == 0.0
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_padding_is_no_shared_text(masked: bool) -> None:
+    def padded(seed: int) -> dict[str, Any]:
+        ids = torch.randint(1, 1000, (10, 40), generator=torch.Generator().manual_seed(seed))
+        ids[:, 12:] = 0
+        mask = {"attention_mask": (ids > 0).long()} if masked else {}
+        return {"sha256": str(seed), "sketch": tensor_sketch({"input_ids": ids, **mask})}
+
+    assert overlap(padded(0), padded(1)) == 0.0
+    assert overlap(padded(0), padded(0) | {"sha256": "copy"}) == 1.0

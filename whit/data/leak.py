@@ -61,8 +61,9 @@ def tensor_sketch(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
                 digest.update(row.contiguous().view(torch.uint8).numpy().tobytes())
         return _sketch("samples", np.array([int.from_bytes(row.digest(), "little") for row in rows], dtype=np.uint64))
     ids = inputs.get("input_ids", next(iter(inputs.values())))
-    flat = [_shingles(row.flatten().to(torch.int64).numpy().astype(np.uint64)) for row in ids]
-    return _sketch("ids", np.concatenate(flat))
+    mask = inputs.get("attention_mask")
+    rows = [_unpadded(row.flatten(), None if mask is None else mask[index]) for index, row in enumerate(ids)]
+    return _sketch("ids", np.concatenate([_shingles(row) for row in rows]))
 
 
 def overlap(calibration: Mapping[str, Any], evaluation: Mapping[str, Any]) -> float:
@@ -102,6 +103,15 @@ def check_leak(calibration: Mapping[str, Any], evaluation: Mapping[str, Any], *,
             "their content: choose another --calibration or --evaluation, or pass --allow-leak to mark the result"
         )
     return True
+
+
+def _unpadded(row: Tensor, mask: Tensor | None) -> NDArray[np.uint64]:
+    """Ids without padding, which all samples share: what the mask hides, else repetitions of the last id."""
+    if mask is not None and mask.shape == row.shape:
+        row = row[mask > 0]
+    different = (row != row[-1]).nonzero() if len(row) else row
+    end = int(different[-1]) + 2 if len(different) else min(len(row), 1)
+    return row[:end].to(torch.int64).numpy().astype(np.uint64)
 
 
 def _word_hash(word: str) -> int:
