@@ -62,8 +62,8 @@ def tensor_sketch(tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         return _sketch("samples", np.array([int.from_bytes(row.digest(), "little") for row in rows], dtype=np.uint64))
     ids = inputs.get("input_ids", next(iter(inputs.values())))
     mask = inputs.get("attention_mask")
-    rows = [_unpadded(row.flatten(), None if mask is None else mask[index]) for index, row in enumerate(ids)]
-    return _sketch("ids", np.concatenate([_shingles(row) for row in rows]))
+    samples = [_unpadded(row.flatten(), None if mask is None else mask[index]) for index, row in enumerate(ids)]
+    return _sketch("ids", np.concatenate([_shingles(row) for row in samples]))
 
 
 def overlap(calibration: Mapping[str, Any], evaluation: Mapping[str, Any]) -> float:
