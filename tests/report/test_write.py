@@ -171,6 +171,14 @@ def test_a_model_without_blocks_or_layers_still_has_a_page() -> None:
     assert "0 layers compressed" in model_card(bare)
 
 
+def test_equal_bits_are_one_sentence_instead_of_a_map() -> None:
+    result = example_result(2)
+    even = [dataclasses.replace(layer, stored_bytes=layer.parameters // 4) for layer in result.layers]
+    found = outline(dataclasses.replace(result, layers=even))
+    assert "Every layer in a block stores 2.000 bits per weight." in found.text
+    assert found.count("td", "cell") == 2 * 7
+
+
 def test_two_stacks_have_a_map_each() -> None:
     result = example_result(2)
     renamed = [

@@ -146,8 +146,9 @@ def metric_rows(result: Result) -> list[SummaryRow]:
 
 
 def cost_rows(result: Result) -> list[SummaryRow]:
-    """Seconds by phase and peak memory."""
-    rows = [SummaryRow(f"time, {phase}", "", format_seconds(value)) for phase, value in result.timings.items()]
+    """Seconds by phase, the total last, and peak memory."""
+    phases = sorted(result.timings.items(), key=lambda item: item[0] == "total")
+    rows = [SummaryRow(f"time, {phase}", "", format_seconds(value)) for phase, value in phases]
     if result.peak_host_bytes is not None:
         rows.append(SummaryRow("peak host memory", "", format_bytes(result.peak_host_bytes)))
     if result.peak_device_bytes is not None:

@@ -118,8 +118,10 @@ def _quality(result: Result) -> Html:
         return _section("Quality", element("p", "Not measured in this run (--no-evaluate)."))
     charts = [metric_chart(name, before, after) for name, before, after in pairs if before and after]
     alone = [row for row, (_, before, after) in zip(metric_rows(result), pairs, strict=True) if not (before and after)]
-    hint = "Dots are estimates, bars are 95 % bootstrap intervals. Protocol: " + "; ".join(protocols(result))
-    return _section("Quality", *charts, _before_after(alone) if alone else None, hint=hint)
+    ids = element("ul", *(element("li", identity) for identity in protocols(result)), class_="names")
+    protocol = element("details", element("summary", "Protocol: equal ids mean comparable numbers"), ids)
+    hint = "Dots are estimates, bars are 95 % bootstrap intervals."
+    return _section("Quality", *charts, _before_after(alone) if alone else None, protocol, hint=hint)
 
 
 def _before_after(rows: Sequence[SummaryRow]) -> Html:
@@ -173,11 +175,15 @@ def _layer_maps(result: Result) -> Html | None:
     bits = heat_maps(result.layers, lambda layer: layer.stored_bits, "stored bits per weight", "bits", from_zero=False)
     if not errors:
         return None
+    stored = {format_number(layer.stored_bits) for layer in result.layers if layer.block}
     maps: list[Html] = []
     for (stack, error_map), (_, bits_map) in zip(errors, bits, strict=True):
         suffix = f" in {stack}" if len(errors) > 1 else ""
         maps += [element("h3", f"Relative output error{suffix}"), error_map]
-        maps += [element("h3", f"Stored bits per weight{suffix}"), bits_map]
+        if len(stored) > 1:
+            maps += [element("h3", f"Stored bits per weight{suffix}"), bits_map]
+    if len(stored) == 1:
+        maps.append(element("p", f"Every layer in a block stores {stored.pop()} bits per weight.", class_="even"))
     hint = (
         "Each cell is one layer: a row per kind, a column per block. "
         "Error is ||(W - Q)X||² / ||WX||² on the calibration inputs."
