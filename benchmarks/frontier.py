@@ -111,6 +111,7 @@ def evaluate_all(arguments: argparse.Namespace, names: list[str], rows: dict[str
     for name in names:
         folder = _folder(arguments, name)
         if not (folder / "result.json").is_file():
+            print(f"{name}: no result in {folder}", flush=True)
             continue
         stored = whit.Result.load(folder / "result.json")
         model = load_directory(folder, dtype=torch.float32, device=device)
@@ -156,6 +157,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--work", type=Path, default=Path("frontier-work"))
     parser.add_argument("--only", nargs="+", choices=CONFIGURATIONS)
+    parser.add_argument("--phase", choices=("both", "compress", "evaluate"), default="both")
     parser.add_argument("--child", choices=CONFIGURATIONS)
     arguments = parser.parse_args()
     if arguments.child:
@@ -163,7 +165,10 @@ def main() -> None:
         return
     report = json.loads(arguments.output.read_text()) if arguments.output.is_file() else {"rows": {}}
     names = arguments.only or [name for name in CONFIGURATIONS if name not in report["rows"]]
-    compress_all(arguments, names)
+    if arguments.phase != "evaluate":
+        compress_all(arguments, names)
+    if arguments.phase == "compress":
+        return
     before = evaluate_all(arguments, names, report["rows"])
     if before:
         report["original"] = before
@@ -171,7 +176,7 @@ def main() -> None:
     report["setting"] = {
         key: str(value) if isinstance(value, Path) else value
         for key, value in vars(arguments).items()
-        if key not in ("child", "only", "work", "output", "jobs")
+        if key not in ("child", "only", "work", "output", "jobs", "phase")
     }
     for key in ("calibration", "evaluation"):
         if report["setting"][key]:
