@@ -74,7 +74,7 @@ CATALOG: dict[str, CatalogEntry] = {
             "Apache-2.0",
             "SmolLM2-135M-Instruct, causal language model (LLaMA), Q4_1",
             "the weights lie on a Q4_1 grid (blocks of 32, 4 bits, scale and minimum): asymmetric 4-bit quantisation "
-            "with group size 32 would reproduce them without error and prove nothing",
+            "with group size 32 nearly reproduces them and proves nothing",
         ),
         CatalogEntry(
             "gemma3-270m",

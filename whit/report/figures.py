@@ -73,7 +73,8 @@ def metric_label(name: str) -> str:
 
 def describe_fields(fields: Mapping[str, Any], key: str) -> str:
     """JSON of a format or method as one line: `grouped-integer (bits=4, group_size=64)`."""
-    rest = ", ".join(f"{name}={value}" for name, value in fields.items() if name != key)
+    given = {name: value for name, value in fields.items() if name != key and value is not None}
+    rest = ", ".join(f"{name}={value}" for name, value in given.items())
     return f"{fields.get(key, 'unknown')} ({rest})" if rest else str(fields.get(key, "unknown"))
 
 
