@@ -94,8 +94,9 @@ def compress_all(arguments: argparse.Namespace, names: list[str]) -> None:
                 print(f"{name}: exit {process.returncode} after {time.perf_counter() - start:.0f} s", flush=True)
 
 
-def evaluate_all(arguments: argparse.Namespace, names: list[str], rows: dict[str, Any]) -> dict[str, Any]:
-    """Measure every compressed folder beside the original; returns the original's metrics."""
+def evaluate_all(arguments: argparse.Namespace, names: list[str], report: dict[str, Any]) -> None:
+    """Measure every compressed folder beside the original; the report is saved after each."""
+    rows = report["rows"]
     device = torch.device(arguments.evaluation_device)
     reference = resolve_model(arguments.model)
     limits = data_limits(reference.config)
@@ -107,7 +108,6 @@ def evaluate_all(arguments: argparse.Namespace, names: list[str], rows: dict[str
         **limits,
     )
     original = load_dense(reference, torch.float32, device)
-    before: dict[str, Any] = {}
     for name in names:
         folder = _folder(arguments, name)
         if not (folder / "result.json").is_file():
@@ -119,7 +119,7 @@ def evaluate_all(arguments: argparse.Namespace, names: list[str], rows: dict[str
             model, data, original=original, device=device, protocol_fields={"dtype": "float32"}
         )
         assert measured is not None
-        before = {item.name: asdict(item) for item in measured.metrics}
+        report["original"] = {item.name: asdict(item) for item in measured.metrics}
         errors = [layer.error for layer in stored.layers if layer.block]
         rows[name] = {
             "method": stored.run["method"],
@@ -134,8 +134,8 @@ def evaluate_all(arguments: argparse.Namespace, names: list[str], rows: dict[str
         shown = {key: round(item["value"], 4) for key, item in rows[name]["metrics"].items()}
         print(f"{name:28s} {stored.size.compressed_bits:6.3f} bits  {shown}", flush=True)
         del model
+        save(arguments, report)
         shutil.rmtree(folder)
-    return before
 
 
 def main() -> None:
@@ -169,15 +169,15 @@ def main() -> None:
         compress_all(arguments, names)
     if arguments.phase == "compress":
         return
-    before = evaluate_all(arguments, names, report["rows"])
-    if before:
-        report["original"] = before
+    evaluate_all(arguments, names, report)
+
+
+def save(arguments: argparse.Namespace, report: dict[str, Any]) -> None:
+    """Write the report so far, rows in the order of CONFIGURATIONS."""
     report["rows"] = {name: report["rows"][name] for name in CONFIGURATIONS if name in report["rows"]}
-    report["setting"] = {
-        key: str(value) if isinstance(value, Path) else value
-        for key, value in vars(arguments).items()
-        if key not in ("child", "only", "work", "output", "jobs", "phase")
-    }
+    hidden = ("child", "only", "work", "output", "jobs", "phase", "model")
+    report["model"] = Path(arguments.model).name
+    report["setting"] = {key: value for key, value in vars(arguments).items() if key not in hidden}
     for key in ("calibration", "evaluation"):
         if report["setting"][key]:
             report["setting"][key] = Path(report["setting"][key]).name
