@@ -85,7 +85,8 @@ def compress_block(
             statistics[group].release()
     for name in unreached:
         data_free = _data_free(layers[name], modules[name])
-        packed[name], record = compress_layer(layers[name], modules[name], source, data_free, (UNREACHED,))
+        notes = (UNREACHED,) if layers[name].method.needs else ()
+        packed[name], record = compress_layer(layers[name], modules[name], source, data_free, notes)
         records.append(record)
         done(record)
     return packed, records

@@ -64,9 +64,20 @@ def compress_units(run: Run) -> None:
     """Bring every unit (outside, then block after block) into the journal."""
     blocks = [block for stack in run.stacks for block in stack.blocks]
     materialise_outside(run.model, blocks, run.source, run.compute_dtype, run.device)
-    _outside(run, blocks)
-    finished: list[Finished] = []
+    _outside(run)
     done: list[str] = []
+    if any(layer.method.needs for layer in run.assignment.layers.values() if layer.block):
+        _stream(run, blocks, done)
+    else:  # a method that asks for no statistics: nothing need be run through the blocks
+        run.listener.phase("compression", sum(bool(layer.block) for layer in run.assignment.layers.values()))
+    for block in blocks:
+        if block not in done:
+            _block(run, block, Streams([], []), done, len(blocks))
+
+
+def _stream(run: Run, blocks: Sequence[str], done: list[str]) -> None:
+    """Run the calibration inputs through every stack they reach, compressing its blocks on the way."""
+    finished: list[Finished] = []
     for position, stack in enumerate(run.stacks):
         later = [block for other in run.stacks[position + 1 :] for block in other.blocks]
         found = _catch(run, stack, finished, later)
@@ -75,6 +86,7 @@ def compress_units(run: Run) -> None:
         if not later:
             release_outside(run.model, blocks)
         if found is None:
+            run.listener.note(f"the calibration inputs never reach {stack.name!r}: compressed without data")
             continue
         caught, as_tuple = found
         hidden = [item.hidden for item in caught]
@@ -83,13 +95,9 @@ def compress_units(run: Run) -> None:
             streams = Streams(hidden, [[item.calls[call] for call in span] for item in caught])
             _block(run, block, streams, done, len(blocks))
         finished.append(Finished(stack.blocks, len(caught[0].calls), as_tuple, hidden))
-    for block in blocks:
-        if block not in done:
-            run.listener.note(f"block {block!r} was never called by the calibration inputs: compressed without data")
-            _block(run, block, Streams([], []), done, len(blocks))
 
 
-def _outside(run: Run, blocks: Sequence[str]) -> None:
+def _outside(run: Run) -> None:
     layers = run.assignment.of_block(OUTSIDE)
     run.listener.phase("embeddings", len(layers))
     if OUTSIDE in run.journal.units:
@@ -131,7 +139,7 @@ def _block(run: Run, name: str, streams: Streams, done: list[str], total: int) -
             done=run.listener.layer,
         )
         _store(run, name, packed, records, time.perf_counter() - start)
-    propagate(block, streams)
+    propagate(block, streams)  # nothing to do without streams
     release(run.model, name)
     if name not in done:
         run.listener.block(len(done), total, name)

@@ -1,4 +1,4 @@
-"""How long the block loop will take, from a quick probe of the method and of this device's matrix product."""
+"""How long a run will take, from a quick probe of the method and of this device's matrix product."""
 
 from __future__ import annotations
 
@@ -43,16 +43,26 @@ def estimate_minutes(
     *,
     tokens: int,
     block_parameters: int,
+    evaluated: float,
     device: torch.device,
     compute_dtype: torch.dtype,
+    left: float = 1.0,
 ) -> float:
-    """Minutes of the block loop: the method on every layer, and the products of forward passes and second moments."""
+    """Minutes of a run: the method on every layer, the products of forward passes and of second moments.
+
+    Args:
+        tokens: calibration tokens. block_parameters: of all blocks.
+        evaluated: evaluation tokens times parameters, summed over the models that are measured.
+        left: share of the blocks that is still to be done.
+    """
     inside = [layer for layer in assignment.layers.values() if layer.block]
-    flops = 2.0 * tokens * block_parameters * 2  # statistics pass and propagation
-    flops += sum(2.0 * tokens * layer.columns**2 / 3 for layer in inside if layer.method.needs)
     probes = {key: _probe(*key, device) for key in dict.fromkeys((layer.method, layer.columns) for layer in inside)}
-    seconds = sum(probes[layer.method, layer.columns].seconds(layer.rows, layer.columns) for layer in inside)
-    return (seconds + flops / _product_rate(device, compute_dtype)) / 60
+    seconds = left * sum(probes[layer.method, layer.columns].seconds(layer.rows, layer.columns) for layer in inside)
+    products = evaluated
+    if any(layer.method.needs for layer in inside):  # statistics pass, and propagation (of finished blocks as well)
+        products += tokens * block_parameters * (1 + left)
+        products += left * sum(tokens * layer.columns**2 / 3 for layer in inside)  # about three layers share inputs
+    return (seconds + 2 * products / _product_rate(device, compute_dtype)) / 60
 
 
 def _probe(method: Method, columns: int, device: torch.device) -> Probe:

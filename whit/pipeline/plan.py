@@ -8,7 +8,7 @@ from whit.pipeline.estimate import estimate_minutes
 from whit.pipeline.events import Plan, PlannedLayer
 from whit.pipeline.finish import saved_config, saved_specs
 from whit.pipeline.journal import finished_units
-from whit.pipeline.memory import available_bytes, expected_memory
+from whit.pipeline.memory import available_bytes, expected_memory, original_fits
 from whit.pipeline.prepare import Job
 
 LEAK_NOTE = "the calibration text is part of the evaluation text (--allow-leak): the figures flatter the method"
@@ -27,27 +27,32 @@ def make_plan(job: Job) -> Plan:
             packed_bytes, packed_parameters = packed_bytes + size, packed_parameters + layer.rows * layer.columns
     done = finished_units(job.output)
     file_bytes = _file_bytes(job)
-    memory = expected_memory(job, file_bytes, available_bytes(job.device))
+    available = available_bytes(job.device)
+    memory = expected_memory(job, file_bytes, available)
+    parameters = sum(parameter.numel() for parameter in job.skeleton.parameters())
+    models = 2 if original_fits(parameters * job.compute_dtype.itemsize, available) else 1
     minutes = estimate_minutes(
         job.assignment,
         tokens=job.calibration.tokens,
         block_parameters=sum(p.numel() for block in blocks for p in job.skeleton.get_submodule(block).parameters()),
+        evaluated=0 if job.evaluation is None else models * job.evaluation.tokens * parameters,
         device=job.device,
         compute_dtype=job.compute_dtype,
+        left=1 - len(done & set(blocks)) / len(blocks),
     )
     return Plan(
         model=job.reference.label,
         architecture=job.reference.model_class.__name__,
         layers=layers,
         untouched=job.assignment.untouched,
-        parameters=sum(parameter.numel() for parameter in job.skeleton.parameters()),
+        parameters=parameters,
         compressed_bits=packed_bytes * 8 / packed_parameters,
         file_bytes=file_bytes,
         original_file_bytes=job.reference.source.stored_bytes,
         original_dense_bytes=job.reference.dense_bytes,
         host_bytes=memory.host,
         device_bytes=memory.device,
-        minutes=minutes * (1 - len(done & set(blocks)) / len(blocks)),
+        minutes=minutes,
         blocks=len(blocks),
         blocks_done=len(done & set(blocks)),
         calibration=job.calibration.provenance,
