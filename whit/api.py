@@ -16,16 +16,11 @@ from whit.models.loading import is_compressed, load_directory, load_tokenizer
 from whit.models.resolve import resolve_model
 from whit.models.skeleton import load_dense
 from whit.pipeline.compare import PROMPT
-from whit.pipeline.compress import (
-    DEFAULT_WINDOW,
-    choose_device,
-    compress,
-    compute_dtype,
-    data_limits,
-)
+from whit.pipeline.compress import compress
 from whit.pipeline.journal import RESULT_FILE
 from whit.pipeline.leak import check_recorded_leak
 from whit.pipeline.options import RunOptions
+from whit.pipeline.prepare import choose_device, compute_dtype, data_limits
 from whit.report.record import EvaluationRecord, Result
 
 __all__ = ["compress", "evaluate", "generate", "load"]
@@ -62,11 +57,7 @@ def evaluate(
     device = choose_device(options.device)
     subject, tokenizer, dtype, limits = _open(model, options, device)
     data = load_evaluation(
-        options.evaluation,
-        tokenizer,
-        windows=options.evaluation_windows,
-        window=options.window or min(DEFAULT_WINDOW, limits["max_positions"] or DEFAULT_WINDOW),
-        **limits,
+        options.evaluation, tokenizer, windows=options.evaluation_windows, window=options.window, **limits
     )
     leak = check_recorded_leak(model, data.provenance, allow=options.allow_leak)
     original = _open(against, options, device)[0] if against is not None else None
@@ -104,7 +95,7 @@ def recorded_result(directory: str | Path) -> Result | None:
 
 def _open(
     model: str | Path | None, options: RunOptions, device: torch.device
-) -> tuple[nn.Module, object, torch.dtype, dict[str, int]]:
+) -> tuple[nn.Module, object, torch.dtype, dict[str, int | None]]:
     if model is not None and is_compressed(model):
         dtype = compute_dtype(options.dtype, torch.bfloat16, device)
         loaded = load_directory(model, dtype=dtype, device=device)

@@ -67,7 +67,7 @@ def build(argv: Sequence[str]) -> typer.Typer:
 def output_directory(model: str | None, method: str) -> Path:
     """The directory that a run without -o writes to: named after the model and the method."""
     from whit.models.catalog import DEFAULT
-    from whit.pipeline.compress import default_output
+    from whit.pipeline.prepare import default_output
 
     name = model or DEFAULT
     return default_output(str(Path(name).resolve()) if Path(name).exists() else name, method)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -41,6 +41,7 @@ def evaluate_model(
     original: nn.Module | None = None,
     device: torch.device | str,
     protocol_fields: Mapping[str, Any],
+    progress: Callable[[str], None] | None = None,
 ) -> tuple[EvaluationRecord, EvaluationRecord | None]:
     """Evaluate a model, and if given the original beside it (batch by batch, so no logits are kept).
 
@@ -49,6 +50,7 @@ def evaluate_model(
         data: from `load_evaluation`.
         original: the model it is compared with, on `device`; adds the metrics that need both.
         protocol_fields: added to the fields the data brings (at least `dtype`).
+        progress: told about each window that is done.
 
     Returns:
         the record of the model, and that of the original or None. `seconds` counts each model's own forward passes.
@@ -61,7 +63,7 @@ def evaluate_model(
     clock = {"model": 0.0, "original": 0.0}
     with _evaluating(model), _evaluating(original):
         causal = is_causal(model, data.batches[0], device)
-        for batch in data.batches:
+        for number, batch in enumerate(data.batches, 1):
             reference = None
             if original is not None:
                 start = time.perf_counter()
@@ -72,6 +74,8 @@ def evaluate_model(
             _compare(name, output, reference, _targets(batch, output, causal), batch, causal, mine, theirs)
             clock["model"] += time.perf_counter() - start
             del output, reference
+            if progress is not None:
+                progress(f"window {number}/{len(data.batches)}")
     fields = dict(data.provenance.get("protocol", {})) | dict(protocol_fields)
     record = EvaluationRecord(_metrics(mine, fields), {}, data.provenance, clock["model"])
     if original is None:

@@ -60,6 +60,11 @@ class LayerStatistics:
             self._factors[key] = _factorise(self._moment(), damping, order)
         return self._factors[key]
 
+    def release(self) -> None:
+        """Free the second moments and their factors, once every layer that shares them is compressed."""
+        self.second_moment = None
+        self._factors.clear()
+
     def dead_columns(self) -> Tensor:
         """Inputs that were zero in every calibration vector: bool (m,), diag(H) = 0."""
         return torch.diagonal(self._moment()) == 0

@@ -23,7 +23,7 @@ class Matched:
     """A source under the model's names.
 
     Attributes:
-        source: every parameter of the model is in it (of tied ones, at least one name).
+        source: every parameter of the model is in it, tied ones under each of their names.
         untied: the config ties parameters that the checkpoint stores with different values; tying would lose one.
         notes: remarks for the user.
     """
@@ -57,7 +57,8 @@ def match_source(skeleton: nn.Module, source: TensorSource, directory: Path | No
             notes.append(f"{len(match.unused)} tensors of the checkpoint are not part of the model ({match.unused[0]})")
         if untied:
             notes.append(f"{' and '.join(untied)} are tied in the config but differ in the checkpoint: kept apart")
-        return Matched(RenamedSource(source, match.mapping), bool(untied), notes)
+        mapping = match.mapping if untied else match.mapping | _aliases(skeleton, match.mapping)
+        return Matched(RenamedSource(source, mapping), bool(untied), notes)
     # from_pretrained can only help when something in the checkpoint was not understood, or must be converted.
     if directory is not None and (convert or (match.missing and match.unused)):
         return _by_transformers(skeleton, source, directory, label)
@@ -69,6 +70,15 @@ def _needs_conversion(skeleton: nn.Module, names: list[str]) -> bool:
         return False
     converters = [item for item in get_model_conversion_mapping(skeleton) if isinstance(item, WeightConverter)]
     return any(item.compiled_sources.search(name) for item in converters for name in names)
+
+
+def _aliases(skeleton: nn.Module, mapping: dict[str, str]) -> dict[str, str]:
+    """Tied names that the checkpoint does not store, each under the name it does store."""
+    out: dict[str, str] = {}
+    for group in tied_groups(skeleton):
+        stored = next(name for name in group if name in mapping)
+        out |= {name: mapping[stored] for name in group if name not in mapping}
+    return out
 
 
 def _untied_group(skeleton: nn.Module, mapping: dict[str, str], source: TensorSource) -> list[str]:

@@ -19,6 +19,7 @@ from torch import nn
 
 from whit.errors import ModelError, WhitError, nearest
 from whit.models import architecture, catalog, gguf
+from whit.models.card import license_in_card
 from whit.models.checkpoint import PICKLED_REMEDY, open_checkpoint, read_config_json
 from whit.models.ctranslate2 import open_whisper
 from whit.models.match import match_source
@@ -52,6 +53,7 @@ class ModelReference:
         notes: remarks the user should read.
         dtype: the model's own dtype: of its config, else of most stored values; for GGUF the one the architecture is
             known to compute well in.
+        license: of the weights as the catalogue or the folder's README says it, else None.
     """
 
     label: str
@@ -65,6 +67,7 @@ class ModelReference:
     dense_bytes: int
     notes: list[str]
     dtype: torch.dtype
+    license: str | None = None
 
 
 @dataclass
@@ -79,6 +82,7 @@ class _Parts:
     generation_config: Any = None
     dtype: torch.dtype | None = None
     notes: list[str] = field(default_factory=list)
+    license: str | None = None
 
 
 def resolve_model(model: str | Path | None) -> ModelReference:
@@ -158,6 +162,7 @@ def _from_directory(directory: Path, label: str) -> _Parts:
         directory,
         folder_loader(directory),
         architecture.load_generation_config(directory),
+        license=license_in_card(directory),
     )
 
 
@@ -170,6 +175,7 @@ def _from_catalog(name: str) -> _Parts:
     entry = catalog.CATALOG[name]
     path = catalog.locate(entry)
     parts = _KINDS[entry.kind](path.parent if entry.kind == "folder" else path, name)
+    parts.license = entry.licence
     parts.notes = [*([entry.warning] if entry.warning else []), *parts.notes]
     return parts
 
@@ -238,6 +244,7 @@ def _finish(parts: _Parts) -> ModelReference:
         dense_bytes=sum(parameter.numel() for parameter in skeleton.parameters()) * dtype.itemsize,
         notes=[*parts.notes, *matched.notes],
         dtype=dtype,
+        license=parts.license,
     )
 
 

@@ -10,9 +10,11 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
@@ -46,13 +48,13 @@ class LazyTensor:
     load: Callable[[], Tensor]
 
 
-def write_safetensors(path: Path, tensors: Mapping[str, LazyTensor]) -> None:
-    """Write one file, atomically (temporary file, flush to disk, rename)."""
-    order = sorted(tensors, key=lambda name: (-_DTYPES[tensors[name].spec.dtype][1], name))
+def encode_header(specs: Mapping[str, TensorSpec]) -> tuple[list[str], bytes]:
+    """Names in the order of the file, and the bytes that precede the data (length field included)."""
+    order = sorted(specs, key=lambda name: (-_DTYPES[specs[name].dtype][1], name))
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name in order:
-        spec = tensors[name].spec
+        spec = specs[name]
         end = offset + spec.bytes
         header[name] = {
             "dtype": _DTYPES[spec.dtype][0],
@@ -62,16 +64,47 @@ def write_safetensors(path: Path, tensors: Mapping[str, LazyTensor]) -> None:
         offset = end
     encoded = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     encoded += b" " * (-len(encoded) % 8)
-    temporary = path.with_name(path.name + ".partial")
-    with temporary.open("wb") as file:
-        file.write(struct.pack("<Q", len(encoded)))
-        file.write(encoded)
+    return order, struct.pack("<Q", len(encoded)) + encoded
+
+
+def safetensors_bytes(specs: Mapping[str, TensorSpec]) -> int:
+    """Exact size of the file that holds tensors of these shapes and dtypes."""
+    return len(encode_header(specs)[1]) + sum(spec.bytes for spec in specs.values())
+
+
+def write_safetensors(path: Path, tensors: Mapping[str, LazyTensor]) -> None:
+    """Write one file, atomically: temporary file, flush to disk, rename. A failed write leaves nothing behind."""
+    order, header = encode_header({name: item.spec for name, item in tensors.items()})
+    with atomic_file(path) as file:
+        file.write(header)
         for name in order:
             tensor = tensors[name].load().detach().cpu().contiguous()
             file.write(tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """A file that appears under its name complete and safe on disk, or not at all."""
+    temporary = path.with_name(path.name + ".partial")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)  # on a full disk its space is needed
+        raise
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush the names in a folder to disk, so that a rename or a new file survives a power cut."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write_model(directory: Path, tensors: Mapping[str, LazyTensor], max_shard_bytes: int = MAX_SHARD_BYTES) -> int:
@@ -94,6 +127,7 @@ def write_model(directory: Path, tensors: Mapping[str, LazyTensor], max_shard_by
     if split.is_sharded:
         index = {"metadata": dict(split.metadata), "weight_map": split.tensor_to_filename}
         path = directory / "model.safetensors.index.json"
-        path.write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        with atomic_file(path) as file:
+            file.write((json.dumps(index, indent=2, sort_keys=True) + "\n").encode())
         written.append(path)
     return sum(path.stat().st_size for path in written)

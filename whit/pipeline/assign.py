@@ -107,9 +107,26 @@ def assign(
         elif source in out.layers:
             del out.layers[source]
             out.untouched[source] = f"shares its weight with {head!r}, which is skipped"
+    _explain_the_rest(model, out)
     if not any(layer.block for layer in out.layers.values()):
         raise ModelError("no layer is left to compress: check --skip, or choose a method with fewer stored bits")
     return out
+
+
+def _explain_the_rest(model: nn.Module, out: Assignment) -> None:
+    """Say of every other parameter why it stays dense, so that plan and report account for all of them."""
+    spoken_for = {f"{name}.weight" for name in [*out.layers, *out.tied, *out.untouched]}
+    shared = set(getattr(model, "all_tied_weights_keys", None) or {})
+    for name, parameter in model.named_parameters():
+        if name in spoken_for or name in shared:
+            continue
+        owner = type(model.get_submodule(name.rpartition(".")[0])).__name__
+        if name.endswith(".bias"):
+            out.untouched[name] = "a bias, not a matrix"
+        elif parameter.dim() < 2:
+            out.untouched[name] = "a vector (norms, scales), not a matrix"
+        else:
+            out.untouched[name] = f"a parameter of {owner}, which is no linear layer or embedding"
 
 
 def _ends(model: nn.Module) -> tuple[set[str], dict[str, str]]:

@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from whit.errors import ModelError
 from whit.formats.base import Packed, format_from_json
 from whit.methods.statistics import LayerStatistics, relative_output_error
-from whit.models.source import TensorSource
+from whit.models.source import TensorSource, check_finite
 from whit.pipeline.assign import AssignedLayer
 from whit.pipeline.catch import Call
 from whit.pipeline.gather import find_groups, gathering
 from whit.report.record import LayerRecord
+
+UNREACHED = "the calibration inputs never reached this layer: compressed without data"
 
 
 @dataclass
@@ -59,15 +61,15 @@ def compress_block(
         packed weights by full module name, and their records.
     """
     modules = {name: block.get_submodule(name.removeprefix(prefix + ".")) for name in layers}
-    first = streams.calls[0][0]
 
     def run_once() -> None:
-        with torch.no_grad():
-            first.run(block, streams.hidden[0])
+        if streams.calls:
+            with torch.no_grad():
+                streams.calls[0][0].run(block, streams.hidden[0])
 
     groups = find_groups(run_once, modules)
     reached = {name for group in groups for name in group}
-    unreached = [(name,) for name in layers if name not in reached]
+    unreached = [name for name in layers if name not in reached]
     packed: dict[str, Packed] = {}
     records: list[LayerRecord] = []
     for part in [[group] for group in groups] if true_sequential else [groups]:
@@ -80,12 +82,11 @@ def compress_block(
                 packed[name], record = compress_layer(layers[name], modules[name], source, statistics[group])
                 records.append(record)
                 done(record)
-            statistics[group].second_moment = None
-            statistics[group].__dict__["_factors"].clear()
-    for (name,) in unreached:
-        statistics_free = _data_free(layers[name], modules[name])
-        note = "the calibration inputs never reached this layer: compressed without data"
-        packed[name], record = compress_layer(layers[name], modules[name], source, statistics_free, (note,))
+            statistics[group].release()
+    for name in unreached:
+        data_free = _data_free(layers[name], modules[name])
+        notes = (UNREACHED,) if layers[name].method.needs else ()
+        packed[name], record = compress_layer(layers[name], modules[name], source, data_free, notes)
         records.append(record)
         done(record)
     return packed, records
@@ -117,9 +118,7 @@ def compress_layer(
     assert isinstance(target, Tensor)
     stored = source.load(f"{layer.name}.weight")
     weight = layer.kind.matrix(stored.to(target.device, torch.float32)).contiguous()
-    if not bool(torch.isfinite(weight).all()):
-        bad = int((~torch.isfinite(weight)).sum())
-        raise ModelError(f"weight {layer.name!r} holds {bad} NaN or Inf values: the checkpoint is damaged")
+    check_finite(f"{layer.name}.weight", weight)
     start = time.perf_counter()
     result = layer.method.compress(weight, statistics)
     seconds = time.perf_counter() - start

@@ -73,6 +73,7 @@ class _Log:
     as_tuple: bool
     hidden: Tensor | None = None
     last: Tensor | None = None
+    version: int = 0
     calls: list[Call] = field(default_factory=list)
 
 
@@ -97,7 +98,7 @@ class _StandIn(nn.Module):
         hidden = arguments[slot] if isinstance(slot, int) else keywords[slot]
         if log.hidden is None:
             log.hidden = hidden
-        elif hidden is not log.last:
+        elif log.last is None or hidden is not log.last or log.last._version != log.version:
             raise ModelError(
                 f"between repeated blocks, before {self._name!r}, the model changes the hidden states; "
                 "whit can only stream blocks that feed each other directly"
@@ -107,8 +108,10 @@ class _StandIn(nn.Module):
             log.calls.append(Call(self._name, kept, keywords, slot))
         else:
             log.calls.append(Call(self._name, arguments, {k: v for k, v in keywords.items() if k != slot}, slot))
-        # A view is a new object, so the next stand-in can tell our tensor from one the parent computed.
-        log.last = hidden.view_as(hidden)
+        # A copy is a new object with its own version counter: the next stand-in can tell it from a tensor that the
+        # parent computed or changed in place, and nothing the parent does to it reaches what was recorded.
+        log.last = hidden.clone()
+        log.version = log.last._version
         if log.expected is not None and len(log.calls) == log.expected:
             raise _Stop
         return (log.last,) if log.as_tuple else log.last
@@ -197,18 +200,28 @@ class CallCatcher:
         parameters = inspect.signature(model.forward).parameters
         self._extra = {"use_cache": False} if "use_cache" in parameters else {}
 
-    def first_call(self, batch: dict[str, Tensor]) -> Caught:
-        """Only the first call of a forward: used to learn what the blocks return."""
-        hidden, calls = self._run(batch, 0, 1)
-        return Caught(hidden, calls)
+    def first_call(self, batch: dict[str, Tensor]) -> Caught | None:
+        """Only the first call of a forward: used to learn what the blocks return. None if they are never called."""
+        log = self._run(batch, 0, 1)
+        return None if log.hidden is None else Caught(log.hidden, log.calls)
 
     def catch(self, batch: dict[str, Tensor], index: int) -> Caught:
-        """Run batch number `index` up to the last call of the blocks."""
-        hidden, calls = self._run(batch, index, self._expected)
-        self._expected = len(calls)
-        return Caught(hidden, self._deduplicate(calls))
+        """Run batch number `index` up to the last call of the blocks.
 
-    def _run(self, batch: dict[str, Tensor], index: int, expected: int | None) -> tuple[Tensor, list[Call]]:
+        Raises:
+            ModelError: this batch does not call the blocks as the first one did.
+        """
+        log = self._run(batch, index, self._expected)
+        names = [call.block for call in log.calls]
+        if log.hidden is None or (self._shared and names != [call.block for call in self._shared]):
+            raise ModelError(
+                f"calibration input {index + 1} calls {len(names)} blocks of {self._blocks[0]!r}, ... in another way "
+                "than the first: give inputs that all take the same way through the model"
+            )
+        self._expected = len(names)
+        return Caught(log.hidden, self._deduplicate(log.calls))
+
+    def _run(self, batch: dict[str, Tensor], index: int, expected: int | None) -> _Log:
         log = _Log(expected, self._as_tuple)
         stand_ins: dict[str, nn.Module] = {
             name: _StandIn(name, self._model.get_submodule(name), log) for name in self._blocks
@@ -228,9 +241,7 @@ class CallCatcher:
         finally:
             for name, block in originals.items():
                 replace_module(self._model, name, block)
-        if log.hidden is None:
-            raise ModelError(f"the model never called its blocks ({self._blocks[0]!r}, ...) on the calibration input")
-        return log.hidden, log.calls
+        return log
 
     def _deduplicate(self, calls: list[Call]) -> list[Call]:
         """Reuse tensors of the first batch that are equal (masks, rotary tables), so memory does not grow with them."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-import psutil
 import torch
 from torch import nn
 
@@ -16,6 +15,7 @@ from whit.models.loading import load_directory, load_tokenizer
 from whit.models.resolve import ModelReference
 from whit.models.skeleton import load_dense
 from whit.pipeline.events import Listener
+from whit.pipeline.memory import available_bytes, original_fits
 from whit.report.record import EvaluationRecord
 
 PROMPT = "The capital of France is"
@@ -30,10 +30,15 @@ def compare(
     listener: Listener,
     leak: bool,
 ) -> tuple[EvaluationRecord | None, EvaluationRecord]:
-    """Evaluate the original (unless it does not fit) and the compressed model in `directory`."""
-    listener.phase("evaluation", 1)
+    """Evaluate the original (unless it does not fit) and the compressed model in `directory`.
+
+    The phase has one step per window and one per sample.
+    """
     original: nn.Module | None = None
-    if _fits(reference, dtype, device):
+    dense = reference.dense_bytes * dtype.itemsize // reference.dtype.itemsize
+    beside = original_fits(dense, available_bytes(device))
+    listener.phase("evaluation", len(data.batches) + 1 + beside)
+    if beside:
         original = load_dense(reference, dtype, device)
     else:
         listener.note(
@@ -41,18 +46,13 @@ def compare(
         )
     compressed = load_directory(directory, dtype=dtype, device=device)
     fields = {"dtype": str(dtype).removeprefix("torch.")}
-    after, before = evaluate_model(compressed, data, original=original, device=device, protocol_fields=fields)
+    after, before = evaluate_model(
+        compressed, data, original=original, device=device, protocol_fields=fields, progress=listener.step
+    )
     tokenizer = load_tokenizer(directory)
     after = dataclasses.replace(after, leak=leak, sample=sample_record(compressed, tokenizer, PROMPT, data))
+    listener.step("sample of the compressed model")
     if before is not None and original is not None:
         before = dataclasses.replace(before, leak=leak, sample=sample_record(original, tokenizer, PROMPT, data))
-    listener.step("both models measured" if original is not None else "compressed model measured")
+        listener.step("sample of the original")
     return before, after
-
-
-def _fits(reference: ModelReference, dtype: torch.dtype, device: torch.device) -> bool:
-    needed = reference.dense_bytes / max(reference.dtype.itemsize, 1) * dtype.itemsize * 1.3
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return bool(needed < 0.8 * free)
-    return bool(needed < 0.8 * psutil.virtual_memory().available)

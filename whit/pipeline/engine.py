@@ -29,6 +29,7 @@ from whit.pipeline.assign import Assignment
 from whit.pipeline.block import Streams, compress_block, compress_layer, propagate, restore_layers
 from whit.pipeline.catch import CallCatcher, Caught, Finished
 from whit.pipeline.events import Listener
+from whit.pipeline.finish import dense_tensor_dtype
 from whit.pipeline.journal import Journal
 from whit.report.record import LayerRecord
 
@@ -63,31 +64,40 @@ def compress_units(run: Run) -> None:
     """Bring every unit (outside, then block after block) into the journal."""
     blocks = [block for stack in run.stacks for block in stack.blocks]
     materialise_outside(run.model, blocks, run.source, run.compute_dtype, run.device)
-    _outside(run, blocks)
+    _outside(run)
+    done: list[str] = []
+    if any(layer.method.needs for layer in run.assignment.layers.values() if layer.block):
+        _stream(run, blocks, done)
+    else:  # a method that asks for no statistics: nothing need be run through the blocks
+        run.listener.phase("compression", sum(bool(layer.block) for layer in run.assignment.layers.values()))
+    for block in blocks:
+        if block not in done:
+            _block(run, block, Streams([], []), done, len(blocks))
+
+
+def _stream(run: Run, blocks: Sequence[str], done: list[str]) -> None:
+    """Run the calibration inputs through every stack they reach, compressing its blocks on the way."""
     finished: list[Finished] = []
-    total, number = len(blocks), 0
     for position, stack in enumerate(run.stacks):
         later = [block for other in run.stacks[position + 1 :] for block in other.blocks]
-        caught, as_tuple = _catch(run, stack, finished, later)
+        found = _catch(run, stack, finished, later)
         inside = sum(layer.block in stack.blocks for layer in run.assignment.layers.values())
         run.listener.phase("compression", inside)
         if not later:
             release_outside(run.model, blocks)
+        if found is None:
+            run.listener.note(f"the calibration inputs never reach {stack.name!r}: compressed without data")
+            continue
+        caught, as_tuple = found
         hidden = [item.hidden for item in caught]
         for block, calls in groupby(range(len(caught[0].calls)), key=lambda call: caught[0].calls[call].block):
             span = list(calls)
             streams = Streams(hidden, [[item.calls[call] for call in span] for item in caught])
-            _block(run, block, streams)
-            run.listener.block(number, total, block)
-            number += 1
+            _block(run, block, streams, done, len(blocks))
         finished.append(Finished(stack.blocks, len(caught[0].calls), as_tuple, hidden))
-    for block in blocks:
-        if block not in run.journal.units:
-            run.listener.note(f"block {block!r} was never called by the calibration inputs: compressed without data")
-            _block(run, block, Streams([], []))
 
 
-def _outside(run: Run, blocks: Sequence[str]) -> None:
+def _outside(run: Run) -> None:
     layers = run.assignment.of_block(OUTSIDE)
     run.listener.phase("embeddings", len(layers))
     if OUTSIDE in run.journal.units:
@@ -107,14 +117,16 @@ def _outside(run: Run, blocks: Sequence[str]) -> None:
     _store(run, OUTSIDE, packed, records, time.perf_counter() - start)
 
 
-def _block(run: Run, name: str, streams: Streams) -> None:
+def _block(run: Run, name: str, streams: Streams, done: list[str], total: int) -> None:
+    """Finish one block and run its inputs through it; one that comes again (shared weights) is only run through."""
     block = run.model.get_submodule(name)
     layers = run.assignment.of_block(name)
     start = time.perf_counter()
     materialise(run.model, name, run.source, run.compute_dtype, run.device)
     if name in run.journal.units:
         restore_layers(block, name, layers, run.journal.units[name], run.journal.load(name))
-        for record in run.journal.units[name]:
+        records = [] if name in done else run.journal.units[name]
+        for record in records:
             run.listener.layer(record)
     else:
         packed, records = compress_block(
@@ -127,8 +139,11 @@ def _block(run: Run, name: str, streams: Streams) -> None:
             done=run.listener.layer,
         )
         _store(run, name, packed, records, time.perf_counter() - start)
-    propagate(block, streams)
+    propagate(block, streams)  # nothing to do without streams
     release(run.model, name)
+    if name not in done:
+        run.listener.block(len(done), total, name)
+        done.append(name)
 
 
 def _store(run: Run, unit: str, packed: dict[str, Packed], records: list[LayerRecord], seconds: float) -> None:
@@ -136,21 +151,13 @@ def _store(run: Run, unit: str, packed: dict[str, Packed], records: list[LayerRe
     tensors = {f"{name}.{key}": tensor for name, item in packed.items() for key, tensor in item.tensors.items()}
     blocks = [block for stack in run.stacks for block in stack.blocks]
     replaced = {f"{name}.weight" for name in [*packed, *run.assignment.tied]}
+    stored = set(run.source.names())
     for name in _dense_names(run.model, unit, blocks):
         if name not in replaced:
-            tensors[name] = dense_value(run.model, run.source, name, run.dense_dtype)
+            value = run.source.load(name) if name in stored else run.model.state_dict()[name].detach().cpu()
+            dtype = dense_tensor_dtype(run.model, name, run.dense_dtype)
+            tensors[name] = value.to(dtype) if value.is_floating_point() else value
     run.journal.write(unit, tensors, records, seconds)
-
-
-def dense_value(model: nn.Module, source: TensorSource, name: str, dtype: torch.dtype) -> Tensor:
-    """An untouched parameter or buffer as it is saved: floating point in `dtype`, all else as it is."""
-    known = set(source.names())
-    if name in known:
-        value = source.load(name)
-    else:
-        value = model.get_buffer(name) if name in dict(model.named_buffers()) else model.get_parameter(name)
-    value = value.detach().cpu()
-    return value.to(dtype) if value.is_floating_point() else value
 
 
 def _dense_names(model: nn.Module, unit: str, blocks: Sequence[str]) -> list[str]:
@@ -163,11 +170,18 @@ def _dense_names(model: nn.Module, unit: str, blocks: Sequence[str]) -> list[str
     return [name for name in names if name.startswith(unit + ".")]
 
 
-def _catch(run: Run, stack: Stack, finished: Sequence[Finished], later: Sequence[str]) -> tuple[list[Caught], bool]:
-    """Entering hidden states and calls of every batch; and whether the blocks return tuples (learnt by running one)."""
-    batches = [{key: value.to(run.device) for key, value in batch.items()} for batch in run.batches]
+def _catch(
+    run: Run, stack: Stack, finished: Sequence[Finished], later: Sequence[str]
+) -> tuple[list[Caught], bool] | None:
+    """Entering hidden states and calls of every batch; and whether the blocks return tuples (learnt by running one).
+
+    None if the calibration inputs never reach the stack (the vision part of a model that is given text only).
+    """
+    batches = [{key: _cast(value, run) for key, value in batch.items()} for batch in run.batches]
     probe = CallCatcher(run.model, stack.blocks, as_tuple=False, finished=finished, later=later)
     first = probe.first_call(batches[0])
+    if first is None:
+        return None
     name = first.calls[0].block
     materialise(run.model, name, run.source, run.compute_dtype, run.device)
     as_tuple = first.calls[0].returns_tuple(run.model.get_submodule(name), first.hidden)
@@ -179,3 +193,8 @@ def _catch(run: Run, stack: Stack, finished: Sequence[Finished], later: Sequence
         caught.append(catcher.catch(batch, index))
         run.listener.step(f"batch {index + 1}/{len(batches)}")
     return caught, as_tuple
+
+
+def _cast(value: Tensor, run: Run) -> Tensor:
+    """An input on the device of the run, floating-point ones (audio features, pixels) in the compute dtype."""
+    return value.to(run.device, run.compute_dtype if value.is_floating_point() else value.dtype)

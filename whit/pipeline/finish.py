@@ -3,33 +3,64 @@
 from __future__ import annotations
 
 import copy
-import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from whit.errors import OutputError
-from whit.formats.base import format_from_json
+from whit.formats.base import Format, TensorSpec, format_from_json
 from whit.models.integration import WhitConfig
 from whit.models.resolve import ModelReference
+from whit.models.skeleton import keeps_float32
 from whit.models.write import write_model
 from whit.pipeline.assign import Assignment
 from whit.pipeline.journal import Journal
-from whit.report.record import LayerRecord
 
 
-def quantization_config(assignment: Assignment, records: list[LayerRecord]) -> WhitConfig:
-    """Describe the packed layers in the order of the model."""
-    by_name = {record.name: record.format for record in records}
-    formats: list[dict[str, object]] = []
+def saved_config(
+    reference: ModelReference, assignment: Assignment, formats: Mapping[str, Format], dense_dtype: torch.dtype
+) -> Any:
+    """The config of the compressed model: the original's, and which module is packed in which layout.
+
+    Args:
+        formats: layout of each assigned layer.
+        dense_dtype: of what is not packed.
+    """
+    distinct: list[dict[str, Any]] = []
     layers: dict[str, int] = {}
     for name in assignment.layers:
-        described = format_from_json(by_name[name]).to_json()
-        if described not in formats:
-            formats.append(described)
-        layers[name] = formats.index(described)
-    return WhitConfig(formats, layers, assignment.tied, assignment.scaled)
+        described = formats[name].to_json()
+        if described not in distinct:
+            distinct.append(described)
+        layers[name] = distinct.index(described)
+    config = copy.deepcopy(reference.config)
+    config.architectures = [reference.model_class.__name__]
+    config.dtype = str(dense_dtype).removeprefix("torch.")
+    config.quantization_config = WhitConfig(distinct, layers, assignment.tied, assignment.scaled)
+    return config
+
+
+def saved_specs(model: nn.Module, assignment: Assignment, dense_dtype: torch.dtype) -> dict[str, TensorSpec]:
+    """Shape and dtype of every tensor that will be saved, by name; `model` is the skeleton."""
+    replaced = {f"{name}.weight" for name in [*assignment.layers, *assignment.tied]}
+    shared = set(getattr(model, "all_tied_weights_keys", None) or {})
+    out = {}
+    for name, value in model.state_dict().items():
+        if name not in replaced and name not in shared:
+            dtype = dense_tensor_dtype(model, name, dense_dtype) if value.is_floating_point() else value.dtype
+            out[name] = TensorSpec(tuple(value.shape), dtype)
+    for layer in assignment.layers.values():
+        specs = layer.method.format(layer.rows, layer.columns).specs(layer.rows, layer.columns)
+        out |= {f"{layer.name}.{key}": spec for key, spec in specs.items()}
+    return out
+
+
+def dense_tensor_dtype(model: nn.Module, name: str, dense_dtype: torch.dtype) -> torch.dtype:
+    """Dtype in which an untouched floating-point parameter is saved: what transformers will load it as."""
+    return torch.float32 if keeps_float32(model, name, dense_dtype) else dense_dtype
 
 
 def write_directory(
@@ -52,8 +83,9 @@ def write_directory(
         OutputError: the shards and the model disagree (a bug or a damaged working folder).
     """
     records = [record for layers in journal.units.values() for record in layers]
-    described = quantization_config(assignment, records)
-    described.apply(skeleton)
+    formats = {record.name: format_from_json(record.format) for record in records}
+    config = saved_config(reference, assignment, formats, dense_dtype)
+    config.quantization_config.apply(skeleton)
     shared = set(getattr(skeleton, "all_tied_weights_keys", None) or {})
     order = [name for name in skeleton.state_dict() if name not in shared]
     stored = journal.lazy_tensors()
@@ -61,10 +93,6 @@ def write_directory(
     if missing or extra:
         raise OutputError(f"working folder and model disagree: missing {missing[:3]}, unexpected {extra[:3]}")
     weight_bytes = write_model(directory, {name: stored[name] for name in order})
-    config = copy.deepcopy(reference.config)
-    config.architectures = [reference.model_class.__name__]
-    config.dtype = str(dense_dtype).removeprefix("torch.")
-    config.quantization_config = described
     config.save_pretrained(directory)
     generation = reference.generation_config or getattr(skeleton, "generation_config", None)
     if generation is not None:
@@ -73,11 +101,3 @@ def write_directory(
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
     return weight_bytes + (directory / "config.json").stat().st_size
-
-
-def config_bytes(assignment: Assignment) -> int:
-    """Bytes that the description of the packed layers adds to config.json, for the plan."""
-    formats = {
-        json.dumps(layer.method.format(layer.rows, layer.columns).to_json()) for layer in assignment.layers.values()
-    }
-    return sum(len(text) + 40 for text in formats) + sum(len(name) + 12 for name in assignment.layers)

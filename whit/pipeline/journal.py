@@ -15,16 +15,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
 from torch import Tensor
 
 from whit.errors import OutputError
 from whit.formats.base import TensorSpec
-from whit.models.write import LazyTensor, write_safetensors
+from whit.models.safetensors_header import DTYPES
+from whit.models.write import LazyTensor, atomic_file, sync_folder, write_safetensors
 from whit.report.record import LayerRecord
 
 WORK_FOLDER = ".whit-run"
+JOURNAL_FILE = "journal.jsonl"
 RESULT_FILE = "result.json"
 
 
@@ -35,6 +36,11 @@ class Journal:
         directory: output directory; created if missing.
         run: JSON value that identifies the run: model, method, options, data, versions.
 
+    Attributes:
+        units: finished units (block names; "" for what lies outside the blocks) and their layers.
+        seconds: time each unit took.
+        notes: units whose shard was damaged or missing, so that they must be compressed again.
+
     Raises:
         OutputError: the directory holds something else, another run, or is in use by another process.
     """
@@ -44,45 +50,59 @@ class Journal:
         self.folder = directory / WORK_FOLDER
         self._run = json.loads(json.dumps(run))
         self.units: dict[str, list[LayerRecord]] = {}
-        self._shards: dict[str, Path] = {}
         self.seconds: dict[str, float] = {}
+        self.notes: list[str] = []
+        self._shards: dict[str, Path] = {}
         check_directory(directory, self._run)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = (self.folder / "lock").open("w")
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            check_directory(directory, self._run)  # nobody else can have begun another run here in the meantime
+            run_file = self.folder / "run.json"
+            if not run_file.exists():
+                with atomic_file(run_file) as file:
+                    file.write((json.dumps(self._run, indent=1, sort_keys=True) + "\n").encode())
+                sync_folder(directory)
+            self._read()
+        except BlockingIOError:
+            self._lock.close()
             raise OutputError(
                 f"another whit process is working in {str(directory)!r}: wait for it, or use -o"
             ) from None
-        run_file = self.folder / "run.json"
-        if not run_file.exists():
-            _write_synced(run_file, json.dumps(self._run, indent=1, sort_keys=True) + "\n")
-        self._read()
+        except BaseException:
+            self._lock.close()
+            raise
 
     def _read(self) -> None:
-        path = self.folder / "journal.jsonl"
+        """Take over every line whose shard is intact; drop the others and what a crash left half written."""
+        path = self.folder / JOURNAL_FILE
         if not path.exists():
             return
-        good = 0
-        for line in path.read_bytes().splitlines(keepends=True):
-            try:
-                entry = json.loads(line)
-                shard = self.folder / entry["shard"]
-                if not line.endswith(b"\n") or _sha256(shard) != entry["sha256"]:
-                    break
-            except (ValueError, KeyError, OSError):
-                break
-            good += len(line)
-            self.units[entry["unit"]] = [LayerRecord(**record) for record in entry["layers"]]
-            self._shards[entry["unit"]] = shard
-            self.seconds[entry["unit"]] = entry["seconds"]
-        with path.open("r+b") as file:  # drop what a crash left half written
-            file.truncate(good)
+        content = path.read_bytes()
+        good = b""
+        for line in content.splitlines(keepends=True):
+            entry = _parse(line)
+            if entry is None:
+                continue
+            unit, shard = entry["unit"], self.folder / entry["shard"]
+            if not shard.is_file() or _sha256(shard) != entry["sha256"]:
+                state = "damaged" if shard.is_file() else "missing"
+                self.notes.append(f"shard {shard.name!r} of {unit or 'the embeddings'!r} is {state}: compressed again")
+                continue
+            good += line
+            self.units[unit] = [LayerRecord(**record) for record in entry["layers"]]
+            self._shards[unit] = shard
+            self.seconds[unit] = entry["seconds"]
+        if good != content:
+            with atomic_file(path) as file:
+                file.write(good)
 
     def write(self, unit: str, tensors: dict[str, Tensor], layers: list[LayerRecord], seconds: float) -> None:
         """Store a finished unit. When this returns it survives a power cut."""
-        shard = self.folder / f"unit-{len(self.units):05d}.safetensors"
+        used = set(self._shards.values())
+        names = (self.folder / f"unit-{number:05d}.safetensors" for number in range(len(used) + 1))
+        shard = next(path for path in names if path not in used)
         lazy = {name: LazyTensor(TensorSpec(tuple(t.shape), t.dtype), lambda t=t: t) for name, t in tensors.items()}  # type: ignore[misc]
         write_safetensors(shard, lazy)
         entry = {
@@ -92,10 +112,11 @@ class Journal:
             "seconds": seconds,
             "layers": [asdict(record) for record in layers],
         }
-        with (self.folder / "journal.jsonl").open("ab") as file:
+        with (self.folder / JOURNAL_FILE).open("ab") as file:
             file.write(json.dumps(entry).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
+        sync_folder(self.folder)
         self.units[unit] = layers
         self._shards[unit] = shard
         self.seconds[unit] = seconds
@@ -112,7 +133,7 @@ class Journal:
             with safe_open(shard, framework="pt") as file:
                 for name in file.keys():  # noqa: SIM118
                     part = file.get_slice(name)
-                    spec = TensorSpec(tuple(part.get_shape()), _DTYPE_NAMES[part.get_dtype()])
+                    spec = TensorSpec(tuple(part.get_shape()), DTYPES[part.get_dtype()])
                     out[name] = LazyTensor(spec, lambda shard=shard, name=name: _load_one(shard, name))  # type: ignore[misc]
         return out
 
@@ -121,9 +142,9 @@ class Journal:
         self._lock.close()
 
     def remove(self) -> None:
-        """Delete the working folder: the run is complete."""
-        self.close()
+        """Delete the working folder: the run is complete. The lock is held until nothing is left to protect."""
         shutil.rmtree(self.folder)
+        self.close()
 
 
 def check_directory(directory: Path, run: dict[str, Any]) -> None:
@@ -160,6 +181,25 @@ def check_directory(directory: Path, run: dict[str, Any]) -> None:
         )
 
 
+def finished_units(directory: Path) -> set[str]:
+    """Units that an interrupted run left in `directory`, by its journal alone (shards are not read)."""
+    path = directory / WORK_FOLDER / JOURNAL_FILE
+    if not path.is_file():
+        return set()
+    entries = (_parse(line) for line in path.read_bytes().splitlines(keepends=True))
+    return {entry["unit"] for entry in entries if entry is not None}
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """A journal line, or None if it is torn."""
+    try:
+        entry = json.loads(line)
+    except ValueError:
+        return None
+    whole = isinstance(entry, dict) and {"unit", "shard", "sha256", "seconds", "layers"} <= set(entry)
+    return entry if whole and line.endswith(b"\n") else None
+
+
 def _short(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 80 else text[:77] + "..."
@@ -170,32 +210,7 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _write_synced(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".partial")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
 def _load_one(shard: Path, name: str) -> Tensor:
     with safe_open(shard, framework="pt") as file:
         tensor: Tensor = file.get_tensor(name)
         return tensor
-
-
-_DTYPE_NAMES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I32": torch.int32,
-    "F32": torch.float32,
-    "F64": torch.float64,
-    "I64": torch.int64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-}

@@ -1,11 +1,145 @@
-"""High-water marks of memory, as the operating system and the device report them."""
+"""Memory: what a run will need by phase, and the high-water marks that the operating system and the device report."""
 
 from __future__ import annotations
 
 import resource
 import sys
+from collections import Counter
+from dataclasses import dataclass
 
+import psutil
 import torch
+
+from whit.pipeline.assign import Assignment
+from whit.pipeline.prepare import Job
+
+# Resident memory of Python with torch and transformers imported, before any tensor (measured: 0.45 to 0.6 GB).
+RUNTIME_BYTES = 600 * 2**20
+# What creating a CUDA context and loading kernels adds to the resident memory of the process.
+CUDA_BYTES = 2**30
+FITS_BELOW = 0.8
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Peak bytes on the host and on the device (0 where the device is the host)."""
+
+    host: int
+    device: int
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the peak of a run follows from; all in bytes, of the computation's dtype, unless said otherwise.
+
+    Attributes:
+        outside: parameters that lie in no block. block: parameters of the largest block. dense: of the whole model.
+        matrix, moment: float32 bytes of the largest matrix in a block, and of the second moments of its widest inputs.
+        end: float32 bytes of the largest matrix outside the blocks.
+        streams: hidden states of all calibration sequences. activations: of one forward pass through a block.
+        packed: the compressed model in memory. answer: the main output of one evaluation window.
+    """
+
+    outside: int
+    block: int
+    dense: int
+    matrix: int
+    moment: int
+    end: int
+    streams: int
+    activations: int
+    packed: int
+    answer: int
+
+
+def expected_memory(job: Job, file_bytes: int, available: int) -> Memory:
+    """Peaks of a prepared job: the largest of its phases.
+
+    Args:
+        file_bytes: of the compressed model.
+        available: bytes free where the computation runs; decides whether the original is evaluated beside it.
+    """
+    sizes = _sizes(job, file_bytes)
+    peak = max(compression_bytes(sizes), evaluation_bytes(sizes, available) if job.evaluation is not None else 0)
+    if job.device.type == "cpu":
+        return Memory(RUNTIME_BYTES + peak, 0)
+    # The host stages one tensor at a time, in the file's dtype and in float32.
+    return Memory(RUNTIME_BYTES + CUDA_BYTES + 2 * max(sizes.end, sizes.matrix), peak)
+
+
+def compression_bytes(sizes: Sizes) -> int:
+    """Peak of catching inputs and of the block loop.
+
+    Workspace is taken as six float32 copies of the largest matrix and three of its second moments, which covers the
+    methods in this package.
+    """
+    catching = sizes.outside + max(5 * sizes.end, sizes.activations) + sizes.streams
+    block = sizes.block + 6 * sizes.matrix + 3 * sizes.moment
+    return max(catching, block + sizes.activations + 2 * sizes.streams)
+
+
+def evaluation_bytes(sizes: Sizes, available: int) -> int:
+    """Peak of measuring: both models (or the compressed one alone), one unpacked matrix, the outputs of one window."""
+    # Rows of the output are compared a few at a time; a quarter of an answer covers that and a forward pass.
+    alone = sizes.packed + 2 * max(sizes.end, sizes.matrix) + sizes.answer * 5 // 4
+    return alone + (sizes.dense + sizes.answer if original_fits(sizes.dense, available) else 0)
+
+
+def original_fits(dense: int, available: int) -> bool:
+    """Whether the original (bytes in the compute dtype) can be loaded beside its compressed form."""
+    return 1.3 * dense < FITS_BELOW * available
+
+
+def _sizes(job: Job, file_bytes: int) -> Sizes:
+    item = job.compute_dtype.itemsize
+    blocks = [block for stack in job.stacks for block in stack.blocks]
+    counts = [sum(p.numel() for p in job.skeleton.get_submodule(block).parameters()) for block in blocks]
+    total = sum(parameter.numel() for parameter in job.skeleton.parameters())
+    inside = [layer for layer in job.assignment.layers.values() if layer.block]
+    ends = [layer.rows * layer.columns for layer in job.assignment.layers.values() if not layer.block]
+    batches = job.calibration.batches
+    positions = job.calibration.tokens // len(batches) * min(job.options.batch_size, len(batches))
+    return Sizes(
+        outside=(total - sum(counts)) * item,
+        block=max(counts) * item,
+        dense=total * item,
+        matrix=4 * max(layer.rows * layer.columns for layer in inside),
+        moment=4 * max(layer.columns for layer in inside) ** 2,
+        end=4 * max(ends, default=0),
+        streams=job.calibration.tokens * hidden_width(job.assignment) * item,
+        activations=positions * _widest_sum(job.assignment) * item,
+        packed=file_bytes,
+        answer=_answer_bytes(job, item),
+    )
+
+
+def hidden_width(assignment: Assignment) -> int:
+    """Width of the hidden states: what most layers in blocks take as inputs."""
+    return Counter(layer.columns for layer in assignment.layers.values() if layer.block).most_common(1)[0][0]
+
+
+def _widest_sum(assignment: Assignment) -> int:
+    """Outputs of all layers of a block together: what one position of a forward pass may hold at a time."""
+    sums = Counter[str]()
+    for layer in assignment.layers.values():
+        if layer.block:
+            sums[layer.block] += layer.rows
+    return max(sums.values())
+
+
+def _answer_bytes(job: Job, item: int) -> int:
+    if job.evaluation is None:
+        return 0
+    head = getattr(job.skeleton, "get_output_embeddings", lambda: None)()
+    width = head.weight.shape[0] if head is not None else hidden_width(job.assignment)
+    return int(job.evaluation.tokens // len(job.evaluation.batches) * width * item)
+
+
+def available_bytes(device: torch.device) -> int:
+    """Free memory where the computation runs."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
 
 
 def peak_host_bytes() -> int:

@@ -127,12 +127,12 @@ class Result:
     """Everything a run found: written to `result.json`.
 
     Attributes:
-        model: label, architecture, identity hash, notes (for example: the source lies on a Q4_1 grid).
+        model: label, architecture, identity hash, license, notes (for example: the source lies on a Q4_1 grid).
         run: method JSON, seed, calibration provenance, device, dtype, versions, command.
         layers: compressed weights. untouched: name -> reason for weights left alone.
         size: byte counts.
         original, compressed: evaluations, or None if skipped.
-        timings: seconds by phase ("calibration", "compression", "evaluation", "total").
+        timings: seconds by phase ("compression", "saving", "evaluation", "total").
         peak_host_bytes, peak_device_bytes: high-water marks; None where not measurable.
     """
 
@@ -166,8 +166,10 @@ class Result:
         return cls(**values)
 
     def save(self, path: Path) -> None:
-        """Write as indented JSON."""
-        path.write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
+        """Write as indented JSON, whole or not at all."""
+        temporary = path.with_name(path.name + ".partial")
+        temporary.write_text(json.dumps(self.to_json(), indent=1) + "\n", encoding="utf-8")
+        temporary.replace(path)
 
     @classmethod
     def load(cls, path: Path) -> Result:

@@ -14,11 +14,11 @@ PAGE_FILE = "report.html"
 
 
 def write_reports(directory: Path, result: Result) -> None:
-    """Write the record, the model card and the HTML page into `directory`, replacing earlier ones.
+    """Write the model card, the HTML page and the record into `directory`, replacing earlier ones.
 
     Raises:
         OSError: the directory cannot be written.
     """
-    result.save(directory / RESULT_FILE)
     (directory / CARD_FILE).write_text(model_card(result), encoding="utf-8")
     (directory / PAGE_FILE).write_text(report_page(result), encoding="utf-8")
+    result.save(directory / RESULT_FILE)  # last: its presence means that the run is complete

@@ -1,0 +1,188 @@
+"""Statistics of layer inputs, and one block compressed on them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tests.pipeline.conftest import Case
+from tests.pipeline.modules import WIDTH, Block
+from whit.errors import ModelError
+from whit.methods import make_method
+from whit.methods.statistics import Statistic, relative_output_error
+from whit.models.layers import layer_kind
+from whit.models.resolve import resolve_model
+from whit.models.skeleton import load_dense
+from whit.models.source import InMemorySource
+from whit.models.stacks import find_stacks
+from whit.pipeline.assign import AssignedLayer
+from whit.pipeline.block import UNREACHED, Streams, compress_block, packed_from, propagate, restore_layers
+from whit.pipeline.catch import Call, CallCatcher
+from whit.pipeline.gather import find_groups, gathering
+from whit.report.record import LayerRecord
+
+NEEDS = frozenset({Statistic.SECOND_MOMENT})
+GROUPS = {
+    "llama": [("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.o_proj",),
+              ("mlp.gate_proj", "mlp.up_proj"), ("mlp.down_proj",)],
+    "gpt2": [("attn.c_attn",), ("attn.c_proj",), ("mlp.c_fc",), ("mlp.c_proj",)],
+    "bert": [("attention.self.query", "attention.self.key", "attention.self.value"), ("attention.output.dense",),
+             ("intermediate.dense",), ("output.dense",)],
+}  # fmt: skip
+
+
+def linear_layers(block: nn.Module) -> dict[str, nn.Module]:
+    return {name: module for name, module in block.named_modules() if layer_kind(module) is not None}
+
+
+@pytest.mark.parametrize("family", sorted(GROUPS))
+def test_layers_with_the_very_same_inputs_form_a_group(family: str, case_of: Callable[[str], Case]) -> None:
+    model = load_dense(resolve_model(case_of(family).model), torch.float32, "cpu")
+    (stack,) = find_stacks(model)
+    caught = CallCatcher(model, stack.blocks, as_tuple=False).catch({"input_ids": torch.arange(7)[None]}, 0)
+    block = model.get_submodule(stack.blocks[0])
+
+    def run() -> None:
+        with torch.no_grad():
+            caught.calls[0].run(block, caught.hidden)
+
+    found = find_groups(run, linear_layers(block))
+    assert [set(group) for group in found] == [set(group) for group in GROUPS[family]]
+
+
+def test_equal_values_are_not_the_same_inputs() -> None:
+    layers = {"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)}
+    x = torch.ones(2, 4)
+    assert find_groups(lambda: (layers["a"](x), layers["b"](x.clone())), layers) == [("a",), ("b",)]
+    assert find_groups(lambda: (layers["a"](x), layers["b"](x)), layers) == [("a", "b")]
+
+
+@pytest.mark.parametrize("batches", [[1, 1, 1], [3], [2, 1]])
+def test_second_moment_is_the_direct_sum(batches: list[int]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(sum(batches), 7, WIDTH, generator=generator)
+    layers = {"a": nn.Linear(WIDTH, 3), "b": nn.Linear(WIDTH, 5)}
+    with gathering([("a", "b")], layers, NEEDS) as statistics, torch.no_grad():
+        for part in x.split(batches):
+            layers["a"](part)
+            layers["b"](part)
+    flat = x.reshape(-1, WIDTH).double()
+    found = statistics["a", "b"]
+    assert found.tokens == len(flat)
+    assert found.second_moment is not None
+    torch.testing.assert_close(found.second_moment.double(), 2 / len(x) * flat.T @ flat, rtol=1e-5, atol=1e-6)
+
+
+def test_statistics_nobody_needs_are_not_gathered() -> None:
+    layer = nn.Linear(WIDTH, 3)
+    with gathering([("a",)], {"a": layer}, frozenset()) as statistics:
+        layer(torch.ones(2, WIDTH))
+    assert statistics["a",].second_moment is None
+    assert not layer._forward_pre_hooks
+
+
+def test_released_statistics_hold_no_tensor() -> None:
+    layer = nn.Linear(WIDTH, 3)
+    with gathering([("a",)], {"a": layer}, NEEDS) as statistics:
+        layer(torch.randn(20, WIDTH))
+    factor = statistics["a",].inverse_factor(0.01)
+    assert statistics["a",].inverse_factor(0.01) is factor
+    statistics["a",].release()
+    assert statistics["a",].second_moment is None
+    with pytest.raises(ValueError, match="second moments were not gathered"):
+        statistics["a",].inverse_factor(0.01)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_activations_that_are_not_finite_are_refused(bad: float) -> None:
+    layer = nn.Linear(WIDTH, 3)
+    x = torch.ones(2, WIDTH)
+    x[1, 3] = bad
+    with (
+        pytest.raises(ModelError, match=r"calibration inputs of 'deep.layer' hold NaN or Inf: try --dtype float32"),
+        gathering([("deep.layer",)], {"deep.layer": layer}, NEEDS),
+    ):
+        layer(x)
+
+
+def make_block() -> tuple[Block, InMemorySource, dict[str, AssignedLayer]]:
+    torch.manual_seed(0)
+    block = Block()
+    source = InMemorySource({f"block.{name}": value.clone() for name, value in block.state_dict().items()})
+    method = make_method("gptq", {"bits": 2, "group_size": 0})
+    layers = {}
+    for name, module in linear_layers(block).items():
+        kind = layer_kind(module)
+        assert kind is not None
+        layers[f"block.{name}"] = AssignedLayer(f"block.{name}", "block", kind, *kind.shape(module), method)
+    return block, source, layers
+
+
+def streams_of(count: int = 4) -> Streams:
+    generator = torch.Generator().manual_seed(1)
+    hidden = [torch.randn(1, 9, WIDTH, generator=generator) for _ in range(count)]
+    return Streams(hidden, [[Call("block", (None,), {"scale": torch.tensor(2.0)}, 0)] for _ in hidden])
+
+
+def moment(inputs: list[Tensor]) -> Tensor:
+    return sum((2 / len(inputs)) * x[0].T @ x[0] for x in inputs)  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("true_sequential", [False, True])
+def test_errors_are_measured_on_the_inputs_each_order_promises(true_sequential: bool) -> None:
+    block, source, layers = make_block()
+    original = Block()
+    original.load_state_dict({name.removeprefix("block."): source.load(name) for name in source.names()})
+    streams = streams_of()
+    seen: list[LayerRecord] = []
+    packed, records = compress_block(
+        block, layers, "block", source, streams, true_sequential=true_sequential, done=seen.append
+    )
+    assert seen == records
+    upstream = block if true_sequential else original
+    with torch.no_grad():
+        inner = [torch.tanh(upstream.gate(x)) * upstream.up(x) for x in streams.hidden]
+    expected = {"gate": moment(streams.hidden), "up": moment(streams.hidden), "down": moment(inner)}
+    for record in records:
+        short = record.name.removeprefix("block.")
+        weight, quantised = source.load(f"{record.name}.weight"), packed[record.name].unpack()
+        assert torch.equal(block.get_submodule(short).weight, quantised)
+        error = relative_output_error(weight, quantised, expected[short])
+        assert record.error == pytest.approx(float(error), rel=1e-4)
+
+
+def test_a_restored_block_is_the_compressed_block() -> None:
+    block, source, layers = make_block()
+    streams = streams_of()
+    packed, records = compress_block(
+        block, layers, "block", source, streams, true_sequential=False, done=lambda _: None
+    )
+    tensors = {f"{name}.{key}": tensor for name, item in packed.items() for key, tensor in item.tensors.items()}
+    again = Block()
+    restore_layers(again, "block", layers, records, tensors)
+    for name, value in block.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name])
+    assert torch.equal(packed_from(tensors, records[0]).unpack(), packed[records[0].name].unpack())
+
+
+def test_propagation_replaces_the_hidden_states_in_order() -> None:
+    block, _, _ = make_block()
+    streams = streams_of()
+    with torch.no_grad():
+        expected = [block(block(x, scale=torch.tensor(2.0)), scale=torch.tensor(2.0)) for x in streams.hidden]
+    streams.calls = [calls * 2 for calls in streams.calls]
+    propagate(block, streams)
+    assert all(torch.equal(a, b) for a, b in zip(streams.hidden, expected, strict=True))
+
+
+def test_a_block_without_inputs_is_compressed_and_says_so() -> None:
+    block, source, layers = make_block()
+    packed, records = compress_block(
+        block, layers, "block", source, Streams([], []), true_sequential=False, done=lambda _: None
+    )
+    assert set(packed) == set(layers)
+    assert all(record.notes[0] == UNREACHED for record in records)
+    assert all(record.error == pytest.approx(record.weight_error, rel=1e-5) for record in records)

@@ -1,0 +1,114 @@
+"""Peak memory: bounded by the largest block, and what the plan says about it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tests import tiny
+from tests.pipeline.conftest import make_case
+from whit.methods import make_method
+from whit.pipeline.memory import (
+    RUNTIME_BYTES,
+    Sizes,
+    compression_bytes,
+    evaluation_bytes,
+    expected_memory,
+    hidden_width,
+    original_fits,
+)
+from whit.pipeline.prepare import prepare
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = """
+import resource, sys, torch, whit
+torch.set_num_threads(1)
+model, calibration, output = sys.argv[1:]
+options = whit.RunOptions(calibration=calibration, evaluate=False, device="cpu")
+whit.compress(model, "gptq", output, options=options, bits=4)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+SIZES = Sizes(
+    outside=100, block=10, dense=500, matrix=4, moment=2, end=80, streams=30, activations=6, packed=60, answer=40
+)
+
+
+def save_wide(blocks: int, folder: Path) -> int:
+    """A LLaMA of 5 MB blocks and next to nothing else; returns the bytes of one block."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=tiny.VOCABULARY,
+        hidden_size=192,
+        intermediate_size=2048,
+        num_hidden_layers=blocks,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=64,
+    )
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(folder, max_shard_size="20MB")
+    return 4 * sum(parameter.numel() for parameter in model.model.layers[0].parameters())
+
+
+def peak_of(blocks: int, folder: Path) -> tuple[int, int]:
+    """(peak resident bytes, bytes of a block) of compressing a model of many equal blocks in a process of its own."""
+    size = save_wide(blocks, folder / "model")
+    calibration = tiny.save_inputs("llama", folder / "calibration.safetensors", sequences=2, length=16)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(folder / "model"), str(calibration), str(folder / "out")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return int(done.stdout.split()[-1]) * (1 if sys.platform == "darwin" else 1024), size
+
+
+def test_more_blocks_need_no_more_memory(tmp_path: Path) -> None:
+    few, size = peak_of(2, tmp_path / "few")
+    many, _ = peak_of(18, tmp_path / "many")
+    added = 16 * size
+    assert added > 80e6
+    assert many - few < 0.2 * added
+
+
+def test_a_run_peaks_in_its_largest_phase() -> None:
+    assert compression_bytes(SIZES) == 100 + 5 * 80 + 30
+    beside = 500 + 40 + (60 + 2 * 80 + 50)
+    assert evaluation_bytes(SIZES, available=10_000) == beside
+    assert evaluation_bytes(SIZES, available=100) == beside - 540
+
+
+def test_original_is_measured_only_where_it_fits() -> None:
+    assert original_fits(100, 163)
+    assert not original_fits(100, 162)
+
+
+def test_evaluation_counts_in_the_plan(tmp_path: Path) -> None:
+    case = make_case("llama", tmp_path)
+    job = prepare(case.model, make_method("gptq", {}), tmp_path / "out", case.options)
+    assert hidden_width(job.assignment) == 48
+    measured = expected_memory(job, 50_000, 10**10)
+    job.evaluation = None
+    unmeasured = expected_memory(job, 50_000, 10**10)
+    assert measured.device == unmeasured.device == 0
+    assert measured.host > unmeasured.host > RUNTIME_BYTES
+    parameters = sum(parameter.numel() for parameter in job.skeleton.parameters())
+    assert measured.host - RUNTIME_BYTES > 4 * parameters + 50_000
+
+
+@pytest.mark.parametrize("family", sorted(tiny.FAMILIES))
+def test_hidden_width_of_every_family(family: str, tmp_path: Path) -> None:
+    case = make_case(family, tmp_path)
+    job = prepare(case.model, make_method("rtn", {}), tmp_path / "out", case.options)
+    config = job.reference.config
+    assert hidden_width(job.assignment) == getattr(config, "d_model", None) or config.hidden_size

@@ -1,0 +1,104 @@
+"""How long a run will take, from a quick probe of the method and of this device's matrix product."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from whit.methods.base import Method
+from whit.methods.statistics import LayerStatistics
+from whit.pipeline.assign import Assignment
+
+PROBE_ROWS = 96
+PROBE_COLUMNS = 1024
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Seconds = launches + rows * per_row for a matrix of `columns` columns: a fixed part and one that grows.
+
+    On a GPU, and for narrow matrices, the fixed part (one small kernel after another, column by column) is all there
+    is; scaling it by the number of rows would overestimate the time many times over.
+    """
+
+    columns: int
+    fixed: float
+    per_row: float
+
+    def seconds(self, rows: int, columns: int) -> float:
+        """Estimate for a matrix; methods walk along the columns, so both parts scale with their number."""
+        return (self.fixed + rows * self.per_row) * columns / self.columns
+
+
+def fit_probe(columns: int, few: tuple[int, float], many: tuple[int, float]) -> Probe:
+    """The line through two timings (rows, seconds); never a negative part."""
+    slope = max(0.0, (many[1] - few[1]) / (many[0] - few[0])) if many[0] > few[0] else many[1] / many[0]
+    return Probe(columns, max(0.0, many[1] - slope * many[0]), slope)
+
+
+def estimate_minutes(
+    assignment: Assignment,
+    *,
+    tokens: int,
+    block_parameters: int,
+    evaluated: float,
+    device: torch.device,
+    compute_dtype: torch.dtype,
+    left: float = 1.0,
+) -> float:
+    """Minutes of a run: the method on every layer, the products of forward passes and of second moments.
+
+    Args:
+        tokens: calibration tokens. block_parameters: of all blocks.
+        evaluated: evaluation tokens times parameters, summed over the models that are measured.
+        left: share of the blocks that is still to be done.
+    """
+    inside = [layer for layer in assignment.layers.values() if layer.block]
+    probes = {key: _probe(*key, device) for key in dict.fromkeys((layer.method, layer.columns) for layer in inside)}
+    seconds = left * sum(probes[layer.method, layer.columns].seconds(layer.rows, layer.columns) for layer in inside)
+    products = evaluated
+    if any(layer.method.needs for layer in inside):  # statistics pass, and propagation (of finished blocks as well)
+        products += tokens * block_parameters * (1 + left)
+        products += left * sum(tokens * layer.columns**2 / 3 for layer in inside)  # about three layers share inputs
+    return (seconds + 2 * products / _product_rate(device, compute_dtype)) / 60
+
+
+def _probe(method: Method, columns: int, device: torch.device) -> Probe:
+    columns = min(columns, PROBE_COLUMNS)
+    few, many = PROBE_ROWS // 3, PROBE_ROWS
+    _time(method, few, columns, device)  # the first call loads kernels and libraries
+    return fit_probe(columns, (few, _time(method, few, columns, device)), (many, _time(method, many, columns, device)))
+
+
+def _time(method: Method, rows: int, columns: int, device: torch.device) -> float:
+    """Seconds the method takes on a random matrix."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(rows, columns, generator=generator).to(device)
+    inputs = torch.randn(columns + 32, columns, generator=generator).to(device)
+    statistics = LayerStatistics(columns, inputs.shape[0], inputs.T @ inputs)
+    _wait(device)
+    start = time.perf_counter()
+    method.compress(weight, statistics)
+    _wait(device)
+    return time.perf_counter() - start
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _product_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating-point operations per second of a square matrix product, derated by half for everything around it."""
+    size = 1024 if device.type == "cpu" else 4096
+    a = torch.randn(size, size, device=device).to(dtype)
+    best = float("inf")
+    for _ in range(3):
+        start = time.perf_counter()
+        product = a @ a
+        _wait(device)
+        best = min(best, time.perf_counter() - start)
+    del product
+    return 0.5 * 2 * size**3 / best

@@ -1,0 +1,156 @@
+"""Preparing a run: the model resolved, methods assigned, data read and checked, so that what can fail fails early."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from whit import __version__
+from whit.data.inputs import ModelInputs
+from whit.data.leak import check_leak
+from whit.data.load import load_calibration, load_evaluation
+from whit.errors import KnobError, OutputError
+from whit.methods.base import Method
+from whit.models.resolve import ModelReference, resolve_model
+from whit.models.skeleton import build_skeleton
+from whit.models.stacks import Stack, find_stacks
+from whit.pipeline.assign import Assignment, assign
+from whit.pipeline.options import RunOptions
+
+
+@dataclass
+class Job:
+    """A run that was prepared and checked, but has not done any work yet."""
+
+    reference: ModelReference
+    method: Method
+    options: RunOptions
+    output: Path
+    device: torch.device
+    compute_dtype: torch.dtype
+    dense_dtype: torch.dtype
+    skeleton: nn.Module
+    stacks: list[Stack]
+    assignment: Assignment
+    calibration: ModelInputs
+    evaluation: ModelInputs | None
+    leak: bool
+    identity: dict[str, Any]
+
+
+def prepare(model: str | Path | None, method: Method, output: str | Path | None, options: RunOptions) -> Job:
+    """Resolve the model, choose methods for its layers and read the data: all that can fail before work starts.
+
+    Raises:
+        WhitError: a subclass per kind of problem; nothing was written.
+    """
+    _check_name(output)
+    device = choose_device(options.device)
+    reference = resolve_model(model)
+    compute = compute_dtype(options.dtype, reference.dtype, device)
+    skeleton = build_skeleton(reference, compute)
+    stacks = find_stacks(skeleton)
+    assignment = assign(skeleton, stacks, method, options, reference.dtype)
+    limits = data_limits(reference.config)
+    tokenizer = reference.load_tokenizer()
+    calibration = load_calibration(
+        options.calibration,
+        tokenizer,
+        samples=options.samples,
+        sequence_length=options.sequence_length,
+        seed=options.seed,
+        **limits,
+    )
+    evaluation, leak = None, False
+    if options.evaluate:
+        evaluation = load_evaluation(
+            options.evaluation, tokenizer, windows=options.evaluation_windows, window=options.window, **limits
+        )
+        leak = check_leak(calibration.provenance, evaluation.provenance, allow=options.allow_leak)
+    directory = Path(output) if output is not None else default_output(reference.label, method.name)
+    identity = _identity(reference, method, options, calibration, device, compute)
+    return Job(
+        reference, method, options, directory, device, compute, reference.dtype, skeleton, stacks, assignment,
+        calibration, evaluation, leak, identity,
+    )  # fmt: skip
+
+
+def _check_name(output: str | Path | None) -> None:
+    if output is not None and str(output).startswith("-"):
+        raise OutputError(
+            f"output {str(output)!r} looks like an option, not a directory: give -o a name, or './{output}' if you "
+            "mean it"
+        )
+
+
+def default_output(label: str, method: str) -> Path:
+    """`whit-output/<last part of the model's name>-<method>`."""
+    stem = Path(label).name.removesuffix(".gguf") or "model"
+    return Path("whit-output") / f"{stem}-{method}"
+
+
+def choose_device(name: str) -> torch.device:
+    """Device by name; "auto" takes the first CUDA device if there is one.
+
+    Raises:
+        KnobError: no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise KnobError(
+            f"--device {name!r} cannot be used here ({str(error).splitlines()[0]}); try --device cpu"
+        ) from None
+    return device
+
+
+def compute_dtype(name: str, model_dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Compute dtype by name; "auto" is float32 on CPU, the model's own elsewhere."""
+    if name != "auto":
+        dtype: torch.dtype = getattr(torch, name)
+        return dtype
+    return torch.float32 if device.type == "cpu" else model_dtype
+
+
+def data_limits(config: Any) -> dict[str, int | None]:
+    """Vocabulary size and longest sequence of a model, None where the config does not say."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    names = ("max_position_embeddings", "n_positions", "max_target_positions")
+    lengths = [value for name in names if isinstance(value := getattr(text, name, None), int) and value > 0]
+    return {"vocabulary_size": getattr(text, "vocab_size", None) or None, "max_positions": next(iter(lengths), None)}
+
+
+def _identity(
+    reference: ModelReference,
+    method: Method,
+    options: RunOptions,
+    calibration: ModelInputs,
+    device: torch.device,
+    compute: torch.dtype,
+) -> dict[str, Any]:
+    """What makes two runs the same run: everything the compressed bytes depend on."""
+    return {
+        "whit": __version__,
+        "model": reference.identity,
+        "method": method.to_json(),
+        "calibration": calibration.provenance.get("sha256"),
+        "samples": len(calibration.batches),
+        "sequence_length": options.sequence_length,
+        "embedding_bits": options.embedding_bits,
+        "true_sequential": options.true_sequential,
+        "skip": list(options.skip),
+        "seed": options.seed,
+        "batch_size": options.batch_size,
+        "device": device.type,
+        "dtype": str(compute).removeprefix("torch."),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
