@@ -25,7 +25,6 @@ from whit.pipeline.memory import (
 )
 from whit.pipeline.prepare import prepare
 
-ROOT = Path(__file__).parents[2]
 SCRIPT = """
 import resource, sys, torch, whit
 torch.set_num_threads(1)
@@ -60,7 +59,7 @@ def peak_of(blocks: int, folder: Path) -> tuple[int, int]:
     """(peak resident bytes, bytes of a block) of compressing a model of many equal blocks in a process of its own."""
     size = save_wide(blocks, folder / "model")
     calibration = tiny.save_inputs("llama", folder / "calibration.safetensors", sequences=2, length=16)
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(folder / "model"), str(calibration), str(folder / "out")],
         env=environment,

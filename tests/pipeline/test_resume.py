@@ -22,7 +22,6 @@ from whit.errors import OutputError
 from whit.pipeline.journal import WORK_FOLDER, Journal
 from whit.report.record import LayerRecord, Result
 
-ROOT = Path(__file__).parents[2]
 METHOD: dict[str, Any] = {"bits": 3}
 Run = Callable[..., Finished]
 
@@ -150,7 +149,7 @@ def run_script(case: Case, output: Path, action: str, before: str = "") -> subpr
         model=str(case.model),
         output=str(output),
     )
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
         [sys.executable, "-c", textwrap.dedent(before) + script],
         env=environment,

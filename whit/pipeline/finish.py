@@ -38,7 +38,9 @@ def saved_config(
         layers[name] = distinct.index(described)
     config = copy.deepcopy(reference.config)
     config.architectures = [reference.model_class.__name__]
-    config.dtype = str(dense_dtype).removeprefix("torch.")
+    parts = [getattr(config, key, None) for key in getattr(config, "sub_configs", {})]
+    for part in [config, *(item for item in parts if item is not None)]:  # as transformers does when it loads
+        part.dtype = str(dense_dtype).removeprefix("torch.")
     config.quantization_config = WhitConfig(distinct, layers, assignment.tied, assignment.scaled)
     return config
 

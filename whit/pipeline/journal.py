@@ -154,10 +154,12 @@ def check_directory(directory: Path, run: dict[str, Any]) -> None:
         OutputError: as said in `Journal`.
     """
     shown = str(directory)
+    file = next((path for path in (directory, *directory.parents) if path.is_file()), None)
+    if file is not None:
+        inside = "" if file == directory else f" lies under {str(file)!r}, which"
+        raise OutputError(f"output {shown!r}{inside} is a file: choose a directory with -o")
     if not directory.exists():
         return
-    if not directory.is_dir():
-        raise OutputError(f"output {shown!r} is a file: choose a directory with -o")
     run_file = directory / WORK_FOLDER / "run.json"
     if run_file.exists():
         try:

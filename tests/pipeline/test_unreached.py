@@ -1,0 +1,60 @@
+"""Blocks that the calibration inputs never reach: compressed without data, and said so."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+import whit
+from tests import tiny
+from tests.pipeline.conftest import Recorder
+from whit.pipeline.block import UNREACHED
+
+
+@pytest.fixture(scope="module")
+def vision_language(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that sees, to be calibrated on text alone."""
+    torch.manual_seed(0)
+    text = LlamaConfig(
+        vocab_size=tiny.VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=2, image_size=16, patch_size=8
+    )
+    model = LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_index=96))
+    folder = tmp_path_factory.mktemp("llava")
+    model.save_pretrained(folder / "model")
+    ids = tiny.inputs("llama")["input_ids"].clamp(max=95)
+    save_file({"input_ids": ids}, folder / "calibration.safetensors")
+    return folder
+
+
+def test_a_stack_that_text_never_reaches(vision_language: Path, tmp_path: Path) -> None:
+    options = whit.RunOptions(
+        calibration=str(vision_language / "calibration.safetensors"), evaluate=False, device="cpu"
+    )
+    listener = Recorder()
+    result = whit.compress(vision_language / "model", "gptq", tmp_path / "out", options=options, listener=listener)
+    assert isinstance(result, whit.Result)
+    unreached = {layer.block for layer in result.layers if UNREACHED in layer.notes}
+    reached = {layer.block for layer in result.layers if layer.block} - unreached
+    assert len(unreached) == len(reached) == 2
+    assert all("vision" in block for block in unreached)
+    assert not any("vision" in block for block in reached)
+    assert [note for note in listener.notes if "never reach" in note and "vision" in note]
+    assert len(listener.blocks) == 4
+    model = whit.load(tmp_path / "out")
+    model.save_pretrained(tmp_path / "again")
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "llava"
