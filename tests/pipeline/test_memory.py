@@ -39,19 +39,19 @@ SIZES = Sizes(
 
 
 def save_wide(blocks: int, folder: Path) -> int:
-    """A LLaMA of 5 MB blocks and next to nothing else; returns the bytes of one block."""
+    """A LLaMA of 10 MB blocks and next to nothing else; returns the bytes of one block."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=tiny.VOCABULARY,
-        hidden_size=192,
-        intermediate_size=2048,
+        hidden_size=512,
+        intermediate_size=1024,
         num_hidden_layers=blocks,
         num_attention_heads=4,
         num_key_value_heads=4,
         max_position_embeddings=64,
     )
     model = LlamaForCausalLM(config)
-    model.save_pretrained(folder, max_shard_size="20MB")
+    model.save_pretrained(folder, max_shard_size="40MB")
     return 4 * sum(parameter.numel() for parameter in model.model.layers[0].parameters())
 
 
@@ -74,10 +74,10 @@ def peak_of(blocks: int, folder: Path) -> tuple[int, int]:
 
 def test_more_blocks_need_no_more_memory(tmp_path: Path) -> None:
     few, size = peak_of(2, tmp_path / "few")
-    many, _ = peak_of(18, tmp_path / "many")
-    added = 16 * size
-    assert added > 80e6
-    assert many - few < 0.2 * added
+    many, _ = peak_of(12, tmp_path / "many")
+    added = 10 * size
+    assert added > 100e6
+    assert many - few < 0.3 * added  # resident memory varies by about 15 MB from run to run
 
 
 def test_a_run_peaks_in_its_largest_phase() -> None:
