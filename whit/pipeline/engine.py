@@ -30,6 +30,7 @@ from whit.pipeline.block import Streams, compress_block, compress_layer, propaga
 from whit.pipeline.catch import CallCatcher, Caught, Finished
 from whit.pipeline.events import Listener
 from whit.pipeline.finish import dense_tensor_dtype
+from whit.pipeline.heap import return_freed_memory
 from whit.pipeline.journal import Journal
 from whit.report.record import LayerRecord
 
@@ -141,6 +142,7 @@ def _block(run: Run, name: str, streams: Streams, done: list[str], total: int) -
         _store(run, name, packed, records, time.perf_counter() - start)
     propagate(block, streams)  # nothing to do without streams
     release(run.model, name)
+    return_freed_memory()
     if name not in done:
         run.listener.block(len(done), total, name)
         done.append(name)
