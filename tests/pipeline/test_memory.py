@@ -22,16 +22,18 @@ from whit.pipeline.memory import (
     expected_memory,
     hidden_width,
     original_fits,
+    peak_host_bytes,
 )
 from whit.pipeline.prepare import prepare
 
 SCRIPT = """
-import resource, sys, torch, whit
+import sys, torch, whit
+from whit.pipeline.memory import peak_host_bytes
 torch.set_num_threads(1)
 model, calibration, output = sys.argv[1:]
 options = whit.RunOptions(calibration=calibration, evaluate=False, device="cpu")
 whit.compress(model, "gptq", output, options=options, bits=4)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+print(peak_host_bytes())
 """
 SIZES = Sizes(
     outside=100, block=10, dense=500, matrix=4, moment=2, end=80, streams=30, activations=6, packed=60, answer=40
@@ -69,7 +71,15 @@ def peak_of(blocks: int, folder: Path) -> tuple[int, int]:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    return int(done.stdout.split()[-1]) * (1 if sys.platform == "darwin" else 1024), size
+    return int(done.stdout.split()[-1]), size
+
+
+def test_peak_is_that_of_this_process_not_of_its_parent() -> None:
+    ballast = torch.ones(64 << 20)  # 256 MB
+    script = "from whit.pipeline.memory import peak_host_bytes; print(peak_host_bytes())"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    assert 50 << 20 < int(done.stdout) < peak_host_bytes() - 0.3 * ballast.numel() * 4
 
 
 def test_more_blocks_need_no_more_memory(tmp_path: Path) -> None:

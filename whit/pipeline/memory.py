@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import resource
 import sys
 from collections import Counter
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 import torch
@@ -143,7 +145,18 @@ def available_bytes(device: torch.device) -> int:
 
 
 def peak_host_bytes() -> int:
-    """Largest resident set of this process so far (kilobytes on Linux, bytes on macOS)."""
+    """Largest resident set of this process so far.
+
+    Linux says it in /proc/self/status; `getrusage` there would count a larger process that started this one, because
+    its mark is kept across exec. Elsewhere getrusage it is: kilobytes, on macOS bytes.
+    """
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+    except OSError:
+        status = ""
+    mark = re.search(r"^VmHWM:\s+(\d+) kB", status, re.MULTILINE)
+    if mark is not None:
+        return int(mark[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
