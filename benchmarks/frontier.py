@@ -174,7 +174,9 @@ def main() -> None:
 
 def save(arguments: argparse.Namespace, report: dict[str, Any]) -> None:
     """Write the report so far, rows in the order of CONFIGURATIONS."""
-    report["rows"] = {name: report["rows"][name] for name in CONFIGURATIONS if name in report["rows"]}
+    ordered = {name: report["rows"][name] for name in CONFIGURATIONS if name in report["rows"]}
+    report["rows"].clear()  # in place: the caller goes on filling this dict
+    report["rows"].update(ordered)
     hidden = ("child", "only", "work", "output", "jobs", "phase", "model")
     report["model"] = Path(arguments.model).name
     report["setting"] = {key: value for key, value in vars(arguments).items() if key not in hidden}
