@@ -91,6 +91,28 @@ def _value(metrics: dict[str, Any], key: str) -> str:
     return number(metrics[key]["value"]) if key in metrics else ""
 
 
+def run_table(report: dict[str, Any]) -> str:
+    """Time, memory and bytes of `random_llama.py` runs, as Markdown."""
+    lines = [
+        "| method | wall time | in the method | peak device memory | peak host memory | file | bits, layers | bits, file |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in report["rows"]:
+        name = row["method"]["method"] + (f" {row['method']['variant']}" if "variant" in row["method"] else "")
+        cells = [
+            name,
+            f"{row['seconds'] / 60:.1f} min",
+            f"{row['method_seconds'] / 60:.1f} min",
+            f"{row['peak_device_bytes'] / 1e9:.1f} GB",
+            f"{row['peak_host_bytes'] / 1e9:.1f} GB",
+            f"{row['file_bytes'] / 1e9:.2f} GB (was {row['original_file_bytes'] / 1e9:.2f})",
+            f"{row['stored_bits_compressed']:.3f}",
+            f"{row['stored_bits_file']:.3f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def plot(model: str, report: dict[str, Any], path: Path) -> None:
     """Stored bits of the layers against perplexity (or KL divergence, or output error), log scale."""
     import matplotlib
@@ -141,6 +163,8 @@ def readme_with(text: str, content: str) -> str:
 def main() -> None:
     """Write everything."""
     GENERATED.mkdir(parents=True, exist_ok=True)
+    run = json.loads((RESULTS / "random_llama_7b.json").read_text(encoding="utf-8"))
+    (GENERATED / "random-llama-7b.md").write_text(run_table(run), encoding="utf-8")
     for model, report in frontiers().items():
         (GENERATED / f"frontier-{model}.md").write_text(table(report), encoding="utf-8")
         plot(model, report, ROOT / "docs" / "images" / f"frontier-{model}.svg")
