@@ -47,6 +47,8 @@ CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "GPTQ 1 (g64, signs)": ("gptq", {"bits": 1, "group_size": 64, "symmetric": True}),
     "k-means 2 (128)": ("kmeans", {"bits": 2, "block_size": 128}),
     "k-means 2 (128, order)": ("kmeans", {"bits": 2, "block_size": 128, "act_order": True}),
+    # As many bytes as "BiLLM whit" but its column marks: four free levels per row, the same order of rounding.
+    "k-means 2 (row, order)": ("kmeans", {"bits": 2, "block_size": 0, "act_order": True}),
     "k-means 1 (128)": ("kmeans", {"bits": 1, "block_size": 128}),
     "BiLLM official": ("billm", {"variant": "official"}),
     "BiLLM paper": ("billm", {"variant": "paper"}),

@@ -333,7 +333,8 @@ def inspectable(directory: Path) -> Path:
     result = example_result(1)
     layers = [layer for layer in result.layers if layer.format["format"] == "grouped-integer"]
     write_reports(directory, Result.from_json({**result.to_json(), "layers": [vars(layer) for layer in layers]}))
-    (directory / "config.json").write_text('{"dtype": "float16"}', encoding="utf-8")
+    described = {"dtype": "float16", "quantization_config": {"quant_method": "whit"}}
+    (directory / "config.json").write_text(json.dumps(described), encoding="utf-8")
     return directory
 
 

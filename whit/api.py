@@ -12,16 +12,15 @@ from whit.data.load import load_evaluation
 from whit.errors import DataError
 from whit.evaluation.measure import evaluate_model
 from whit.evaluation.sample import sample_record, sample_text
-from whit.models.loading import is_compressed, load_directory, load_tokenizer
+from whit.models.loading import is_compressed, load_directory, load_tokenizer, saved_dtype
 from whit.models.resolve import resolve_model
 from whit.models.skeleton import load_dense
 from whit.pipeline.compare import PROMPT
 from whit.pipeline.compress import compress
-from whit.pipeline.journal import RESULT_FILE
 from whit.pipeline.leak import check_recorded_leak
 from whit.pipeline.options import RunOptions
 from whit.pipeline.prepare import choose_device, compute_dtype, data_limits
-from whit.report.record import EvaluationRecord, Result
+from whit.report.record import EvaluationRecord
 
 __all__ = ["compress", "evaluate", "generate", "load"]
 
@@ -60,7 +59,9 @@ def evaluate(
         options.evaluation, tokenizer, windows=options.evaluation_windows, window=options.window, **limits
     )
     leak = check_recorded_leak(model, data.provenance, allow=options.allow_leak)
-    original = _open(against, options, device)[0] if against is not None else None
+    original = None
+    if against is not None:  # in the same dtype: rounding of the computation is not the method's doing
+        original = _open(against, dataclasses.replace(options, dtype=str(dtype).removeprefix("torch.")), device)[0]
     fields = {"dtype": str(dtype).removeprefix("torch.")}
     record, _ = evaluate_model(subject, data, original=original, device=device, protocol_fields=fields)
     return dataclasses.replace(record, leak=leak, sample=sample_record(subject, tokenizer, PROMPT, data))
@@ -80,24 +81,19 @@ def generate(
         DataError: the directory holds no tokenizer.
     """
     place = choose_device(device)
-    model = load_directory(directory, dtype=dtype or compute_dtype("auto", torch.bfloat16, place), device=place)
+    dtype = dtype or compute_dtype("auto", saved_dtype(directory), place)
+    model = load_directory(directory, dtype=dtype, device=place)
     tokenizer = load_tokenizer(directory)
     if tokenizer is None:
         raise DataError(f"{str(directory)!r} holds no tokenizer: copy the original's tokenizer files into it")
     return sample_text(model, tokenizer, prompt, new_tokens)
 
 
-def recorded_result(directory: str | Path) -> Result | None:
-    """The result saved beside a compressed model, or None."""
-    path = Path(directory) / RESULT_FILE
-    return Result.load(path) if path.is_file() else None
-
-
 def _open(
     model: str | Path | None, options: RunOptions, device: torch.device
 ) -> tuple[nn.Module, object, torch.dtype, dict[str, int | None]]:
     if model is not None and is_compressed(model):
-        dtype = compute_dtype(options.dtype, torch.bfloat16, device)
+        dtype = compute_dtype(options.dtype, saved_dtype(model), device)
         loaded = load_directory(model, dtype=dtype, device=device)
         return loaded, load_tokenizer(model), dtype, data_limits(loaded.config)
     reference = resolve_model(model)

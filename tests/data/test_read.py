@@ -46,6 +46,8 @@ def test_folder(tmp_path: Path) -> None:
         ("a.jsonl", b'{"text": "a"}\n\n{"body": "b"}\n', "line 3 of "),
         ("a.jsonl", b'{"text": "a"}\n{"text": 5}\n', "line 2 of "),
         ("a.jsonl", b'{"text": "a"}\n{"text": "b"\n', "is not JSON"),
+        ("a.jsonl", b'{"text": "a \\ud800 b"}\n', "half of a surrogate pair"),
+        ("a.jsonl", b"[" * 100_000, "nested too deeply"),
         ("a.jsonl", b'["text"]\n', 'has no "text" field'),
         ("a.jsonl", b'{"text": ""}\n', "is empty"),
         ("a.safetensors", b"not a safetensors file", "is not a readable safetensors file"),

@@ -105,6 +105,12 @@ def test_unknown_architecture(llama: Path):
     assert "'LlamaForEverything'" in refused(llama)
 
 
+@pytest.mark.parametrize("value", ["LlamaForCausalLM", [5], {"a": "b"}])
+def test_architectures_that_are_no_list_of_names(llama: Path, value: object):
+    edit_json(llama / "config.json", architectures=value)
+    assert "make it a list of class names" in refused(llama)
+
+
 @pytest.mark.parametrize("changes", [{"model_type": "novel"}, {"architectures": ["NovelForCausalLM"]}])
 def test_remote_code_is_never_run(llama: Path, changes: dict[str, object]):
     marker = llama / "ran"

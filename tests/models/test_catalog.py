@@ -58,6 +58,10 @@ def test_parts_are_joined_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     assert locate(CatalogEntry("x", "gguf", parts, digest, "MIT", "")) == path
     assert path.stat().st_mtime_ns == stamp
     assert [item.name for item in path.parent.iterdir()] == [path.name]
+    path.write_bytes(b"GGUF and so of")
+    with pytest.raises(ModelError, match="expected"):
+        locate(CatalogEntry("x", "gguf", parts, digest, "MIT", ""))
+    assert locate(CatalogEntry("x", "gguf", parts, digest, "MIT", "")) == path, "the remedy of the error works"
     (tmp_path / "x.gguf.part1").write_bytes(b" no ")
     path.unlink()
     with pytest.raises(ModelError, match="force-reinstall"):

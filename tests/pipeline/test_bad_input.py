@@ -300,3 +300,10 @@ def test_audio_features_follow_the_compute_dtype(case_of: Callable[[str], Case],
     error = result.compressed.metric("output_error")
     assert error is not None
     assert error.value < 0.01
+
+
+def test_the_saved_config_points_at_no_code(tmp_path: Path, case: Case) -> None:
+    path = case.model / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"auto_map": {"AutoModelForCausalLM": "novel.Model"}}))
+    whit.compress(case.model, "rtn", tmp_path / "out", options=case.options)
+    assert "auto_map" not in json.loads((tmp_path / "out" / "config.json").read_text())

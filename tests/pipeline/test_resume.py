@@ -207,6 +207,12 @@ def tear_the_next(output: Path) -> None:
         file.write(b'{"unit": "model.layers.2", "shard": "unit-00003.safe')
 
 
+def spoil_a_line(output: Path) -> None:
+    journal = output / WORK_FOLDER / "journal.jsonl"
+    first, *rest = journal.read_text().splitlines(keepends=True)
+    journal.write_text(first.replace('"layers": [', '"layers": [5, ', 1) + "".join(rest))
+
+
 def corrupt(output: Path) -> None:
     shard = shards(output)[1]
     content = bytearray(shard.read_bytes())
@@ -236,6 +242,7 @@ def leave_partial(output: Path) -> None:
     [
         (tear, 1, None),
         (tear_the_next, 2, None),
+        (spoil_a_line, 2, None),
         (corrupt, 1, "shard 'unit-00001.safetensors' of 'model.layers.0' is damaged: compressed again"),
         (truncate, 1, "shard 'unit-00001.safetensors' of 'model.layers.0' is damaged: compressed again"),
         (delete, 1, "shard 'unit-00001.safetensors' of 'model.layers.0' is missing: compressed again"),

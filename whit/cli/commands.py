@@ -8,13 +8,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 
 import whit
 from whit.cli.display import make_display
 from whit.cli.engine import Engine
-from whit.cli.inspection import compute_dtype, kernel_of, read_result
+from whit.cli.inspection import kernel_of, read_result
 from whit.cli.options import (
     DEFAULT_METHOD,
     argument,
@@ -27,7 +26,9 @@ from whit.cli.options import (
 )
 from whit.cli.tables import evaluation_view, layers_view, method_view, methods_view
 from whit.methods.base import available_methods, knobs, method_class
+from whit.models.loading import saved_dtype
 from whit.pipeline.events import Plan
+from whit.pipeline.prepare import choose_device
 
 Action = Callable[[Callable[[], Engine]], None]
 EVALUATION_OPTIONS = (
@@ -35,10 +36,8 @@ EVALUATION_OPTIONS = (
     "evaluation_windows",
     "window",
     "allow_leak",
-    "seed",
     "device",
     "dtype",
-    "batch_size",
 )
 REQUIRED = inspect.Parameter.empty
 
@@ -177,8 +176,9 @@ def _inspect(
 
     def action(engine: Callable[[], Engine]) -> None:
         result = read_result(directory)
-        dtype = compute_dtype(directory)
-        kernels = {layer.name: kernel_of(layer, dtype, torch.device(device)) for layer in result.layers}
+        dtype = saved_dtype(directory)
+        place = choose_device(device)
+        kernels = {layer.name: kernel_of(layer, dtype, place) for layer in result.layers}
         layers = [
             {**dataclasses.asdict(layer), "stored_bits": layer.stored_bits, "kernel": kernels[layer.name]}
             for layer in result.layers

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -30,16 +28,6 @@ def read_result(directory: Path) -> Result:
         return Result.load(path)
     except (ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{str(path)!r} cannot be read ({error}): it is damaged or of another version") from error
-
-
-def compute_dtype(directory: Path) -> torch.dtype:
-    """The dtype that the model's config asks for; float32 if it does not say."""
-    try:
-        config: dict[str, Any] = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{str(directory / 'config.json')!r} cannot be read: {error}") from error
-    dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "float32"), None)
-    return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
 def kernel_of(layer: LayerRecord, dtype: torch.dtype, device: torch.device) -> str:

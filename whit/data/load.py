@@ -96,6 +96,8 @@ def load_evaluation(
         return _from_tensors(source, windows, None, vocabulary_size, max_positions)
     name = source.origin["name"]
     length = _length(window, EVALUATION_WINDOW, max_positions, "--window")
+    if length < 2:
+        raise DataError(f"--window {length} holds no token that follows another: a perplexity needs at least 2")
     encode(tokenizer, [""], special=False)
     added = special_tokens(tokenizer)
     content = _content(length, added.after, added.before)

@@ -144,8 +144,12 @@ def _json_lines(path: Path, text: str) -> list[str]:
             raise DataError(
                 f"{where} is not JSON ({error.msg} at column {error.colno}): write one object a line"
             ) from None
+        except RecursionError:
+            raise DataError(f"{where} is nested too deeply: write one object a line") from None
         if not isinstance(item, dict) or not isinstance(item.get("text"), str):
             raise DataError(f'{where} has no "text" field that is a string: write {{"text": "..."}}')
+        if any("\ud800" <= letter <= "\udfff" for letter in item["text"]):  # JSON can escape half of a pair
+            raise DataError(f"{where} holds half of a surrogate pair, which is no character: write whole characters")
         documents.append(item["text"])
     if not any(document.strip() for document in documents):
         raise DataError(f"{str(path)!r} is empty: no line has any text")

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from whit.data.inputs import ModelInputs
+from whit.errors import ModelError
 from whit.evaluation.bootstrap import WindowSums
 from whit.evaluation.outputs import is_causal, run_model
 from whit.evaluation.protocol import protocol_id
@@ -56,7 +57,7 @@ def evaluate_model(
         the record of the model, and that of the original or None. `seconds` counts each model's own forward passes.
 
     Raises:
-        ModelError: a model refuses the inputs or answers with NaN or Inf.
+        ModelError: a model refuses the inputs, answers with NaN or Inf, or in another shape than the original.
     """
     mine: Sums = {}
     theirs: Sums = {}
@@ -71,6 +72,11 @@ def evaluate_model(
                 clock["original"] += time.perf_counter() - start
             start = time.perf_counter()
             name, output = run_model(model, batch, device)
+            if reference is not None and reference.shape != output.shape:
+                raise ModelError(
+                    f"{name} of {type(model).__name__} are {tuple(output.shape)}, those of the original "
+                    f"{tuple(reference.shape)}: compare models of one vocabulary and shape"
+                )
             _compare(name, output, reference, _targets(batch, output, causal), batch, causal, mine, theirs)
             clock["model"] += time.perf_counter() - start
             del output, reference

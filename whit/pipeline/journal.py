@@ -91,7 +91,7 @@ class Journal:
                 self.notes.append(f"shard {shard.name!r} of {unit or 'the embeddings'!r} is {state}: compressed again")
                 continue
             good += line
-            self.units[unit] = [LayerRecord(**record) for record in entry["layers"]]
+            self.units[unit] = entry["layers"]
             self._shards[unit] = shard
             self.seconds[unit] = entry["seconds"]
         if good != content:
@@ -193,12 +193,14 @@ def finished_units(directory: Path) -> set[str]:
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:
-    """A journal line, or None if it is torn."""
+    """A journal line with its layers as records, or None if it is torn or damaged."""
     try:
         entry = json.loads(line)
-    except ValueError:
+        entry["layers"] = [LayerRecord(**record) for record in entry["layers"]]
+        whole = all(isinstance(entry[key], str) for key in ("unit", "shard", "sha256"))
+        whole = whole and isinstance(entry["seconds"], float) and Path(entry["shard"]).name == entry["shard"]
+    except (ValueError, TypeError, KeyError):
         return None
-    whole = isinstance(entry, dict) and {"unit", "shard", "sha256", "seconds", "layers"} <= set(entry)
     return entry if whole and line.endswith(b"\n") else None
 
 

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from whit.data.leak import check_leak
+from whit.errors import DataError
+from whit.models.loading import is_compressed
 from whit.pipeline.journal import RESULT_FILE
 from whit.report.record import Result
 
@@ -17,9 +19,17 @@ def check_recorded_leak(model: str | Path | None, evaluation: dict[str, Any], *,
         whether there is a leak (only if `allow`).
 
     Raises:
-        DataError: there is a leak and `allow` is false.
+        DataError: `allow` is false, and there is a leak or the record cannot be read.
     """
     path = Path(model or "") / RESULT_FILE
-    if model is None or not path.is_file():
+    if model is None or not path.is_file() or not is_compressed(model):  # other tools write files of that name, too
         return False
-    return check_leak(Result.load(path).run["calibration"], evaluation, allow=allow)
+    try:
+        calibration = Result.load(path).run["calibration"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if allow:
+            return False
+        raise DataError(
+            f"{str(path)!r} is damaged, so its calibration text is unknown: copy it again, or pass --allow-leak"
+        ) from error
+    return check_leak(calibration, evaluation, allow=allow)

@@ -54,6 +54,9 @@ class RunOptions:
         self._at_least("evaluation_windows", 0)
         self._at_least("window", 0)
         self._at_least("batch_size", 1)
+        self._at_least("seed", 0)
+        if self.seed >= 2**63:
+            raise KnobError(f"seed must be less than 2**63, got {self.seed!r}")
         if self.embedding_bits not in (2, 3, 4, 5, 6, 7, 8, 16):
             raise KnobError(f"embedding_bits is 2 to 8, or 16 to leave embeddings alone, got {self.embedding_bits!r}")
         if self.dtype not in DTYPES:

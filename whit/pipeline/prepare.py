@@ -104,7 +104,7 @@ def choose_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.empty(1, device=device).item()  # "meta" has no values
     except (RuntimeError, AssertionError) as error:
         raise KnobError(
             f"--device {name!r} cannot be used here ({str(error).splitlines()[0]}); try --device cpu"
