@@ -182,6 +182,7 @@ def save(arguments: argparse.Namespace, report: dict[str, Any]) -> None:
     hidden = ("child", "only", "work", "output", "jobs", "phase", "model")
     report["model"] = Path(arguments.model).name
     report["setting"] = {key: value for key, value in vars(arguments).items() if key not in hidden}
+    report["setting"]["seed"] = whit.RunOptions().seed
     for key in ("calibration", "evaluation"):
         if report["setting"][key]:
             report["setting"][key] = Path(report["setting"][key]).name

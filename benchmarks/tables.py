@@ -94,7 +94,7 @@ def _value(metrics: dict[str, Any], key: str) -> str:
 def run_table(report: dict[str, Any]) -> str:
     """Time, memory and bytes of `random_llama.py` runs, as Markdown."""
     lines = [
-        "| method | wall time | in the method | peak device memory | peak host memory | file | bits, layers | bits, file |",
+        "| method | wall time | in the method | peak device memory | peak host | file | bits, layers | bits, file |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in report["rows"]:

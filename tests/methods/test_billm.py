@@ -268,3 +268,12 @@ def test_knobs_and_defaults() -> None:
     with pytest.raises(KnobError, match="oficial"):
         make_method("billm", {"variant": "oficial"})
     assert math.isclose(BiLLM(damping=0.2).damping or 0, 0.2)
+
+
+@pytest.mark.parametrize(
+    ("variant", "knob"), [("whit", "salient_limit"), ("whit", "compensate"), ("official", "passes"), ("paper", "passes")]
+)
+def test_a_knob_of_another_variant_is_refused(variant: str, knob: str) -> None:
+    value = False if knob == "compensate" else 3
+    with pytest.raises(KnobError, match=f"'{knob}'.*'{variant}'"):
+        make_method("billm", {"variant": variant, knob: value})

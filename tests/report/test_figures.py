@@ -99,7 +99,7 @@ def test_bits_in_the_table_are_stored_bytes_times_eight_over_weights() -> None:
     rows = {row.label: row.after for row in size_rows(result)}
     stored = sum(layer.stored_bytes for layer in result.layers if layer.block)
     weights = sum(layer.parameters for layer in result.layers if layer.block)
-    assert rows["stored bits per weight, compressed layers"] == f"{stored * 8 / weights:.3f}"
+    assert rows["stored bits per weight, layers in blocks"] == f"{stored * 8 / weights:.3f}"
 
 
 def test_far_values_get_a_logarithmic_axis_and_near_ones_do_not() -> None:

@@ -197,7 +197,7 @@ def test_card_has_front_matter_table_and_loading_code() -> None:
     card = model_card(example_result())
     assert card.startswith('---\nbase_model: "smollm2-135m"\nbase_model_relation: "quantized"\n')
     assert 'license: "apache-2.0"' in card
-    assert "| stored bits per weight, compressed layers | 16.00 | 2.687 |" in card
+    assert "| stored bits per weight, layers in blocks | 16.00 | 2.687 |" in card
     assert 'AutoModelForCausalLM.from_pretrained("DIR")' in card
     assert "perplexity-v1/" in card
 

@@ -48,7 +48,7 @@ def plan_view(plan: Plan) -> RenderableType:
         )
     if plan.calibration:
         grid.add_row("calibration", _provenance(plan.calibration))
-    grid.add_row("stored bits", f"{plan.compressed_bits:.3f} per weight of the compressed layers")
+    grid.add_row("stored bits", f"{plan.compressed_bits:.3f} per weight of the layers in blocks")
     file_bits = plan.file_bytes * 8 / max(plan.parameters, 1)
     grid.add_row(
         "size on disk",
@@ -119,7 +119,7 @@ def layers_view(result: Result, kernels: Mapping[str, str]) -> RenderableType:
         )
     size = result.size
     totals = (
-        f"{len(result.layers)} layers; compressed layers {size.compressed_bits:.3f} stored bits per weight, "
+        f"{len(result.layers)} layers; those in blocks {size.compressed_bits:.3f} stored bits per weight, "
         f"whole model {size.file_bits:.3f} per parameter, {format_bytes(size.file_bytes)} on disk"
     )
     left = [

@@ -10,12 +10,12 @@ Three variants share one layout (`whit.formats.binary_residual`), two sign plane
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from whit.errors import ModelError
+from whit.errors import KnobError, ModelError
 from whit.formats.base import Packed
 from whit.formats.binary_residual import BinaryResidual
 from whit.methods.base import Compressed, Method, knob, register_method
@@ -24,6 +24,10 @@ from whit.methods.billm_paper import paper_billm
 from whit.methods.billm_refined import refined_billm
 from whit.methods.statistics import LayerStatistics, Statistic, dead_column_notes
 
+# Knobs that only the variants searching block by block have, and those that only the refined one has.
+_BLOCK_KNOBS = ("salient_metric", "salient_limit", "compensate")
+_REFINED_KNOBS = ("passes",)
+
 
 @register_method
 @dataclass(frozen=True)
@@ -31,7 +35,7 @@ class BiLLM(Method):
     """Two sign planes per weight; marked columns use the second for the residual, others for one of two magnitudes."""
 
     name: ClassVar[str] = "billm"
-    summary: ClassVar[str] = "two sign planes with salient columns; variants whit (2.0-2.1 bits), paper (2.5), official"
+    summary: ClassVar[str] = "two sign planes with salient columns; variants whit, paper, official"
     needs: ClassVar[frozenset[Statistic]] = frozenset({Statistic.SECOND_MOMENT})
 
     variant: str = knob("whit", "which BiLLM", choices=("whit", "paper", "official"))
@@ -41,12 +45,28 @@ class BiLLM(Method):
     damping: float | None = knob(
         None, "added to diag(H), relative to its mean; if not given: 0.05 for whit, else 0.01", minimum=0, maximum=1
     )
-    passes: int = knob(2, "whit only: turns of least squares and coordinate descent", minimum=0, maximum=100)
-    salient_metric: str = knob(
-        "hessian", "paper, official: what ranks salient columns", choices=("hessian", "magnitude")
+    passes: int | None = knob(
+        None, "whit only: turns of least squares and coordinate descent; if not given: 2", minimum=0, maximum=100
     )
-    salient_limit: int = knob(50, "paper, official: salient columns tried per block, plus one", minimum=2)
-    compensate: bool = knob(True, "paper, official: later blocks absorb the error of earlier ones")
+    salient_metric: str | None = knob(
+        None, "paper, official: what ranks salient columns; if not given: hessian", choices=("hessian", "magnitude")
+    )
+    salient_limit: int | None = knob(
+        None, "paper, official: salient columns tried per block, plus one; if not given: 50", minimum=2
+    )
+    compensate: bool | None = knob(
+        None, "paper, official: later blocks absorb the error of earlier ones; if not given: yes"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        foreign = _BLOCK_KNOBS if self.variant == "whit" else _REFINED_KNOBS
+        given = [name for name in foreign if getattr(self, name) is not None]
+        if given:
+            raise KnobError(
+                f"knob {given[0]!r} of method {self.name!r} does nothing with variant {self.variant!r}: leave it out, "
+                f"or choose another variant"
+            )
 
     def format(self, rows: int, columns: int) -> BinaryResidual:
         """Sign planes and scalars; a block wider than the row becomes the row."""
@@ -84,7 +104,8 @@ class BiLLM(Method):
         diagonal = torch.diagonal(damped)
         diagonal[factor.dead] = 1
         diagonal += factor.damping * float(diagonal.mean())
-        result = refined_billm(weight, damped, factor.upper, order, block_size=layout.block_size, passes=self.passes)
+        passes = 2 if self.passes is None else self.passes
+        result = refined_billm(weight, damped, factor.upper, order, block_size=layout.block_size, passes=passes)
         return layout.pack(result.signs, result.second, result.salient, result.scalars), factor.notes
 
     def _block(self, weight: Tensor, statistics: LayerStatistics) -> tuple[Packed, tuple[str, ...]]:
@@ -92,24 +113,15 @@ class BiLLM(Method):
         factor = statistics.inverse_factor(self._damping())
         alive = weight.masked_fill(factor.dead, 0)
         notes = (*factor.notes, *dead_column_notes(statistics))
-        size = layout.block_size or weight.shape[1]
+        options: dict[str, Any] = {
+            "block_size": layout.block_size or weight.shape[1],
+            "salient_metric": self.salient_metric or "hessian",
+            "limit": self.salient_limit or 50,
+            "compensate": self.compensate is not False,
+        }
         if self.variant == "paper":
-            paper = paper_billm(
-                alive,
-                factor.upper,
-                block_size=size,
-                salient_metric=self.salient_metric,
-                limit=self.salient_limit,
-                compensate=self.compensate,
-            )
+            paper = paper_billm(alive, factor.upper, **options)
             return layout.pack(paper.signs, paper.second, paper.salient, paper.scalars), notes
-        found = official_billm(
-            alive,
-            factor.upper,
-            block_size=size,
-            salient_metric=self.salient_metric,
-            limit=self.salient_limit,
-            compensate=self.compensate,
-        )
+        found = official_billm(alive, factor.upper, **options)
         second = torch.where(found.salient, found.second, found.sparse)
         return layout.pack(found.first, second, found.salient, found.scalars), notes

@@ -62,12 +62,7 @@ def compress_block(
     """
     modules = {name: block.get_submodule(name.removeprefix(prefix + ".")) for name in layers}
 
-    def run_once() -> None:
-        if streams.calls:
-            with torch.no_grad():
-                streams.calls[0][0].run(block, streams.hidden[0])
-
-    groups = find_groups(run_once, modules)
+    groups = _groups(block, modules, streams)
     reached = {name for group in groups for name in group}
     unreached = [name for name in layers if name not in reached]
     packed: dict[str, Packed] = {}
@@ -90,6 +85,25 @@ def compress_block(
         records.append(record)
         done(record)
     return packed, records
+
+
+def _groups(block: nn.Module, modules: dict[str, nn.Module], streams: Streams) -> list[tuple[str, ...]]:
+    """Layers by shared inputs; batches are tried until every layer was reached, for blocks that route their inputs."""
+    groups: list[tuple[str, ...]] = []
+    waiting = dict(modules)
+    for hidden, calls in zip(streams.hidden, streams.calls, strict=True):
+
+        def run_once(call: Call = calls[0], hidden: Tensor = hidden) -> None:
+            with torch.no_grad():
+                call.run(block, hidden)
+
+        found = find_groups(run_once, waiting)
+        groups += found
+        for name in (name for group in found for name in group):
+            del waiting[name]
+        if not waiting:
+            break
+    return groups
 
 
 def _run_copies(block: nn.Module, streams: Streams) -> None:

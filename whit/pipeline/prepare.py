@@ -149,7 +149,9 @@ def _identity(
         "skip": list(options.skip),
         "seed": options.seed,
         "batch_size": options.batch_size,
-        "device": device.type,
+        # Sums are split among threads, and devices round differently: neither may change in the middle of a run.
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "threads": torch.get_num_threads() if device.type == "cpu" else 0,
         "dtype": str(compute).removeprefix("torch."),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

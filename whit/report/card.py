@@ -44,7 +44,7 @@ def _front_matter(result: Result) -> str:
     if licence:
         fields["license"] = str(licence)
     fields["library_name"] = "transformers"
-    fields["tags"] = ["whit", "quantized", method_name(result)]
+    fields["tags"] = ["whit", "quantized", method_name(result).partition(",")[0]]
     lines = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in fields.items()]
     return "\n".join(["---", *lines, "---"])
 

@@ -79,8 +79,10 @@ def describe_fields(fields: Mapping[str, Any], key: str) -> str:
 
 
 def method_name(result: Result) -> str:
-    """Name of the method of a run."""
-    return str(_method_json(result).get("method", "unknown"))
+    """Name of the method of a run, with its variant: "billm, variant whit" is not the published method."""
+    method = _method_json(result)
+    variant = f", variant {method['variant']}" if method.get("variant") else ""
+    return f"{method.get('method', 'unknown')}{variant}"
 
 
 def method_line(result: Result) -> str:
@@ -133,7 +135,7 @@ def size_rows(result: Result) -> list[SummaryRow]:
     return [
         *rows,
         SummaryRow("size on disk", "", format_bytes(size.file_bytes)),
-        SummaryRow("stored bits per weight, compressed layers", f"{dense_bits:.2f}", f"{size.compressed_bits:.3f}"),
+        SummaryRow("stored bits per weight, layers in blocks", f"{dense_bits:.2f}", f"{size.compressed_bits:.3f}"),
         SummaryRow("stored bits per parameter, whole model", f"{dense_bits:.2f}", f"{size.file_bits:.3f}"),
     ]
 

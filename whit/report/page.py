@@ -78,7 +78,7 @@ def _header(result: Result) -> Html:
     before_size = f"from {format_bytes(size.original_dense_bytes)}, {ratio:.1f}× smaller"
     tiles = [
         _tile("size on disk", format_bytes(size.file_bytes), before_size),
-        _tile("bits per weight", f"{size.compressed_bits:.2f}", "stored, compressed layers"),
+        _tile("bits per weight", f"{size.compressed_bits:.2f}", "stored, layers in blocks"),
         _tile("bits per parameter", f"{size.file_bits:.2f}", "stored, whole model"),
     ]
     measured = [(name, before, after) for name, before, after in metric_pairs(result) if after is not None]
