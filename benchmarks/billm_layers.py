@@ -129,6 +129,7 @@ def show(title: str, layers: dict[str, dict[str, dict[str, float]]], key: str) -
 
 
 def main() -> None:
+    """Read the command line and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--calibration", type=Path)
     parser.add_argument("--held-out", type=Path)

@@ -141,6 +141,7 @@ def evaluate_all(arguments: argparse.Namespace, names: list[str], report: dict[s
 
 
 def main() -> None:
+    """Read the command line and run."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True)
     parser.add_argument("--output", type=Path, required=True)

@@ -54,6 +54,7 @@ def make(rows: list[list[int]], path: Path, padding: int) -> None:
 
 
 def main() -> None:
+    """Read the command line and run."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("source", type=Path)
     parser.add_argument("calibration", type=Path)

@@ -80,6 +80,7 @@ def make(texts: list[str], tokenizer: Tokenizer, path: Path) -> None:
 
 
 def main() -> None:
+    """Read the command line and run."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("tokenizer", type=Path)
     parser.add_argument("calibration", type=Path)

@@ -83,6 +83,7 @@ def write_random_model(directory: Path, shape: str, seed: int) -> None:
 
 
 def main() -> None:
+    """Read the command line and run."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shape", choices=SHAPES, default="7b")
     parser.add_argument("--methods", nargs="+", default=["billm"], help="NAME or NAME:knob=value,knob=value")

@@ -271,7 +271,8 @@ def test_knobs_and_defaults() -> None:
 
 
 @pytest.mark.parametrize(
-    ("variant", "knob"), [("whit", "salient_limit"), ("whit", "compensate"), ("official", "passes"), ("paper", "passes")]
+    ("variant", "knob"),
+    [("whit", "salient_limit"), ("whit", "compensate"), ("official", "passes"), ("paper", "passes")],
 )
 def test_a_knob_of_another_variant_is_refused(variant: str, knob: str) -> None:
     value = False if knob == "compensate" else 3
