@@ -130,28 +130,42 @@ def plot(model: str, report: dict[str, Any], path: Path) -> None:
     )
     families = {"RTN": "#888888", "GPTQ": "#1f77b4", "k-means": "#2ca02c", "BiLLM": "#d62728"}
     figure, axes = plt.subplots(figsize=(7.5, 4.6))
+    labels: list[tuple[float, float, str, str]] = []
     for family, colour in families.items():
         points = sorted(
             (row["stored_bits_layers"], row["metrics"][key]["value"], name)
             for name, row in report["rows"].items()
-            if name.startswith(family) and row["stored_bits_layers"] < 5
+            if name.startswith(family) and row["stored_bits_layers"] < 5 and "damping" not in name
         )
         axes.plot([p[0] for p in points], [p[1] for p in points], "o", color=colour, label=family, markersize=6)
-        for bits, value, name in points:
-            label = name.removeprefix(family).strip()
-            axes.annotate(label, (bits, value), xytext=(5, 3), textcoords="offset points", fontsize=7, color=colour)
+        labels += [(bits, value, name.removeprefix(family).strip(), colour) for bits, value, name in points]
     if key in report.get("original", {}):
         axes.axhline(report["original"][key]["value"], color="black", linewidth=0.8, linestyle="--", label="original")
     axes.set_yscale("log")
+    axes.set_xlim(1, 5)
     axes.set_xlabel("stored bits per weight of the compressed layers (everything counted)")
     axes.set_ylabel(COLUMNS[key])
     axes.set_title(model, loc="left", fontsize=11)
     axes.legend(frameon=False, fontsize=8)
     axes.grid(True, which="major", axis="y", linewidth=0.3)
     figure.tight_layout()
+    _write_labels(axes, labels)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
+
+
+def _write_labels(axes: Any, labels: list[tuple[float, float, str, str]]) -> None:
+    """Labels right of their points, pushed upwards where they would cover one another."""
+    placed: list[tuple[float, float, float]] = []  # left and right end, height; pixels
+    for bits, value, text, colour in sorted(labels, key=lambda item: item[1]):
+        x, y = axes.transData.transform((bits, value))
+        right, target = x + 12 + 5.2 * len(text), y
+        while any(x < end and start < right and abs(target - height) < 10 for start, end, height in placed):
+            target += 2
+        placed.append((x, right, target))
+        shift = (7, (target - y) * 72 / axes.figure.dpi - 3)
+        axes.annotate(text, (bits, value), xytext=shift, textcoords="offset points", fontsize=7, color=colour)
 
 
 def readme_with(text: str, content: str) -> str:
