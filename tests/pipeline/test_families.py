@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -275,3 +276,13 @@ def test_same_seed_same_bytes(family: str, finished_run: Run, tmp_path: Path) ->
     whit.compress(run.case.model, "billm", tmp_path / "out", options=options)
     for name in ("model.safetensors", "config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (run.output / name).read_bytes()
+
+
+def test_preparation_of_inputs_is_kept(case_of: Callable[[str], Case], tmp_path: Path) -> None:
+    case = case_of("whisper")
+    model = tmp_path / "model"
+    shutil.copytree(case.model, model)
+    (model / "preprocessor_config.json").write_text('{"feature_size": 8}')
+    options = dataclasses.replace(case.options, evaluate=False)
+    whit.compress(model, "rtn", tmp_path / "out", options=options, bits=8, group_size=16)
+    assert (tmp_path / "out" / "preprocessor_config.json").read_text() == '{"feature_size": 8}'

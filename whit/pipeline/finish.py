@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,9 @@ from whit.models.skeleton import keeps_float32
 from whit.models.write import write_model
 from whit.pipeline.assign import Assignment
 from whit.pipeline.journal import Journal
+
+# How inputs other than text are prepared: not the model's, but useless to be without.
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 
 
 def saved_config(
@@ -104,4 +108,7 @@ def write_directory(
     tokenizer = reference.load_tokenizer()
     if tokenizer is not None:
         tokenizer.save_pretrained(directory)
+    for name in PROCESSOR_FILES:
+        if reference.directory is not None and (reference.directory / name).is_file():
+            shutil.copyfile(reference.directory / name, directory / name)
     return weight_bytes + (directory / "config.json").stat().st_size
