@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,14 @@ from safetensors.torch import save_file
 import whit
 
 STORIES = Path(__file__).parent / "assets" / "stories260k"
+
+
+@pytest.fixture(autouse=True)
+def all_threads(one_thread: int) -> Iterator[None]:
+    """These models are large enough to gain from threads."""
+    torch.set_num_threads(one_thread)
+    yield
+    torch.set_num_threads(1)
 
 
 def _needs(package: str, requirement: str) -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 import whit
 from tests import tiny
@@ -59,14 +58,6 @@ class Recorder(Listener):
 
     def block(self, index: int, total: int, name: str) -> None:
         self.blocks.append(name)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def make_case(family: str, folder: Path, **options: Any) -> Case:
