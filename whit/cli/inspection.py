@@ -9,8 +9,7 @@ import torch
 from whit.errors import ModelError
 from whit.formats.base import Packed, format_from_json
 from whit.kernels import explain
-from whit.report.record import LayerRecord, Result
-from whit.report.write import RESULT_FILE
+from whit.report.record import RESULT_FILE, LayerRecord, Result
 
 
 def read_result(directory: Path) -> Result:

@@ -7,27 +7,13 @@ sum over rows and sets of |w|_1^2 / n, which prefix sums give for all candidates
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from whit.methods.billm_official import SALIENT_LIMIT, push_error
+from whit.methods.billm_planes import BinaryPlanes
 
 SPLIT_SHARES = 9
-
-
-@dataclass(frozen=True)
-class PaperResult:
-    """Stored form of one weight matrix: marks (columns,), planes (rows, columns), scalars (rows, blocks, 4).
-
-    All masks and planes are bool; the scalars are float32 values exact in float16, ordered as in `BinaryResidual`.
-    """
-
-    salient: Tensor
-    signs: Tensor
-    second: Tensor
-    scalars: Tensor
 
 
 def search_salient_columns(block: Tensor, scores: Tensor, limit: int = SALIENT_LIMIT) -> Tensor:
@@ -84,7 +70,7 @@ def paper_billm(
     salient_metric: str = "hessian",
     limit: int = SALIENT_LIMIT,
     compensate: bool = True,
-) -> PaperResult:
+) -> BinaryPlanes:
     """Binarise a weight matrix block by block: two magnitudes on ordinary columns, two sign planes on salient ones.
 
     Ordinary:  w = alpha_c * sign(w) or alpha_s * sign(w);  salient:  w = alpha_1 b_1 + alpha_2 b_2, the second plane
@@ -126,7 +112,7 @@ def paper_billm(
         signs[:, start:end] = first
         second[:, start:end] = torch.where(marks, last, sparse)
         scalars[:, number] = torch.cat([alpha_c, alpha_s, alpha_1, alpha_2], 1)
-    return PaperResult(salient, signs, second, scalars)
+    return BinaryPlanes(salient, signs, second, scalars)
 
 
 def _mean_magnitude(values: Tensor, mask: Tensor) -> Tensor:

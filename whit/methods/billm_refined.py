@@ -24,6 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from whit.methods.billm_planes import BinaryPlanes
 from whit.methods.feedback import Rounder, round_with_feedback
 
 MARK_ROUNDS = 3
@@ -60,16 +61,6 @@ def storable(low: Tensor, high: Tensor) -> Codebooks:
 
 def _scales(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     return ((high + low) / 2).half().float(), ((high - low) / 2).half().float()
-
-
-@dataclass(frozen=True)
-class RefinedResult:
-    """Stored form of one weight matrix, ordered as in `BinaryResidual`: bool marks and planes, float32 scalars."""
-
-    salient: Tensor
-    signs: Tensor
-    second: Tensor
-    scalars: Tensor
 
 
 def two_magnitudes(sorted_magnitude: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]:
@@ -248,7 +239,7 @@ def refined_billm(
     *,
     block_size: int = 0,
     passes: int = 2,
-) -> RefinedResult:
+) -> BinaryPlanes:
     """Fit BiLLM's representation as described at the top of this file.
 
     Args:
@@ -292,4 +283,4 @@ def refined_billm(
     signs, large = natural % 2 == 1, natural > 1
     # On salient columns the planes are two signs: q = s1 (a1 + a2) when large, s1 (a1 - a2) when not.
     second = torch.where(salient, signs == large, large)
-    return RefinedResult(salient, signs, second, books.scalars())
+    return BinaryPlanes(salient, signs, second, books.scalars())

@@ -26,7 +26,6 @@ from whit.report.record import LayerRecord
 
 WORK_FOLDER = ".whit-run"
 JOURNAL_FILE = "journal.jsonl"
-RESULT_FILE = "result.json"
 
 
 class Journal:

@@ -8,8 +8,7 @@ from typing import Any
 from whit.data.leak import check_leak
 from whit.errors import DataError
 from whit.models.loading import is_compressed
-from whit.pipeline.journal import RESULT_FILE
-from whit.report.record import Result
+from whit.report.record import RESULT_FILE, Result
 
 
 def check_recorded_leak(model: str | Path | None, evaluation: dict[str, Any], *, allow: bool) -> bool:

@@ -13,10 +13,10 @@ import transformers
 
 from whit import __version__
 from whit.errors import OutputError
-from whit.pipeline.journal import RESULT_FILE, Journal
+from whit.pipeline.journal import Journal
 from whit.pipeline.memory import peak_device_bytes, peak_host_bytes
 from whit.pipeline.prepare import Job
-from whit.report.record import EvaluationRecord, Result, SizeRecord
+from whit.report.record import RESULT_FILE, EvaluationRecord, Result, SizeRecord
 
 
 def completed_result(job: Job) -> Result | None:

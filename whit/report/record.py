@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 SCHEMA_VERSION = 1
+RESULT_FILE = "result.json"
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,8 @@ from pathlib import Path
 
 from whit.report.card import model_card
 from whit.report.page import report_page
-from whit.report.record import Result
+from whit.report.record import RESULT_FILE, Result
 
-RESULT_FILE = "result.json"
 CARD_FILE = "README.md"
 PAGE_FILE = "report.html"
 
