@@ -28,6 +28,9 @@ def load_config(directory: Path, fields: dict[str, Any]) -> Any:
             f"{str(directory)!r} is of type {fields['model_type']!r}, which transformers {transformers.__version__} "
             "does not know: check config.json, or try pip install -U transformers"
         )
+    names = fields.get("architectures") or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ModelError(f"'architectures' in config.json is {names!r}: make it a list of class names")
     try:
         return AutoConfig.from_pretrained(directory, trust_remote_code=False, local_files_only=True)
     except Exception as error:
@@ -56,10 +59,7 @@ def model_class_of(config: Any) -> type:
     Raises:
         ModelError: transformers has no such class.
     """
-    names = config.architectures or []
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ModelError(f"'architectures' in config.json is {names!r}: make it a list of class names")
-    for name in names:
+    for name in config.architectures or []:
         found = getattr(transformers, name, None)
         if isinstance(found, type):
             return found
