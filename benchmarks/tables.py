@@ -22,10 +22,12 @@ README_ROWS = (
     "GPTQ 4 (g64)",
     "GPTQ 3 (g64)",
     "GPTQ 2 (g64)",
+    "GPTQ 2 (g64, order, clip)",
     "k-means 2 (128)",
     "BiLLM official",
     "BiLLM paper",
     "BiLLM whit",
+    "k-means 2 (row, order)",
     "GPTQ 1 (g64, signs)",
 )
 COLUMNS = {
