@@ -19,7 +19,7 @@ from whit.models.skeleton import load_dense
 from whit.models.source import InMemorySource
 from whit.models.stacks import find_stacks
 from whit.pipeline.assign import AssignedLayer
-from whit.pipeline.block import UNREACHED, Streams, compress_block, packed_from, propagate, restore_layers
+from whit.pipeline.block import UNREACHED, Streams, Swaps, compress_block, packed_from, propagate, restore_layers
 from whit.pipeline.catch import Call, CallCatcher
 from whit.pipeline.gather import find_groups, gathering
 from whit.report.record import LayerRecord
@@ -139,7 +139,14 @@ def test_errors_are_measured_on_the_inputs_each_order_promises(true_sequential: 
     streams = streams_of()
     seen: list[LayerRecord] = []
     packed, records = compress_block(
-        block, layers, "block", source, streams, true_sequential=true_sequential, done=seen.append
+        block,
+        layers,
+        "block",
+        source,
+        streams,
+        true_sequential=true_sequential,
+        done=seen.append,
+        swaps=Swaps(block, "block"),
     )
     assert seen == records
     upstream = block if true_sequential else original
@@ -158,11 +165,11 @@ def test_a_restored_block_is_the_compressed_block() -> None:
     block, source, layers = make_block()
     streams = streams_of()
     packed, records = compress_block(
-        block, layers, "block", source, streams, true_sequential=False, done=lambda _: None
+        block, layers, "block", source, streams, true_sequential=False, done=lambda _: None, swaps=Swaps(block, "block")
     )
     tensors = {f"{name}.{key}": tensor for name, item in packed.items() for key, tensor in item.tensors.items()}
     again = Block()
-    restore_layers(again, "block", layers, records, tensors)
+    restore_layers(again, "block", layers, records, tensors, Swaps(block, "block"))
     for name, value in block.state_dict().items():
         assert torch.equal(value, again.state_dict()[name])
     assert torch.equal(packed_from(tensors, records[0]).unpack(), packed[records[0].name].unpack())
@@ -181,7 +188,14 @@ def test_propagation_replaces_the_hidden_states_in_order() -> None:
 def test_a_block_without_inputs_is_compressed_and_says_so() -> None:
     block, source, layers = make_block()
     packed, records = compress_block(
-        block, layers, "block", source, Streams([], []), true_sequential=False, done=lambda _: None
+        block,
+        layers,
+        "block",
+        source,
+        Streams([], []),
+        true_sequential=False,
+        done=lambda _: None,
+        swaps=Swaps(block, "block"),
     )
     assert set(packed) == set(layers)
     assert all(record.notes[0] == UNREACHED for record in records)

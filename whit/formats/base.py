@@ -47,6 +47,9 @@ class Format(ABC):
     """
 
     name: ClassVar[str]
+    changes_inputs: ClassVar[bool] = False
+    """Whether `linear` does more to its inputs than multiply them (rounds or splits them): running the dequantised
+    weight instead would then not be the same model."""
 
     @abstractmethod
     def specs(self, rows: int, columns: int) -> dict[str, TensorSpec]:
@@ -64,9 +67,24 @@ class Format(ABC):
         """What happens to the inputs (..., columns) before the product; identity unless a format rotates them."""
         return inputs
 
+    def linear(
+        self, inputs: Tensor, tensors: Mapping[str, Tensor], rows: int, columns: int, bias: Tensor | None = None
+    ) -> Tensor:
+        """The plain meaning of the layer: (..., columns) -> (..., rows) in the dtype of `inputs`.
+
+        By default y = transform(x) W^T + b with the unpacked weight; formats that also round their inputs override it
+        and set `changes_inputs`.
+        """
+        weight = self.unpack(tensors, rows, columns).to(inputs.dtype)
+        return torch.nn.functional.linear(
+            self.transform(inputs, tensors), weight, None if bias is None else bias.to(inputs.dtype)
+        )
+
     def to_json(self) -> dict[str, Any]:
-        """`{"format": name, **fields}`: what the config of a saved model holds."""
-        return {"format": self.name, **dataclasses.asdict(self)}
+        """`{"format": name, **fields}`, formats inside formats likewise: what the config of a saved model holds."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        nested = {key: value.to_json() if isinstance(value, Format) else value for key, value in fields.items()}
+        return {"format": self.name, **nested}
 
     def bytes(self, rows: int, columns: int) -> int:
         """Stored bytes of a (rows, columns) weight in this layout, all tensors counted."""
@@ -99,10 +117,26 @@ def format_from_json(fields: Mapping[str, Any]) -> Format:
             f"packed format {name!r} is not known to this version of whit{nearest(str(name), _FORMATS)} "
             "(upgrade with: pip install -U whit)"
         )
+    values = {
+        key: format_from_json(value) if isinstance(value, Mapping) else value
+        for key, value in fields.items()
+        if key != "format"
+    }
     try:
-        return _FORMATS[name](**{key: value for key, value in fields.items() if key != "format"})
+        return _FORMATS[name](**values)
     except (TypeError, ValueError) as error:
         raise ModelError(f"packed format {name!r} cannot be read from {dict(fields)!r}: {error}") from error
+
+
+def nested_specs(prefix: str, inner: Format, rows: int, columns: int) -> dict[str, TensorSpec]:
+    """The tensors of a format inside another, named `<prefix>_<name>`."""
+    return {f"{prefix}_{key}": spec for key, spec in inner.specs(rows, columns).items()}
+
+
+def nested_tensors(prefix: str, inner: Format, tensors: Mapping[str, Tensor], rows: int, columns: int) -> Packed:
+    """The packed weight of a format inside another, from the outer format's tensors (shared, not copied)."""
+    names = inner.specs(rows, columns)
+    return Packed(inner, rows, columns, {key: tensors[f"{prefix}_{key}"] for key in names})
 
 
 @dataclass(frozen=True)
@@ -131,6 +165,10 @@ class Packed:
     def unpack(self) -> Tensor:
         """The weight: float32 (rows, columns), exactly what the stored bits mean."""
         return self.format.unpack(self.tensors, self.rows, self.columns)
+
+    def linear(self, inputs: Tensor, bias: Tensor | None = None) -> Tensor:
+        """The plain meaning of the layer (`Format.linear`): (..., columns) -> (..., rows)."""
+        return self.format.linear(inputs, self.tensors, self.rows, self.columns, bias)
 
     def stored_bytes(self) -> int:
         """Bytes of all stored tensors."""

@@ -1,7 +1,8 @@
 """The one op of packed layers, y = transform(x) W^T + b, and the choice of its implementation.
 
-The plain meaning unpacks the weight and multiplies. Faster implementations register themselves with a predicate; the
-first that supports the call is used. `explain` says which, and is what `whit inspect` shows.
+The plain meaning is the format's own (`Format.linear`: by default it unpacks the weight and multiplies). Faster
+implementations register themselves with a predicate; the first that supports the call is used. `explain` says which,
+and is what `whit inspect` shows.
 """
 
 from __future__ import annotations
@@ -70,9 +71,7 @@ def packed_embedding(ids: Tensor, packed: Packed, dtype: torch.dtype) -> Tensor:
 
 
 def _plain_linear(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
-    inputs = packed.format.transform(x, packed.tensors)
-    weight = packed.unpack().to(x.dtype)
-    return torch.nn.functional.linear(inputs, weight, None if bias is None else bias.to(x.dtype))
+    return packed.linear(x, bias)
 
 
 PLAIN = Implementation("plain", lambda x, packed: True, _plain_linear)

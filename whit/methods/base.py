@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Self, TypeVar
 
 from torch import Tensor
 
@@ -64,12 +64,23 @@ class Compressed:
 
 
 @dataclass(frozen=True)
+class SurveyedBlock:
+    """One block in the division of a budget: the number its survey gave, and the weights it would apply to."""
+
+    name: str
+    score: float
+    parameters: int
+
+
+@dataclass(frozen=True)
 class Method(ABC):
     """A compression method: a value. Subclasses are frozen dataclasses with `name`, `summary` and `needs`."""
 
     name: ClassVar[str]
     summary: ClassVar[str]
     needs: ClassVar[frozenset[Statistic]] = frozenset()
+    survey_needs: ClassVar[frozenset[Statistic]] = frozenset()
+    follows_pruning: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         for item in knobs(type(self)):
@@ -90,6 +101,35 @@ class Method(ABC):
         Returns:
             the packed weight in `self.format(rows, columns)`, on the weight's device.
         """
+
+    def required(self) -> frozenset[Statistic]:
+        """Statistics that `compress` needs with these knobs; by default what the class declares in `needs`."""
+        return self.needs
+
+    def compress_kept(self, weight: Tensor, kept: Tensor, statistics: LayerStatistics) -> Compressed:
+        """Compress only the weights that a pruning step kept; methods that can set `follows_pruning`.
+
+        Args:
+            weight: float32 (rows, columns), zero where pruned.
+            kept: bool (rows, columns), the same number k in every row.
+            statistics: as in `compress`, for all columns.
+
+        Returns:
+            the kept weights of each row side by side: packed (rows, k) in `self.format(rows, k)`.
+        """
+        raise KnobError(f"method {self.name!r} cannot follow a pruning step (methods that can: {_followers()})")
+
+    def survey_required(self) -> frozenset[Statistic]:
+        """Statistics of the dense model that dividing the budget among blocks needs; empty: every block alike."""
+        return self.survey_needs
+
+    def survey(self, weights: Sequence[Tensor], statistics: Sequence[LayerStatistics]) -> float:
+        """How much one block of the dense model deserves, from its layers: a number that `allocate` understands."""
+        return 0.0
+
+    def allocate(self, blocks: Sequence[SurveyedBlock]) -> list[Self]:
+        """One method per block, together within the budget that this method asks for."""
+        return [self for _ in blocks]
 
     def to_json(self) -> dict[str, Any]:
         """`{"method": name, **knobs}`."""
@@ -113,6 +153,10 @@ def available_methods() -> dict[str, type[Method]]:
     """Every method by name, sorted."""
     _discover()
     return dict(sorted(_METHODS.items()))
+
+
+def _followers() -> str:
+    return ", ".join(name for name, cls in available_methods().items() if cls.follows_pruning) or "none"
 
 
 def method_class(name: str) -> type[Method]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -14,7 +15,11 @@ from whit.errors import ModelError
 class Statistic(Enum):
     """Statistics the pipeline can gather for the inputs of a layer."""
 
-    SECOND_MOMENT = "second_moment"
+    SECOND_MOMENT = "second_moment"  # H, (columns, columns)
+    SQUARE_SUMS = "square_sums"  # (columns,), what Wanda and its like need: the diagonal of H without the rest
+    RANGE = "range"  # (columns,), largest magnitude of each input
+    SAMPLE = "sample"  # some of the input vectors themselves
+    GRADIENT = "gradient"  # (rows, columns), of the model's loss with respect to the weight
 
 
 @dataclass(frozen=True)
@@ -35,11 +40,20 @@ class LayerStatistics:
         columns: input width m.
         tokens: number of input vectors seen.
         second_moment: H = 2/N sum x x^T over the tokens of N sequences, float32 (m, m), or None if not asked for.
+        square_sums: 1/N sum x_j^2 over the tokens of N sequences, float32 (m,): half the diagonal of H.
+        absolute_maximum: max |x_j| over all tokens, float32 (m,).
+        sample: input vectors, evenly spaced over the calibration tokens, float32 (k, m).
+        gradient: sqrt(sum over sequences of (dL/dW)^2), float32 (rows, m); of one layer, so it is set per layer
+            (`with_gradient`).
     """
 
     columns: int
     tokens: int = 0
     second_moment: Tensor | None = None
+    square_sums: Tensor | None = None
+    absolute_maximum: Tensor | None = None
+    sample: Tensor | None = None
+    gradient: Tensor | None = None
     _factors: dict[tuple[float, tuple[int, ...]], InverseFactor] = field(default_factory=dict, repr=False)
 
     def inverse_factor(self, damping: float, order: Tensor | None = None) -> InverseFactor:
@@ -60,9 +74,19 @@ class LayerStatistics:
             self._factors[key] = _factorise(self._moment(), damping, order)
         return self._factors[key]
 
+    def input_square_sums(self) -> Tensor:
+        """1/N sum x_j^2 of each input over the tokens of N sequences (Wanda's squared norm X_j): float32 (m,)."""
+        if self.square_sums is not None:
+            return self.square_sums
+        return torch.diagonal(self._moment()) / 2
+
+    def with_gradient(self, gradient: Tensor | None) -> LayerStatistics:
+        """These statistics for one layer of the group: everything shared, factors included, but for the gradient."""
+        return dataclasses.replace(self, gradient=gradient)
+
     def release(self) -> None:
-        """Free the second moments and their factors, once every layer that shares them is compressed."""
-        self.second_moment = None
+        """Free what is large, once every layer that shares it is compressed."""
+        self.second_moment = self.sample = self.gradient = None
         self._factors.clear()
 
     def dead_columns(self) -> Tensor:

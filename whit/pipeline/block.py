@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from whit.errors import ModelError
 from whit.formats.base import Packed, format_from_json
-from whit.methods.statistics import LayerStatistics, relative_output_error
+from whit.methods.statistics import LayerStatistics, Statistic, relative_output_error
+from whit.models.packed import PackedModule, replace_module
 from whit.models.source import TensorSource, check_finite
 from whit.pipeline.assign import AssignedLayer
 from whit.pipeline.catch import Call
@@ -28,6 +29,34 @@ class Streams:
 
     hidden: list[Tensor]
     calls: list[list[Call]]
+
+
+class Swaps:
+    """Modules of a block that were replaced by packed ones, because their format also rounds its inputs: the rest of
+    the model must then be calibrated on what the packed layer really gives. `undo` puts the originals back."""
+
+    def __init__(self, block: nn.Module, prefix: str) -> None:
+        self._block = block
+        self._prefix = prefix
+        self._originals: dict[str, nn.Module] = {}
+
+    def put(self, layer: AssignedLayer, packed: Packed) -> None:
+        """Let the block run `packed` (on the block's device) in place of a layer."""
+        name = layer.name.removeprefix(self._prefix + ".") if self._prefix else layer.name
+        module = self._originals.setdefault(name, self._block.get_submodule(name))
+        running = layer.kind.build(module, packed.format)
+        assert isinstance(running, PackedModule)
+        running.set_packed(packed)
+        bias = getattr(module, "bias", None)
+        if isinstance(bias, nn.Parameter):
+            running.bias = bias
+        replace_module(self._block, name, running)
+
+    def undo(self) -> None:
+        """Put every replaced module back."""
+        for name, module in self._originals.items():
+            replace_module(self._block, name, module)
+        self._originals.clear()
 
 
 def propagate(block: nn.Module, streams: Streams) -> None:
@@ -47,6 +76,7 @@ def compress_block(
     *,
     true_sequential: bool,
     done: Callable[[LayerRecord], None],
+    swaps: Swaps,
 ) -> tuple[dict[str, Packed], list[LayerRecord]]:
     """Compress the assigned layers of a block; its modules hold the compressed values afterwards.
 
@@ -56,6 +86,7 @@ def compress_block(
         true_sequential: gather statistics again before each group of layers, so that later layers of the block see the
             earlier ones compressed; otherwise once for all, as the published BiLLM code does.
         done: told about each layer.
+        swaps: holds the modules that run packed until it is undone.
 
     Returns:
         packed weights by full module name, and their records.
@@ -68,23 +99,35 @@ def compress_block(
     packed: dict[str, Packed] = {}
     records: list[LayerRecord] = []
     for part in [[group] for group in groups] if true_sequential else [groups]:
-        needs = frozenset().union(*(layers[name].method.needs for group in part for name in group))
-        with gathering(part, modules, needs) as statistics:
-            if needs:
+        needs = {group: _needs(layers[name] for name in group) for group in part}
+        calls = sum(len(item) for item in streams.calls)
+        with gathering(part, modules, needs, calls) as statistics:
+            if any(needs.values()):
                 _run_copies(block, streams)
         for group in part:
             for name in group:
-                packed[name], record = compress_layer(layers[name], modules[name], source, statistics[group])
+                packed[name], record = compress_layer(layers[name], modules[name], source, statistics[group], swaps)
                 records.append(record)
                 done(record)
             statistics[group].release()
     for name in unreached:
         data_free = _data_free(layers[name], modules[name])
-        notes = (UNREACHED,) if layers[name].method.needs else ()
-        packed[name], record = compress_layer(layers[name], modules[name], source, data_free, notes)
+        notes = (UNREACHED,) if layers[name].method.required() else ()
+        packed[name], record = compress_layer(layers[name], modules[name], source, data_free, swaps, notes)
         records.append(record)
         done(record)
     return packed, records
+
+
+def _needs(layers: Iterable[AssignedLayer]) -> frozenset[Statistic]:
+    """What the methods of a group need; errors that second moments cannot tell are measured on a sample of inputs."""
+    out: frozenset[Statistic] = frozenset()
+    for layer in layers:
+        required = layer.method.required()
+        changes_inputs = layer.method.format(layer.rows, layer.columns).changes_inputs
+        judged = required and (changes_inputs or Statistic.SECOND_MOMENT not in required)
+        out |= required | ({Statistic.SAMPLE} if judged else frozenset())
+    return out
 
 
 def _groups(block: nn.Module, modules: dict[str, nn.Module], streams: Streams) -> list[tuple[str, ...]]:
@@ -117,7 +160,10 @@ def _run_copies(block: nn.Module, streams: Streams) -> None:
 
 def _data_free(layer: AssignedLayer, module: nn.Module) -> LayerStatistics:
     device = next(module.parameters()).device
-    return LayerStatistics(layer.columns, 0, torch.eye(layer.columns, device=device))
+    ones = torch.ones(layer.columns, device=device)
+    return LayerStatistics(
+        layer.columns, 0, torch.eye(layer.columns, device=device), square_sums=ones / 2, absolute_maximum=ones
+    )
 
 
 def compress_layer(
@@ -125,9 +171,10 @@ def compress_layer(
     module: nn.Module,
     source: TensorSource,
     statistics: LayerStatistics,
+    swaps: Swaps,
     notes: Sequence[str] = (),
 ) -> tuple[Packed, LayerRecord]:
-    """Compress one matrix read from `source` at full precision and write the compressed values into `module`."""
+    """Compress one matrix read from `source` at full precision and let `module` (or its stand-in) compute with it."""
     target = module.weight
     assert isinstance(target, Tensor)
     stored = source.load(f"{layer.name}.weight")
@@ -137,10 +184,12 @@ def compress_layer(
     result = layer.method.compress(weight, statistics)
     seconds = time.perf_counter() - start
     quantised = result.packed.unpack()
-    error = relative_output_error(weight, quantised, statistics.second_moment)
+    error = layer_error(weight, quantised, result.packed, statistics)
     if not bool(torch.isfinite(quantised).all()) or math.isnan(error):
         raise ModelError(f"method {layer.method.name!r} produced NaN or Inf for {layer.name!r}: raise its damping")
     target.data.copy_(layer.kind.matrix(quantised))
+    if result.packed.format.changes_inputs:
+        swaps.put(layer, result.packed)
     record = LayerRecord(
         name=layer.name,
         block=layer.block,
@@ -157,20 +206,37 @@ def compress_layer(
     return result.packed.to("cpu"), record
 
 
+def layer_error(weight: Tensor, quantised: Tensor, packed: Packed, statistics: LayerStatistics) -> float:
+    """||Y - Y'||^2 / ||Y||^2 of the layer's outputs.
+
+    From the second moments of all calibration inputs where only the weight changes; otherwise by running the packed
+    layer on a sample of the inputs; of the weights alone where nothing is known of the inputs.
+    """
+    if statistics.sample is not None and (packed.format.changes_inputs or statistics.second_moment is None):
+        exact = statistics.sample @ weight.T
+        difference = packed.linear(statistics.sample) - exact
+        below = exact.square().sum()
+        return float(difference.square().sum() / below) if float(below) > 0 else float(difference.square().sum())
+    return relative_output_error(weight, quantised, statistics.second_moment)
+
+
 def restore_layers(
     block: nn.Module,
     prefix: str,
     layers: dict[str, AssignedLayer],
     records: Sequence[LayerRecord],
     tensors: dict[str, Tensor],
+    swaps: Swaps,
 ) -> None:
     """Write the stored values of an already finished unit into its modules (continuing an interrupted run)."""
     by_name = {record.name: record for record in records}
     for name, layer in layers.items():
-        packed = packed_from(tensors, by_name[name])
         target = block.get_submodule(name.removeprefix(prefix + ".") if prefix else name).weight
         assert isinstance(target, Tensor)
-        target.data.copy_(layer.kind.matrix(packed.to(target.device).unpack()))
+        packed = packed_from(tensors, by_name[name]).to(target.device)
+        target.data.copy_(layer.kind.matrix(packed.unpack()))
+        if packed.format.changes_inputs:
+            swaps.put(layer, packed)
 
 
 def packed_from(tensors: dict[str, Tensor], record: LayerRecord) -> Packed:

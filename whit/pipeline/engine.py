@@ -26,7 +26,7 @@ from whit.models.skeleton import materialise, release
 from whit.models.source import TensorSource
 from whit.models.stacks import Stack
 from whit.pipeline.assign import Assignment
-from whit.pipeline.block import Streams, compress_block, compress_layer, propagate, restore_layers
+from whit.pipeline.block import Streams, Swaps, compress_block, compress_layer, propagate, restore_layers
 from whit.pipeline.catch import CallCatcher, Caught, Finished
 from whit.pipeline.events import Listener
 from whit.pipeline.finish import dense_tensor_dtype
@@ -67,7 +67,7 @@ def compress_units(run: Run) -> None:
     materialise_outside(run.model, blocks, run.source, run.compute_dtype, run.device)
     _outside(run)
     done: list[str] = []
-    if any(layer.method.needs for layer in run.assignment.layers.values() if layer.block):
+    if any(layer.method.required() for layer in run.assignment.layers.values() if layer.block):
         _stream(run, blocks, done)
     else:  # a method that asks for no statistics: nothing need be run through the blocks
         run.listener.phase("compression", sum(bool(layer.block) for layer in run.assignment.layers.values()))
@@ -103,7 +103,7 @@ def _outside(run: Run) -> None:
     run.listener.phase("embeddings", len(layers))
     if OUTSIDE in run.journal.units:
         tensors = run.journal.load(OUTSIDE)
-        restore_layers(run.model, "", layers, run.journal.units[OUTSIDE], tensors)
+        restore_layers(run.model, "", layers, run.journal.units[OUTSIDE], tensors, Swaps(run.model, ""))
         for record in run.journal.units[OUTSIDE]:
             run.listener.layer(record)
         return
@@ -112,7 +112,9 @@ def _outside(run: Run) -> None:
     records: list[LayerRecord] = []
     for name, layer in layers.items():
         module = run.model.get_submodule(name)
-        packed[name], record = compress_layer(layer, module, run.source, LayerStatistics(layer.columns))
+        packed[name], record = compress_layer(
+            layer, module, run.source, LayerStatistics(layer.columns), Swaps(run.model, OUTSIDE)
+        )
         records.append(record)
         run.listener.layer(record)
     _store(run, OUTSIDE, packed, records, time.perf_counter() - start)
@@ -124,8 +126,9 @@ def _block(run: Run, name: str, streams: Streams, done: list[str], total: int) -
     layers = run.assignment.of_block(name)
     start = time.perf_counter()
     materialise(run.model, name, run.source, run.compute_dtype, run.device)
+    swaps = Swaps(block, name)
     if name in run.journal.units:
-        restore_layers(block, name, layers, run.journal.units[name], run.journal.load(name))
+        restore_layers(block, name, layers, run.journal.units[name], run.journal.load(name), swaps)
         records = [] if name in done else run.journal.units[name]
         for record in records:
             run.listener.layer(record)
@@ -138,9 +141,11 @@ def _block(run: Run, name: str, streams: Streams, done: list[str], total: int) -
             streams,
             true_sequential=run.true_sequential,
             done=run.listener.layer,
+            swaps=swaps,
         )
         _store(run, name, packed, records, time.perf_counter() - start)
     propagate(block, streams)  # nothing to do without streams
+    swaps.undo()
     release(run.model, name)
     return_freed_memory()
     if name not in done:

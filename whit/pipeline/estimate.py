@@ -59,7 +59,9 @@ def estimate_minutes(
     probes = {key: _probe(*key, device) for key in dict.fromkeys((layer.method, layer.columns) for layer in inside)}
     seconds = left * sum(probes[layer.method, layer.columns].seconds(layer.rows, layer.columns) for layer in inside)
     products = evaluated
-    if any(layer.method.needs for layer in inside):  # statistics pass, and propagation (of finished blocks as well)
+    if any(
+        layer.method.required() for layer in inside
+    ):  # statistics pass, and propagation (of finished blocks as well)
         products += tokens * block_parameters * (1 + left)
         products += left * sum(tokens * layer.columns**2 / 3 for layer in inside)  # about three layers share inputs
     return (seconds + 2 * products / _product_rate(device, compute_dtype)) / 60
@@ -77,7 +79,15 @@ def _time(method: Method, rows: int, columns: int, device: torch.device) -> floa
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(rows, columns, generator=generator).to(device)
     inputs = torch.randn(columns + 32, columns, generator=generator).to(device)
-    statistics = LayerStatistics(columns, inputs.shape[0], inputs.T @ inputs)
+    statistics = LayerStatistics(
+        columns,
+        inputs.shape[0],
+        inputs.T @ inputs,
+        square_sums=inputs.square().sum(0),
+        absolute_maximum=inputs.abs().amax(0),
+        sample=inputs,
+        gradient=torch.rand(rows, columns, generator=generator).to(device),
+    )
     _wait(device)
     start = time.perf_counter()
     method.compress(weight, statistics)
