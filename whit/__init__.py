@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from whit.methods import Method, available_methods, make_method
     from whit.pipeline.events import Listener, Plan
     from whit.pipeline.options import RunOptions
+    from whit.pipeline.recipe import Recipe, Step, read_recipe
     from whit.report.record import Result
 
 _EXPORTS = {
@@ -29,18 +30,23 @@ _EXPORTS = {
     "Listener": "whit.pipeline.events",
     "Method": "whit.methods",
     "Plan": "whit.pipeline.events",
+    "Recipe": "whit.pipeline.recipe",
     "Result": "whit.report.record",
     "RunOptions": "whit.pipeline.options",
+    "Step": "whit.pipeline.recipe",
     "WhitError": "whit.errors",
     "available_methods": "whit.methods",
     "make_method": "whit.methods",
+    "read_recipe": "whit.pipeline.recipe",
 }
 __all__ = [
     "Listener",
     "Method",
     "Plan",
+    "Recipe",
     "Result",
     "RunOptions",
+    "Step",
     "WhitError",
     "available_methods",
     "compress",
@@ -48,6 +54,7 @@ __all__ = [
     "generate",
     "load",
     "make_method",
+    "read_recipe",
 ]
 
 

@@ -20,15 +20,18 @@ from whit.cli.options import (
     knob_parameters,
     option,
     requested_method,
+    requested_recipe,
     run_options,
     run_parameters,
     with_signature,
 )
 from whit.cli.tables import evaluation_view, layers_view, method_view, methods_view
+from whit.errors import KnobError
 from whit.methods.base import available_methods, knobs, method_class
 from whit.models.loading import saved_dtype
 from whit.pipeline.events import Plan
 from whit.pipeline.prepare import choose_device
+from whit.pipeline.recipe import Recipe, read_recipe
 
 Action = Callable[[Callable[[], Engine]], None]
 EVALUATION_OPTIONS = (
@@ -87,7 +90,7 @@ def _root(
 def _compress_command(argv: Sequence[str]) -> Callable[..., Action]:
     # Looking a method up imports every method: only the command that shows knobs pays for that.
     wanted = "compress" in argv
-    cls = method_class(requested_method(argv)) if wanted else None
+    cls = method_class(requested_method(argv)) if wanted and not requested_recipe(argv) else None
     knob_names = [item.name for item in knobs(cls)] if cls is not None else []
     parameters = [
         argument(
@@ -95,6 +98,14 @@ def _compress_command(argv: Sequence[str]) -> Callable[..., Action]:
         ),
         option(
             "method", str, DEFAULT_METHOD, "--method", "-m", help="how to compress; see 'whit methods'", metavar="NAME"
+        ),
+        option(
+            "recipe",
+            Path | None,
+            None,
+            "--recipe",
+            help="TOML or JSON file of several methods and their layers, in place of --method",
+            metavar="FILE",
         ),
         option(
             "output", Path | None, None, "--output", "-o", help="default: whit-output/<model>-<method>", metavar="DIR"
@@ -107,9 +118,14 @@ def _compress_command(argv: Sequence[str]) -> Callable[..., Action]:
 
     def compress(**values: Any) -> Action:
         model: str | None = values["model"]
-        method: str = values["method"]
+        method: str | Recipe = values["method"]
+        if values["recipe"] is not None:
+            if {"--method", "-m"} & set(argv) or any(item.startswith("--method=") for item in argv):
+                raise KnobError("--recipe and --method exclude each other: a recipe names its methods itself")
+            method = read_recipe(values["recipe"])
         options = run_options(values)
-        output: Path = values["output"] or output_directory(model, method)
+        label = method if isinstance(method, str) else method.label
+        output: Path = values["output"] or output_directory(model, label)
         chosen = {name: values[name] for name in knob_names}
 
         def action(engine: Callable[[], Engine]) -> None:

@@ -8,6 +8,7 @@ from typing import Any, Protocol, cast
 
 from whit.pipeline.events import Listener, Plan
 from whit.pipeline.options import RunOptions
+from whit.pipeline.recipe import Recipe
 from whit.report.record import EvaluationRecord, Result
 
 
@@ -17,7 +18,7 @@ class Engine(Protocol):
     def compress(
         self,
         model: str | None = None,
-        method: str = "billm",
+        method: str | Recipe = "billm",
         output: Path | None = None,
         *,
         options: RunOptions | None = None,

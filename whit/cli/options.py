@@ -61,6 +61,12 @@ def requested_method(argv: Sequence[str]) -> str:
     return found
 
 
+def requested_recipe(argv: Sequence[str]) -> bool:
+    """Whether raw arguments give a recipe file; there are no knobs beside one."""
+    before = argv[: argv.index("--")] if "--" in argv else argv
+    return any(argument == "--recipe" or argument.startswith("--recipe=") for argument in before)
+
+
 def run_parameters(names: Sequence[str] | None = None) -> list[inspect.Parameter]:
     """One option per field of `RunOptions`, or of the named fields."""
     hints = typing.get_type_hints(RunOptions)

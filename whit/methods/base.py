@@ -80,6 +80,7 @@ class Method(ABC):
     summary: ClassVar[str]
     needs: ClassVar[frozenset[Statistic]] = frozenset()
     survey_needs: ClassVar[frozenset[Statistic]] = frozenset()
+    prunes: ClassVar[bool] = False
     follows_pruning: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -188,6 +189,15 @@ def make_method(name: str, options: Mapping[str, Any] | None = None) -> Method:
             )
         values[attribute] = _convert(name, known[attribute], value)
     return cls(**values)
+
+
+def method_from_json(fields: Mapping[str, Any]) -> Method:
+    """Inverse of `Method.to_json`.
+
+    Raises:
+        KnobError: as in `make_method`.
+    """
+    return make_method(str(fields["method"]), {key: value for key, value in fields.items() if key != "method"})
 
 
 def knobs(cls: type[Method]) -> list[Knob]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
@@ -15,6 +15,7 @@ from whit.methods.rtn import RTN
 from whit.models.layers import LayerKind, embedding_scale, layer_kind
 from whit.models.stacks import Stack
 from whit.pipeline.options import RunOptions
+from whit.pipeline.recipe import Place, Recipe, Step, steps_for
 
 EMBEDDING_GROUP = 64
 
@@ -53,54 +54,58 @@ class Assignment:
 
 
 def assign(
-    model: nn.Module, stacks: Sequence[Stack], method: Method, options: RunOptions, dtype: torch.dtype
+    model: nn.Module, stacks: Sequence[Stack], recipe: Recipe, options: RunOptions, dtype: torch.dtype
 ) -> Assignment:
-    """Decide for every matrix: layers in blocks get `method`, embedding and head round-to-nearest at `embedding_bits`.
+    """Decide for every matrix: layers get the steps of the recipe that name them.
+
+    Embedding and head, unless a step names them, are rounded to nearest at `embedding_bits`.
 
     Args:
         model: skeleton, parameters may be on the meta device.
         dtype: of weights that stay dense; a layer that would not become smaller than that is left alone.
 
     Raises:
-        KnobError: a --skip pattern matches nothing.
+        KnobError: a pattern of the recipe or of --skip names no layer, two steps cannot follow one another on a layer,
+            or a method that needs calibration inputs is meant for a layer outside the blocks.
         ModelError: nothing is left to compress.
     """
-    blocks = [block for stack in stacks for block in stack.blocks]
     ends, tied = _ends(model)
+    kinds = {name: kind for name, module in model.named_modules() if (kind := layer_kind(module)) is not None}
+    blocks = {name: _block_of(name, stacks) for name in kinds}
     out = Assignment()
-    used_patterns: set[str] = set()
-    names = [name for name, module in model.named_modules() if layer_kind(module) is not None]
-    for name in names:
+    skipped = {name: pattern for name in kinds if (pattern := _first_match(name, options.skip)) is not None}
+    _check_patterns(options.skip, set(skipped.values()), list(kinds))
+    named = steps_for(recipe, _places(kinds, blocks, stacks, ends, tied))
+    for name, kind in kinds.items():
         module = model.get_submodule(name)
-        kind = layer_kind(module)
-        assert kind is not None
         rows, columns = kind.shape(module)
-        block = next((block for block in blocks if name.startswith(block + ".")), "")
-        pattern = next((pattern for pattern in options.skip if fnmatchcase(name, pattern)), None)
-        if pattern is not None:
-            used_patterns.add(pattern)
-            out.untouched[name] = f"skipped by {pattern!r}"
+        block = blocks[name]
+        if name in skipped:
+            out.untouched[name] = f"skipped by {skipped[name]!r}"
             continue
         if name in tied:
             continue
-        chosen: Method | None = None
-        if name in ends:
+        chosen = combine(name, named[name])
+        if chosen is None and name in ends:
             if options.embedding_bits == 16:
                 out.untouched[name] = "embedding or head, left alone by --embedding-bits 16"
                 continue
             chosen = RTN(bits=options.embedding_bits, group_size=EMBEDDING_GROUP, symmetric=True)
-        elif block and kind.name != "embedding":
-            chosen = method
         if chosen is None:
-            out.untouched[name] = f"{kind.name} outside the repeated blocks" if not block else "embedding in a block"
-        elif chosen.format(rows, columns).bytes(rows, columns) >= rows * columns * dtype.itemsize:
+            out.untouched[name] = _reason(kind, block)
+            continue
+        if chosen.required() and not block:
+            raise KnobError(
+                f"method {chosen.name!r} needs calibration inputs, but {name!r} lies outside the blocks, where none "
+                "are caught: give it a method that needs none, such as rtn"
+            )
+        if chosen.format(rows, columns).bytes(rows, columns) >= rows * columns * dtype.itemsize:
             out.untouched[name] = "would not become smaller"
         else:
             out.layers[name] = AssignedLayer(name, block, kind, rows, columns, chosen)
             scale = embedding_scale(module) if isinstance(module, nn.Embedding) else None
             if scale not in (None, 1.0):
                 out.scaled[name] = scale
-    _check_patterns(options.skip, used_patterns, names)
     for head, source in tied.items():
         if source in out.layers and head not in out.untouched:
             out.tied[head] = source
@@ -110,6 +115,63 @@ def assign(
     _explain_the_rest(model, out)
     if not any(layer.block for layer in out.layers.values()):
         raise ModelError("no layer is left to compress: check --skip, or choose a method with fewer stored bits")
+    return out
+
+
+def combine(name: str, steps: Sequence[Step]) -> Method | None:
+    """The method that a layer's steps make together; None if there is none.
+
+    Raises:
+        KnobError: steps that cannot follow one another: only one that quantises can, after one that prunes.
+    """
+    methods = [step.method for step in steps]
+    if len(methods) < 2:
+        return methods[0] if methods else None
+    said = " and ".join(method.name for method in methods)
+    raise KnobError(
+        f"{name!r} is named by more than one step of the recipe ({said}), and only a pruning step can be followed "
+        "by another: exclude the layer from all but one"
+    )
+
+
+def _block_of(name: str, stacks: Sequence[Stack]) -> str:
+    blocks = (block for stack in stacks for block in stack.blocks)
+    return next((block for block in blocks if name.startswith(block + ".")), "")
+
+
+def _first_match(name: str, patterns: Sequence[str]) -> str | None:
+    return next((pattern for pattern in patterns if fnmatchcase(name, pattern)), None)
+
+
+def _reason(kind: LayerKind, block: str) -> str:
+    if not block:
+        return f"{kind.name} outside the repeated blocks"
+    return "embedding in a block" if kind.name == "embedding" else "named by no step of the recipe"
+
+
+def _places(
+    kinds: Mapping[str, LayerKind],
+    blocks: Mapping[str, str],
+    stacks: Sequence[Stack],
+    ends: set[str],
+    tied: Mapping[str, str],
+) -> dict[str, Place]:
+    """Every matrix with the words that mean it; a tied head is another name of its embedding."""
+    first = {stack.blocks[0] for stack in stacks}
+    last = {stack.blocks[-1] for stack in stacks}
+    out = {}
+    for name, kind in kinds.items():
+        if name in tied:
+            continue
+        words = set()
+        if blocks[name] and kind.name != "embedding":
+            words |= {"@blocks"} | ({"@first"} if blocks[name] in first else set())
+            words |= {"@last"} if blocks[name] in last else set()
+        heads = tuple(head for head, source in tied.items() if source == name)
+        if name in ends:
+            words |= {"@embedding"} if kind.name == "embedding" else {"@head"}
+            words |= {"@head"} if heads else set()
+        out[name] = Place((name, *heads), frozenset(words))
     return out
 
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from whit.errors import KnobError, ResourceError
-from whit.methods.base import Method, make_method
+from whit.errors import ResourceError
+from whit.methods.base import Method
 from whit.models.skeleton import build_skeleton
 from whit.pipeline.checks import check_resources
 from whit.pipeline.engine import OUTSIDE, Run, compress_units
@@ -23,13 +23,14 @@ from whit.pipeline.options import RunOptions
 from whit.pipeline.outcome import completed_result, make_result
 from whit.pipeline.plan import make_plan
 from whit.pipeline.prepare import Job, prepare
+from whit.pipeline.recipe import RECIPE_FILE, Recipe, as_recipe
 from whit.report.record import EvaluationRecord, Result
 from whit.report.write import write_reports
 
 
 def compress(
     model: str | Path | None = None,
-    method: str | Method = "billm",
+    method: str | Method | Recipe = "billm",
     output: str | Path | None = None,
     *,
     options: RunOptions | None = None,
@@ -41,7 +42,7 @@ def compress(
 
     Args:
         model: directory, hub id, GGUF file, catalogue name, or None for the default model.
-        method: name (with `knobs`) or a method value.
+        method: name (with `knobs`), a method value, or a recipe of several (`whit.Recipe`).
         output: directory to create; default `whit-output/<model>-<method>`.
         options: how to run. listener: told about progress.
         dry_run: stop after the plan.
@@ -54,7 +55,7 @@ def compress(
     """
     listener = listener or Listener()
     started = time.perf_counter()
-    job = prepare(model, _method(method, knobs), output, options or RunOptions())
+    job = prepare(model, as_recipe(method, knobs), output, options or RunOptions())
     if not dry_run:
         finished = completed_result(job)
         if finished is not None:
@@ -82,6 +83,8 @@ def _run(job: Job, listener: Listener, started: float) -> Result:
         timings["evaluation"] = time.perf_counter() - mark
         timings["total"] = time.perf_counter() - started
         result = make_result(job, journal, original, compressed, timings)
+        if job.recipe.plain is None:
+            job.recipe.save(job.output / RECIPE_FILE)
         write_reports(job.output, result)
         journal.remove()
     finally:
@@ -145,14 +148,6 @@ def _full_disk_explained(output: Path) -> Iterator[None]:
             f"{str(output)!r} cannot be written ({error.strerror}): free some space and run the same command again, "
             "finished blocks are kept"
         ) from error
-
-
-def _method(method: str | Method, knobs: dict[str, Any]) -> Method:
-    if isinstance(method, str):
-        return make_method(method, knobs)
-    if knobs:
-        raise KnobError(f"knobs {sorted(knobs)} were given beside a method value: put them into the value")
-    return method
 
 
 def _clear_leftovers(job: Job) -> None:

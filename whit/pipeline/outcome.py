@@ -84,7 +84,7 @@ def make_result(
         },
         run={
             "identity": job.identity,
-            "method": job.method.to_json(),
+            "method": job.recipe.to_json(),
             "options": {**dataclasses.asdict(job.options), "skip": list(job.options.skip)},
             "seed": job.options.seed,
             "calibration": job.calibration.provenance,

@@ -21,6 +21,7 @@ from whit.models.skeleton import build_skeleton
 from whit.models.stacks import Stack, find_stacks
 from whit.pipeline.assign import Assignment, assign
 from whit.pipeline.options import RunOptions
+from whit.pipeline.recipe import Recipe, as_recipe
 
 
 @dataclass
@@ -28,7 +29,7 @@ class Job:
     """A run that was prepared and checked, but has not done any work yet."""
 
     reference: ModelReference
-    method: Method
+    recipe: Recipe
     options: RunOptions
     output: Path
     device: torch.device
@@ -43,19 +44,20 @@ class Job:
     identity: dict[str, Any]
 
 
-def prepare(model: str | Path | None, method: Method, output: str | Path | None, options: RunOptions) -> Job:
+def prepare(model: str | Path | None, recipe: Recipe | Method, output: str | Path | None, options: RunOptions) -> Job:
     """Resolve the model, choose methods for its layers and read the data: all that can fail before work starts.
 
     Raises:
         WhitError: a subclass per kind of problem; nothing was written.
     """
     _check_name(output)
+    recipe = as_recipe(recipe, {})
     device = choose_device(options.device)
     reference = resolve_model(model)
     compute = compute_dtype(options.dtype, reference.dtype, device)
     skeleton = build_skeleton(reference, compute)
     stacks = find_stacks(skeleton)
-    assignment = assign(skeleton, stacks, method, options, reference.dtype)
+    assignment = assign(skeleton, stacks, recipe, options, reference.dtype)
     limits = data_limits(reference.config)
     tokenizer = reference.load_tokenizer()
     calibration = load_calibration(
@@ -72,10 +74,10 @@ def prepare(model: str | Path | None, method: Method, output: str | Path | None,
             options.evaluation, tokenizer, windows=options.evaluation_windows, window=options.window, **limits
         )
         leak = check_leak(calibration.provenance, evaluation.provenance, allow=options.allow_leak)
-    directory = Path(output) if output is not None else default_output(reference.label, method.name)
-    identity = _identity(reference, method, options, calibration, device, compute)
+    directory = Path(output) if output is not None else default_output(reference.label, recipe.label)
+    identity = _identity(reference, recipe, options, calibration, device, compute)
     return Job(
-        reference, method, options, directory, device, compute, reference.dtype, skeleton, stacks, assignment,
+        reference, recipe, options, directory, device, compute, reference.dtype, skeleton, stacks, assignment,
         calibration, evaluation, leak, identity,
     )  # fmt: skip
 
@@ -130,7 +132,7 @@ def data_limits(config: Any) -> dict[str, int | None]:
 
 def _identity(
     reference: ModelReference,
-    method: Method,
+    recipe: Recipe,
     options: RunOptions,
     calibration: ModelInputs,
     device: torch.device,
@@ -140,7 +142,7 @@ def _identity(
     return {
         "whit": __version__,
         "model": reference.identity,
-        "method": method.to_json(),
+        "method": recipe.to_json(),
         "calibration": calibration.provenance.get("sha256"),
         "samples": len(calibration.batches),
         "sequence_length": options.sequence_length,

@@ -13,13 +13,19 @@ from whit.report.record import Result
 
 
 def command_line(result: Result) -> str:
-    """`whit compress MODEL --method NAME ...` with every knob, and the options that differ from their defaults."""
+    """`whit compress MODEL --method NAME ...` with every knob, and the options that differ from their defaults.
+
+    A recipe of several steps lies beside the result as `recipe.json`.
+    """
     words = ["whit", "compress", str(result.model.get("label", ""))]
     method: Mapping[str, Any] = result.run.get("method", {})
-    words += ["--method", str(method.get("method"))]
-    for name, value in method.items():
-        if name != "method":
-            words += _words(name, value)
+    if "step" in method:
+        words += ["--recipe", "recipe.json"]
+    else:
+        words += ["--method", str(method.get("method"))]
+        for name, value in method.items():
+            if name != "method":
+                words += _words(name, value)
     defaults = json.loads(json.dumps(dataclasses.asdict(RunOptions())))
     for name, value in result.run.get("options", {}).items():
         if value != defaults.get(name):

@@ -81,13 +81,21 @@ def describe_fields(fields: Mapping[str, Any], key: str) -> str:
 def method_name(result: Result) -> str:
     """Name of the method of a run, with its variant: "billm, variant whit" is not the published method."""
     method = _method_json(result)
+    if _steps(method):
+        return "recipe of " + ", ".join(dict.fromkeys(str(step["method"]) for step in _steps(method)))
     variant = f", variant {method['variant']}" if method.get("variant") else ""
     return f"{method.get('method', 'unknown')}{variant}"
 
 
 def method_line(result: Result) -> str:
-    """The method with its knobs on one line."""
-    return describe_fields(_method_json(result), "method")
+    """The method with its knobs on one line; the steps of a recipe one after another."""
+    method = _method_json(result)
+    return "; then ".join(describe_fields(step, "method") for step in _steps(method) or [method])
+
+
+def _steps(method: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    steps = method.get("step")
+    return list(steps) if isinstance(steps, list) else []
 
 
 def _method_json(result: Result) -> Mapping[str, Any]:
