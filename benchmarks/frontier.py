@@ -2,9 +2,9 @@
 
     python benchmarks/frontier.py --model smollm2-135m --output benchmarks/results/frontier-smollm2-135m.json
 
-Each configuration is compressed by `whit.compress` (several processes at a time with --jobs), then reloaded from disk
-and measured beside the original under one protocol. Configurations already in the output file are kept, so the script
-can be stopped and started again; --only NAME repeats one.
+Each configuration (`configurations.py`) is compressed by `whit.compress`, reloaded from disk and measured beside the
+original under one protocol, in a process of its own (--jobs at a time). Configurations already in the output file are
+kept, so the script can be stopped and started again; --only NAME repeats one.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import transformers
+from configurations import CONFIGURATIONS
 
 import whit
 from whit.api import data_limits
@@ -30,38 +31,13 @@ from whit.evaluation.measure import evaluate_model
 from whit.models.loading import load_directory
 from whit.models.resolve import resolve_model
 from whit.models.skeleton import load_dense
-
-#: name -> (method, knobs). The dull baselines come first.
-CONFIGURATIONS: dict[str, tuple[str, dict[str, Any]]] = {
-    "RTN 8 (g64)": ("rtn", {"bits": 8, "group_size": 64}),
-    "RTN 4 (g64)": ("rtn", {"bits": 4, "group_size": 64}),
-    "RTN 3 (g64)": ("rtn", {"bits": 3, "group_size": 64}),
-    "RTN 2 (g64)": ("rtn", {"bits": 2, "group_size": 64}),
-    "RTN 1 (g64, signs)": ("rtn", {"bits": 1, "group_size": 64, "symmetric": True}),
-    "GPTQ 8 (g64)": ("gptq", {"bits": 8, "group_size": 64}),
-    "GPTQ 4 (g64)": ("gptq", {"bits": 4, "group_size": 64}),
-    "GPTQ 3 (g64)": ("gptq", {"bits": 3, "group_size": 64}),
-    "GPTQ 2 (g64)": ("gptq", {"bits": 2, "group_size": 64}),
-    "GPTQ 2 (g64, order, clip)": ("gptq", {"bits": 2, "group_size": 64, "act_order": True, "clip_steps": 20}),
-    "GPTQ 3 (g64, order, clip)": ("gptq", {"bits": 3, "group_size": 64, "act_order": True, "clip_steps": 20}),
-    "GPTQ 1 (g64, signs)": ("gptq", {"bits": 1, "group_size": 64, "symmetric": True}),
-    "k-means 2 (128)": ("kmeans", {"bits": 2, "block_size": 128}),
-    "k-means 2 (128, order)": ("kmeans", {"bits": 2, "block_size": 128, "act_order": True}),
-    # As many bytes as "BiLLM whit" but its column marks: four free levels per row, the same order of rounding.
-    "k-means 2 (row, order)": ("kmeans", {"bits": 2, "block_size": 0, "act_order": True}),
-    "k-means 1 (128)": ("kmeans", {"bits": 1, "block_size": 128}),
-    "BiLLM official": ("billm", {"variant": "official"}),
-    "BiLLM paper": ("billm", {"variant": "paper"}),
-    "BiLLM whit": ("billm", {}),
-    "BiLLM whit (128)": ("billm", {"block_size": 128}),
-    "BiLLM whit, damping 0.01": ("billm", {"damping": 0.01}),
-}
+from whit.pipeline.recipe import recipe_from_json
 
 
-def compress_one(arguments: argparse.Namespace, name: str) -> None:
-    """Child process: one configuration into its own folder."""
+def measure_one(arguments: argparse.Namespace, name: str) -> None:
+    """Child process: compress one configuration, reload it, measure it, leave its row as JSON beside the others."""
     torch.set_num_threads(arguments.threads)
-    method, knobs = CONFIGURATIONS[name]
+    folder = _folder(arguments, name)
     options = whit.RunOptions(
         calibration=arguments.calibration,
         samples=arguments.samples,
@@ -72,34 +48,10 @@ def compress_one(arguments: argparse.Namespace, name: str) -> None:
         device=arguments.device,
         evaluate=False,
     )
-    whit.compress(arguments.model, method, _folder(arguments, name), options=options, **knobs)
-
-
-def _folder(arguments: argparse.Namespace, name: str) -> Path:
-    keep = "".join(letter if letter.isalnum() else "-" for letter in name.lower())
-    work: Path = arguments.work
-    return work / f"{Path(arguments.model).name}-{keep}"
-
-
-def compress_all(arguments: argparse.Namespace, names: list[str]) -> None:
-    """Run child processes, `--jobs` at a time."""
-    waiting, running = list(names), {}
-    while waiting or running:
-        while waiting and len(running) < arguments.jobs:
-            name = waiting.pop(0)
-            command = [sys.executable, __file__, *sys.argv[1:], "--child", name]
-            running[name] = (subprocess.Popen(command), time.perf_counter())
-        time.sleep(0.5)
-        for name, (process, start) in list(running.items()):
-            if process.poll() is not None:
-                del running[name]
-                print(f"{name}: exit {process.returncode} after {time.perf_counter() - start:.0f} s", flush=True)
-
-
-def evaluate_all(arguments: argparse.Namespace, names: list[str], report: dict[str, Any]) -> None:
-    """Measure every compressed folder beside the original; the report is saved after each."""
-    rows = report["rows"]
-    device = torch.device(arguments.evaluation_device)
+    recipe = recipe_from_json({"step": CONFIGURATIONS[name].steps})
+    stored = whit.compress(arguments.model, recipe, folder, options=options)
+    assert isinstance(stored, whit.Result)
+    device = torch.device(arguments.device)
     reference = resolve_model(arguments.model)
     limits = data_limits(reference.config)
     data = load_evaluation(
@@ -110,34 +62,65 @@ def evaluate_all(arguments: argparse.Namespace, names: list[str], report: dict[s
         **limits,
     )
     original = load_dense(reference, torch.float32, device)
-    for name in names:
-        folder = _folder(arguments, name)
-        if not (folder / "result.json").is_file():
-            print(f"{name}: no result in {folder}", flush=True)
-            continue
-        stored = whit.Result.load(folder / "result.json")
-        model = load_directory(folder, dtype=torch.float32, device=device)
-        after, measured = evaluate_model(
-            model, data, original=original, device=device, protocol_fields={"dtype": "float32"}
-        )
-        assert measured is not None
-        report["original"] = {item.name: asdict(item) for item in measured.metrics}
-        errors = [layer.error for layer in stored.layers if layer.block]
-        rows[name] = {
-            "method": stored.run["method"],
-            "stored_bits_layers": stored.size.compressed_bits,
-            "stored_bits_file": stored.size.file_bits,
-            "file_bytes": stored.size.file_bytes,
-            "mean_layer_error": sum(errors) / len(errors),
-            "method_seconds": sum(layer.seconds for layer in stored.layers),
-            "compression_seconds": stored.timings["compression"],
-            "metrics": {item.name: asdict(item) for item in after.metrics},
-        }
-        shown = {key: round(item["value"], 4) for key, item in rows[name]["metrics"].items()}
-        print(f"{name:28s} {stored.size.compressed_bits:6.3f} bits  {shown}", flush=True)
-        del model
-        save(arguments, report)
-        shutil.rmtree(folder)
+    model = load_directory(folder, dtype=torch.float32, device=device)
+    after, before = evaluate_model(model, data, original=original, device=device, protocol_fields={"dtype": "float32"})
+    assert before is not None
+    errors = [layer.error for layer in stored.layers if layer.block]
+    row = {
+        "family": CONFIGURATIONS[name].family,
+        "method": stored.run["method"],
+        "stored_bits_layers": stored.size.compressed_bits,
+        "stored_bits_file": stored.size.file_bits,
+        "file_bytes": stored.size.file_bytes,
+        "mean_layer_error": sum(errors) / len(errors),
+        "method_seconds": sum(layer.seconds for layer in stored.layers),
+        "compression_seconds": stored.timings["compression"],
+        "metrics": {item.name: asdict(item) for item in after.metrics},
+        "original": {item.name: asdict(item) for item in before.metrics},
+    }
+    shutil.rmtree(folder)
+    _row_file(arguments, name).write_text(json.dumps(row), encoding="utf-8")
+
+
+def _folder(arguments: argparse.Namespace, name: str) -> Path:
+    keep = "".join(letter if letter.isalnum() else "-" for letter in name.lower())
+    work: Path = arguments.work
+    return work / f"{Path(arguments.model).name}-{keep}"
+
+
+def _row_file(arguments: argparse.Namespace, name: str) -> Path:
+    return _folder(arguments, name).with_suffix(".row.json")
+
+
+def measure_all(arguments: argparse.Namespace, names: list[str], report: dict[str, Any]) -> None:
+    """Run child processes, `--jobs` at a time; the report is saved after each."""
+    arguments.work.mkdir(parents=True, exist_ok=True)
+    waiting, running = list(names), {}
+    while waiting or running:
+        while waiting and len(running) < arguments.jobs:
+            name = waiting.pop(0)
+            command = [sys.executable, __file__, *sys.argv[1:], "--child", name]
+            running[name] = (subprocess.Popen(command), time.perf_counter())
+        time.sleep(0.5)
+        for name, (process, start) in list(running.items()):
+            if process.poll() is None:
+                continue
+            del running[name]
+            if process.returncode:
+                print(f"{name}: exit {process.returncode} after {time.perf_counter() - start:.0f} s", flush=True)
+                continue
+            _add_row(arguments, name, report)
+
+
+def _add_row(arguments: argparse.Namespace, name: str, report: dict[str, Any]) -> None:
+    path = _row_file(arguments, name)
+    row = json.loads(path.read_text(encoding="utf-8"))
+    report["original"] = row.pop("original")
+    report["rows"][name] = row
+    shown = {key: round(item["value"], 4) for key, item in row["metrics"].items()}
+    print(f"{name:32s} {row['stored_bits_layers']:6.3f} bits  {shown}", flush=True)
+    save(arguments, report)
+    path.unlink()
 
 
 def main() -> None:
@@ -155,24 +138,23 @@ def main() -> None:
     parser.add_argument("--true-sequential", action="store_true")
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--evaluation-device", default="cpu")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--work", type=Path, default=Path("frontier-work"))
     parser.add_argument("--only", nargs="+", choices=CONFIGURATIONS)
-    parser.add_argument("--phase", choices=("both", "compress", "evaluate"), default="both")
+    parser.add_argument("--family", nargs="+", help="only configurations of these families")
     parser.add_argument("--child", choices=CONFIGURATIONS)
     arguments = parser.parse_args()
     if arguments.child:
-        compress_one(arguments, arguments.child)
+        measure_one(arguments, arguments.child)
         return
     report = json.loads(arguments.output.read_text()) if arguments.output.is_file() else {"rows": {}}
-    names = arguments.only or [name for name in CONFIGURATIONS if name not in report["rows"]]
-    if arguments.phase != "evaluate":
-        compress_all(arguments, names)
-    if arguments.phase == "compress":
-        return
-    evaluate_all(arguments, names, report)
+    names = arguments.only or [
+        name
+        for name, configuration in CONFIGURATIONS.items()
+        if name not in report["rows"] and (arguments.family is None or configuration.family in arguments.family)
+    ]
+    measure_all(arguments, names, report)
 
 
 def save(arguments: argparse.Namespace, report: dict[str, Any]) -> None:
@@ -180,7 +162,7 @@ def save(arguments: argparse.Namespace, report: dict[str, Any]) -> None:
     ordered = {name: report["rows"][name] for name in CONFIGURATIONS if name in report["rows"]}
     report["rows"].clear()  # in place: the caller goes on filling this dict
     report["rows"].update(ordered)
-    hidden = ("child", "only", "work", "output", "jobs", "phase", "model")
+    hidden = ("child", "only", "family", "work", "output", "jobs", "model")
     report["model"] = Path(arguments.model).name
     report["setting"] = {key: value for key, value in vars(arguments).items() if key not in hidden}
     report["setting"]["seed"] = whit.RunOptions().seed
