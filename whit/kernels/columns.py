@@ -1,0 +1,118 @@
+"""The column loop of sequential rounding as one GPU kernel: a block of columns at a time instead of many small launches.
+
+Rounding with error feedback, and coordinate descent, take the columns of a block in turn, but rows never meet: each
+program keeps a few rows of the block in registers and walks along its columns. With the errors e of the columns before,
+
+    feedback:  t_j = w_j - sum_{i<j} e_i U_ij,              q_j nearest to t_j,  e_j = (t_j - q_j) / U_jj
+    descent:   t_j = v_j + (g_j - sum_{i<j} e_i H_ij) / H_jj,  q_j nearest to t_j,  e_j = q_j - v_j
+
+Everything is held transposed, (columns, rows), as in `whit.methods.feedback` and `whit.methods.billm_refined`, whose
+loops are the plain meaning of these kernels. Needs Triton; callers ask `available` first.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROWS_PER_PROGRAM = 32
+MOST_COLUMNS = 128
+
+
+@lru_cache(maxsize=1)
+def _triton_found() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def available(device: torch.device) -> bool:
+    """Whether the kernels can run there: a CUDA device, and Triton installed."""
+    return device.type == "cuda" and _triton_found()
+
+
+def feedback_levels(
+    values: Tensor, inner: Tensor, table: Tensor, book: Tensor, codes: Tensor, errors: Tensor
+) -> None:
+    """Round a block of columns to levels, with feedback, in place of `codes` and `errors`.
+
+    Args:
+        values: current values, float32 (columns, rows), with the feedback of earlier blocks.
+        inner: block of U, float32 (columns, columns); only the upper triangle is read.
+        table: ascending levels, float32 (books, levels, rows).
+        book: int32 (columns,), which levels a column uses.
+        codes: uint8 (columns, rows), gets the index of the level.
+        errors: float32 (columns, rows), gets e.
+    """
+    _launch(values, values, inner, table, book, codes, errors, descend=False, grid=False, top=0)
+
+
+def feedback_grid(
+    values: Tensor, inner: Tensor, table: Tensor, book: Tensor, bits: int, codes: Tensor, errors: Tensor
+) -> None:
+    """As `feedback_levels`, on integer grids: table[:, 0] holds scales, table[:, 1] zero points, (books, 2, rows)."""
+    _launch(values, values, inner, table, book, codes, errors, descend=False, grid=True, top=2**bits - 1)
+
+
+def descend_levels(
+    values: Tensor, gradient: Tensor, inner: Tensor, table: Tensor, book: Tensor, codes: Tensor, change: Tensor
+) -> None:
+    """One pass of coordinate descent over a block of columns: `codes` and `change` (q - v) are written.
+
+    Args:
+        values: float32 (columns, rows), what the codes stand for before. gradient: H (w - q), same shape.
+        inner: block of H, float32 (columns, columns). Others as in `feedback_levels`.
+    """
+    _launch(values, gradient, inner, table, book, codes, change, descend=True, grid=False, top=0)
+
+
+def _launch(
+    values: Tensor,
+    gradient: Tensor,
+    inner: Tensor,
+    table: Tensor,
+    book: Tensor,
+    codes: Tensor,
+    errors: Tensor,
+    *,
+    descend: bool,
+    grid: bool,
+    top: int,
+) -> None:
+    columns, rows = values.shape
+    if columns == 0 or rows == 0:
+        return
+    if columns > MOST_COLUMNS:
+        raise ValueError(f"a block has at most {MOST_COLUMNS} columns, got {columns}")
+    for tensor in (values, gradient, inner, table, book, codes, errors):
+        if not tensor.is_contiguous():
+            raise ValueError("the column kernels need contiguous tensors")
+    kernel = _kernel()
+    programs = (-(-rows // ROWS_PER_PROGRAM),)
+    kernel[programs](
+        values,
+        gradient,
+        inner,
+        table,
+        book,
+        codes,
+        errors,
+        rows,
+        columns,
+        top,
+        LEVELS=table.shape[1],
+        GRID=grid,
+        DESCEND=descend,
+        C=max(16, 1 << (columns - 1).bit_length()),
+        R=ROWS_PER_PROGRAM,
+        num_warps=4,
+    )
+
+
+@lru_cache(maxsize=1)
+def _kernel() -> Any:
+    from whit.kernels.columns_triton import round_block
+
+    return round_block
