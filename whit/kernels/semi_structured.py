@@ -81,7 +81,7 @@ class SemiStructured:
     def converted(self, packed: Packed, dtype: torch.dtype) -> Tensor:
         """The weight as the kernels take it; made anew when a stored tensor was replaced or written to."""
         index = packed.tensors["index"]
-        found: _Converted | None = self._kept[index] if index in self._kept else None
+        found: _Converted | None = self._kept.get(index)  # type: ignore[no-untyped-call]
         if found is None or not found.stands_for(packed, dtype):
             sources = tuple((weakref.ref(tensor), _version(tensor)) for tensor in packed.tensors.values())
             found = _Converted(self.convert(packed.unpack().to(dtype)), dtype, sources)
