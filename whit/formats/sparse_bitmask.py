@@ -18,6 +18,7 @@ from torch import Tensor
 
 from whit.formats.base import Format, Packed, TensorSpec, nested_specs, nested_tensors, register_format
 from whit.formats.bits import pack_codes, packed_width, unpack_codes
+from whit.formats.sparse_nm import scatter
 
 
 @register_format
@@ -64,17 +65,15 @@ class SparseBitmask(Format):
     def unpack(self, tensors: Mapping[str, Tensor], rows: int, columns: int) -> Tensor:
         """float32 (rows, columns): the values in their places, zero elsewhere."""
         inner = nested_tensors("values", self.values, tensors, *self.values_shape(rows)).unpack()
-        kept = unpack_codes(tensors["mask"], 1, columns, torch.bool)
-        return torch.zeros(rows, columns, device=kept.device).masked_scatter_(kept, inner)
+        return scatter(unpack_codes(tensors["mask"], 1, columns, torch.bool), inner)
 
     def unpack_rows(self, tensors: Mapping[str, Tensor], rows: int, columns: int, index: Tensor) -> Tensor:
         """Only the asked rows are decoded; when rows differ, the others' bits are counted to find the values."""
         kept = unpack_codes(tensors["mask"][index], 1, columns, torch.bool)
         inner = nested_tensors("values", self.values, tensors, *self.values_shape(rows))
-        out = torch.zeros(len(index), columns, device=kept.device)
         if self.by_row:
-            return out.masked_scatter_(kept, self.values.unpack_rows(inner.tensors, rows, self.kept, index))
+            return scatter(kept, self.values.unpack_rows(inner.tensors, rows, self.kept, index))
         counts = unpack_codes(tensors["mask"], 1, columns, torch.bool).sum(1)
         before = (counts.cumsum(0) - counts)[index]
         place = before.unsqueeze(1) + kept.cumsum(1) - 1
-        return torch.where(kept, inner.unpack().reshape(-1)[place.clamp(0, self.kept - 1)], out)
+        return inner.unpack().reshape(-1)[place.clamp(0, self.kept - 1)] * kept

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from whit.errors import KnobError
-from whit.formats.sparse_nm import LARGEST_GROUP
 
 _ROUNDING = 1e-6
 
@@ -41,13 +40,12 @@ def parse_pattern(pattern: str) -> tuple[int, int]:
     """`"2:4"` -> (2, 4): N weights KEPT of every M, as the hardware counts.
 
     Raises:
-        KnobError: not of this form, or not 1 <= N < M <= 32.
+        KnobError: not of this form, or not 1 <= N < M.
     """
     found = re.fullmatch(r"(\d+):(\d+)", pattern)
     n, m = map(int, found.groups()) if found else (0, 0)
-    if not 1 <= n < m <= LARGEST_GROUP:
+    if not 1 <= n < m:
         raise KnobError(
-            f"pattern {pattern!r} is not N:M with 1 <= N < M <= {LARGEST_GROUP}: N weights KEPT of every M columns, "
-            "for example 2:4"
+            f"pattern {pattern!r} is not N:M with 1 <= N < M: N weights KEPT of every M columns, for example 2:4"
         )
     return n, m

@@ -50,6 +50,8 @@ class Pruned:
 class Pruner(Method):
     """Base of the pruning methods."""
 
+    prunes: ClassVar[bool] = True
+
     sparsity: float | None = knob(
         None, "fraction of weights set to zero, without a pattern; if not given: 0.5", minimum=0, maximum=1
     )
@@ -120,8 +122,8 @@ class Pruner(Method):
             n, m = self.groups
             if columns % m:
                 raise KnobError(
-                    f"a {rows} x {columns} weight cannot be pruned {self.pattern}: {columns} columns are not divisible "
-                    f"by {m}; leave that layer out with --skip, or choose another pattern or a sparsity"
+                    f"a {rows} x {columns} weight cannot be pruned {self.pattern}, its columns are not divisible by {m}: "
+                    "leave the layer out (--skip, or 'exclude' in a recipe), or choose a sparsity or another pattern"
                 )
             return rows, columns // m * n
         return (rows if self.same_in_each_row else 1), self.kept_without_pattern(rows, columns)
