@@ -123,7 +123,7 @@ class Pruner(Method):
             if columns % m:
                 raise KnobError(
                     f"a {rows} x {columns} weight cannot be pruned {self.pattern}, its columns are not divisible by "
-                    f"{m}: leave the layer out (--skip, or 'exclude' in a recipe), or choose a sparsity or another pattern"
+                    f"{m}: leave the layer out (--skip, or 'exclude' in a recipe), or choose another pattern"
                 )
             return rows, columns // m * n
         return (rows if self.same_in_each_row else 1), self.kept_without_pattern(rows, columns)
