@@ -44,4 +44,48 @@ CONFIGURATIONS: dict[str, Configuration] = {
     "BiLLM whit": _one("BiLLM", "billm"),
     "BiLLM whit (128)": _one("BiLLM", "billm", block_size=128),
     "BiLLM whit, damping 0.01": _one("BiLLM", "billm", damping=0.01),
+    # 8 bits and less, with inputs rounded as well where "A8" is said.
+    "LLM.int8() (W8A8)": _one("LLM.int8()", "llm-int8"),
+    "LLM.int8() as bitsandbytes": _one("LLM.int8()", "llm-int8", outlier_weights="int8", compat=True),
+    "LLM.int8() static": _one("LLM.int8()", "llm-int8", outliers="static"),
+    "INT8 without outliers (W8A8)": _one("LLM.int8()", "llm-int8", outliers="none"),
+    "flexible 8, published (W8A8, tensor)": _one(
+        "flexible", "flexible", group_size=-1, input_scale="tensor", reserve_top=True
+    ),
+    "flexible 8 (W8A8, row and token)": _one("flexible", "flexible"),
+    "FP8 E4M3 (W8A8)": _one("flexible", "flexible", formats="e4m3fn"),
+    "INT8 (W8A8)": _one("flexible", "flexible", formats="int8"),
+    "flexible 8 (W8A16)": _one("flexible", "flexible", input_bits=16),
+    "flexible 6 (W6A8)": _one("flexible", "flexible", bits=6),
+    "flexible 4 (W4A8, g64)": _one("flexible", "flexible", bits=4, group_size=64),
+    "flexible 4 (W4A16, g64)": _one("flexible", "flexible", bits=4, group_size=64, input_bits=16),
+    # Pruning: 16-bit values and an index. The order of the literature: 50 %, 4:8, 2:4.
+    **{
+        f"{label} {shown}": _one("pruning", method, **knobs, **extra)
+        for shown, knobs in (("50 %", {"sparsity": 0.5}), ("4:8", {"pattern": "4:8"}), ("2:4", {"pattern": "2:4"}))
+        for label, method, extra in (
+            ("magnitude", "magnitude", {}),
+            ("Wanda", "wanda", {}),
+            ("RIA", "ria", {}),
+            ("SparseGPT", "sparsegpt", {}),
+            ("Pruner-Zero", "pruner-zero", {}),
+            ("Wanda + update", "wanda", {"update": True}),
+            ("Pruner-Zero + update", "pruner-zero", {"update": True}),
+        )
+    },
+    "Wanda 50 %, OWL": _one("pruning", "wanda", sparsity=0.5, allocation="owl"),
+    # Recipes.
+    "SparseGPT 2:4, GPTQ 4 (g64)": Configuration(
+        "recipe", [{"method": "sparsegpt", "pattern": "2:4"}, {"method": "gptq", "bits": 4, "group_size": 64}]
+    ),
+    "SparseGPT 4:8, GPTQ 3 (g64)": Configuration(
+        "recipe", [{"method": "sparsegpt", "pattern": "4:8"}, {"method": "gptq", "bits": 3, "group_size": 64}]
+    ),
+    "FP8 first and last, GPTQ 3 between": Configuration(
+        "recipe",
+        [
+            {"method": "gptq", "bits": 3, "group_size": 64, "exclude": ["@first", "@last"]},
+            {"method": "flexible", "formats": "e4m3fn", "layers": ["@first", "@last"]},
+        ],
+    ),
 }

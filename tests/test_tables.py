@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import json
 from pathlib import Path
 from types import ModuleType
 
@@ -41,3 +43,14 @@ def test_bits_in_the_results_are_stored_bytes(tables: ModuleType) -> None:
             assert row["stored_bits_layers"] > 1, name
             if model in parameters:
                 assert row["stored_bits_file"] == pytest.approx(row["file_bytes"] * 8 / parameters[model], abs=1e-6)
+
+
+def test_the_pruning_table_is_that_of_the_committed_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    layers = importlib.import_module("pruning_layers")
+    rows = json.loads((ROOT / "benchmarks" / "results" / "pruning_layers.json").read_text(encoding="utf-8"))["rows"]
+    assert (ROOT / "docs" / "generated" / "pruning-layers.md").read_text(encoding="utf-8") == layers.table(rows)
+    made = {(label, column): method for label, row in layers.configurations().items() for column, method in row.items()}
+    assert {(row["label"], row["pattern"]): row["method"] for row in rows} == {
+        key: method.to_json() for key, method in made.items()
+    }

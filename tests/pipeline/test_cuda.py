@@ -22,6 +22,9 @@ METHODS = [
     ("billm", {}),
     ("billm", {"variant": "paper"}),
     ("billm", {"variant": "official"}),
+    ("magnitude", {}),
+    ("ria", {"sparsity": 0.6, "update": True}),
+    ("sparsegpt", {"pattern": "4:8"}),
 ]
 
 

@@ -9,6 +9,7 @@ from whit.methods.base import (
     knobs,
     make_method,
     method_class,
+    method_from_json,
     register_method,
 )
 from whit.methods.statistics import LayerStatistics, Statistic, relative_output_error
@@ -24,6 +25,7 @@ __all__ = [
     "knobs",
     "make_method",
     "method_class",
+    "method_from_json",
     "register_method",
     "relative_output_error",
 ]

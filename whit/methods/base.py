@@ -24,6 +24,7 @@ from whit.formats.base import Format, Packed
 from whit.methods.statistics import LayerStatistics, Statistic
 
 _METHODS: dict[str, type[Method]] = {}
+_COMPOSITES: dict[str, type[Method]] = {}
 MethodType = TypeVar("MethodType", bound="type[Method]")
 
 
@@ -118,7 +119,17 @@ class Method(ABC):
         Returns:
             the kept weights of each row side by side: packed (rows, k) in `self.format(rows, k)`.
         """
-        raise KnobError(f"method {self.name!r} cannot follow a pruning step (methods that can: {_followers()})")
+        self.check_follows_pruning()
+        raise TypeError(f"{type(self).__name__} says that it follows pruning, but lacks compress_kept")
+
+    def check_follows_pruning(self) -> None:
+        """Refuse a method that cannot compress what a pruning step kept.
+
+        Raises:
+            KnobError: names the methods that can.
+        """
+        if not self.follows_pruning:
+            raise KnobError(f"method {self.name!r} cannot follow a pruning step (methods that can: {_followers()})")
 
     def survey_required(self) -> frozenset[Statistic]:
         """Statistics of the dense model that dividing the budget among blocks needs; empty: every block alike."""
@@ -133,8 +144,10 @@ class Method(ABC):
         return [self for _ in blocks]
 
     def to_json(self) -> dict[str, Any]:
-        """`{"method": name, **knobs}`."""
-        return {"method": self.name, **dataclasses.asdict(self)}
+        """`{"method": name, **knobs}`, methods inside methods likewise."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        nested = {key: value.to_json() if isinstance(value, Method) else value for key, value in fields.items()}
+        return {"method": self.name, **nested}
 
 
 def register_method(cls: MethodType) -> MethodType:
@@ -142,6 +155,14 @@ def register_method(cls: MethodType) -> MethodType:
     if cls.name in _METHODS and _METHODS[cls.name] is not cls:
         raise ValueError(f"two methods are called {cls.name!r}")
     _METHODS[cls.name] = cls
+    return cls
+
+
+def register_composite(cls: MethodType) -> MethodType:
+    """Class decorator for a method made of other methods: known to `method_from_json`, not offered by name."""
+    if _COMPOSITES.get(cls.name, cls) is not cls:
+        raise ValueError(f"two composed methods are called {cls.name!r}")
+    _COMPOSITES[cls.name] = cls
     return cls
 
 
@@ -192,12 +213,23 @@ def make_method(name: str, options: Mapping[str, Any] | None = None) -> Method:
 
 
 def method_from_json(fields: Mapping[str, Any]) -> Method:
-    """Inverse of `Method.to_json`.
+    """Inverse of `Method.to_json`, for plain and composed methods.
 
     Raises:
-        KnobError: as in `make_method`.
+        KnobError: no name, an unknown method or knob, or a value out of range.
     """
-    return make_method(str(fields["method"]), {key: value for key, value in fields.items() if key != "method"})
+    name = fields.get("method")
+    if not isinstance(name, str):
+        raise KnobError(f"a method is described by its name and knobs, as in {{'method': 'rtn'}}, got {dict(fields)!r}")
+    values = {key: value for key, value in fields.items() if key != "method"}
+    _discover()
+    if name not in _COMPOSITES:
+        return make_method(name, values)
+    parts = {key: method_from_json(value) if isinstance(value, Mapping) else value for key, value in values.items()}
+    expected = [field.name for field in dataclasses.fields(_COMPOSITES[name])]
+    if set(parts) != set(expected):
+        raise KnobError(f"method {name!r} is made of {', '.join(expected)}, got {', '.join(parts) or 'nothing'}")
+    return _COMPOSITES[name](**parts)
 
 
 def knobs(cls: type[Method]) -> list[Knob]:

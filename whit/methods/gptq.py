@@ -27,6 +27,7 @@ class GPTQ(Method):
     name: ClassVar[str] = "gptq"
     summary: ClassVar[str] = "integer grid, columns rounded in turn with error feedback (Frantar et al. 2022)"
     needs: ClassVar[frozenset[Statistic]] = frozenset({Statistic.SECOND_MOMENT})
+    follows_pruning: ClassVar[bool] = True
 
     bits: int = knob(4, "bits per code", minimum=1, maximum=8)
     group_size: int = knob(128, "columns that share a scale; 0 for the whole row", minimum=0)
@@ -65,3 +66,46 @@ class GPTQ(Method):
         scales, zeros = torch.cat([grid.scale for grid in grids], 1), torch.cat([grid.zero for grid in grids], 1)
         notes = (*factor.notes, *dead_column_notes(statistics))
         return Compressed(layout.pack(rounded.codes, scales, zeros), notes)
+
+    def compress_kept(self, weight: Tensor, kept: Tensor, statistics: LayerStatistics) -> Compressed:
+        """Round the kept weights with feedback; pruned places stay zero and pass the error of that on.
+
+        Groups are of the kept weights of a row side by side, so neighbours in a group lie in different columns from row
+        to row; their grids are fitted beforehand on the pruned weights.
+        """
+        rows, count = len(weight), int(kept[0].sum())
+        layout = self.format(rows, count)
+        order = statistics.descending_order() if self.act_order else None
+        factor = statistics.inverse_factor(self.damping, order)
+        alive = weight.masked_fill(statistics.dead_columns(), 0)
+        values = torch.masked_select(alive, kept).reshape(rows, count)
+        step = layout.group_size or count
+        parts = [values[:, start : start + step] for start in range(0, count, step)]
+        grids = [fit_grid(part, self.bits, self.symmetric, self.clip_steps) for part in parts]
+        scales, zeros = torch.cat([grid.scale for grid in grids], 1), torch.cat([grid.zero for grid in grids], 1)
+        rounder = _round_kept(kept, step, self.bits, self.symmetric, scales, zeros)
+        if order is None:
+            rounded = round_with_feedback(alive, factor.upper, 0, lambda first, part: rounder)
+        else:
+            rounded = round_in_order(alive, factor.upper, order, 0, [rounder])
+        codes = torch.masked_select(rounded.codes, kept).reshape(rows, count)
+        return Compressed(layout.pack(codes, scales, zeros), (*factor.notes, *dead_column_notes(statistics)))
+
+
+def _round_kept(kept: Tensor, step: int, bits: int, symmetric: bool, scales: Tensor, zeros: Tensor) -> Rounder:
+    """Round a column where it is kept, on the grid of the group that it belongs to in each row; elsewhere to zero.
+
+    Args:
+        kept: bool (rows, columns), the same number in every row.
+        step: kept weights per group. scales, zeros: of the groups, (rows, groups).
+    """
+    places = kept.cumsum(1, dtype=torch.int32).sub_(1).clamp_(min=0).div_(step, rounding_mode="floor").T.contiguous()
+    columns = kept.T.contiguous()
+
+    def round_column(column: int, values: Tensor) -> tuple[Tensor, Tensor]:
+        group = places[column].long().unsqueeze(1)
+        grid = Grid(bits, symmetric, scales.gather(1, group), zeros.gather(1, group))
+        codes, rounded = grid.round_column(column, values)
+        return codes, rounded * columns[column]
+
+    return round_column

@@ -21,6 +21,7 @@ class RTN(Method):
 
     name: ClassVar[str] = "rtn"
     summary: ClassVar[str] = "round to nearest on a grouped integer grid; the dull baseline, no calibration"
+    follows_pruning: ClassVar[bool] = True
 
     bits: int = knob(4, "bits per code", minimum=1, maximum=8)
     group_size: int = knob(128, "columns that share a scale; 0 for the whole row", minimum=0)
@@ -44,3 +45,7 @@ class RTN(Method):
             scales.append(grid.scale)
             zeros.append(grid.zero)
         return Compressed(layout.pack(torch.cat(codes, 1), torch.cat(scales, 1), torch.cat(zeros, 1)))
+
+    def compress_kept(self, weight: Tensor, kept: Tensor, statistics: LayerStatistics) -> Compressed:
+        """Quantise the kept weights of each row side by side: groups are of kept weights."""
+        return self.compress(torch.masked_select(weight, kept).reshape(len(weight), -1), statistics)

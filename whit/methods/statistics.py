@@ -151,3 +151,16 @@ def relative_output_error(weight: Tensor, quantised: Tensor, moment: Tensor | No
     else:
         above, below = (difference @ moment * difference).sum(), (weight @ moment * weight).sum()
     return float(above / below) if float(below) > 0 else float(above)
+
+
+def relative_error(weight: Tensor, other: Tensor, statistics: LayerStatistics) -> float:
+    """||(W - Q) X||^2 / ||W X||^2 from what is known of the inputs: second moments, a sample, or nothing (X = I).
+
+    Args:
+        weight, other: float32 (rows, columns).
+    """
+    if statistics.second_moment is None and statistics.sample is not None:
+        below = (statistics.sample @ weight.T).square().sum()
+        above = (statistics.sample @ (weight - other).T).square().sum()
+        return float(above / below) if float(below) > 0 else float(above)
+    return relative_output_error(weight, other, statistics.second_moment)

@@ -11,6 +11,8 @@ from torch import nn
 
 from whit.errors import KnobError, ModelError, nearest
 from whit.methods.base import Method
+from whit.methods.chain import PruneThenQuantise
+from whit.methods.pruning import Pruner
 from whit.methods.rtn import RTN
 from whit.models.layers import LayerKind, embedding_scale, layer_kind
 from whit.models.stacks import Stack
@@ -99,7 +101,7 @@ def assign(
                 f"method {chosen.name!r} needs calibration inputs, but {name!r} lies outside the blocks, where none "
                 "are caught: give it a method that needs none, such as rtn"
             )
-        if chosen.format(rows, columns).bytes(rows, columns) >= rows * columns * dtype.itemsize:
+        if _packed_bytes(name, chosen, rows, columns) >= rows * columns * dtype.itemsize:
             out.untouched[name] = "would not become smaller"
         else:
             out.layers[name] = AssignedLayer(name, block, kind, rows, columns, chosen)
@@ -127,11 +129,29 @@ def combine(name: str, steps: Sequence[Step]) -> Method | None:
     methods = [step.method for step in steps]
     if len(methods) < 2:
         return methods[0] if methods else None
+    first, last = methods[0], methods[-1]
+    if len(methods) == 2 and isinstance(first, Pruner):
+        try:
+            return PruneThenQuantise(first, last)
+        except KnobError as error:
+            raise KnobError(f"{name!r} is pruned and then compressed by the recipe: {error}") from None
     said = " and ".join(method.name for method in methods)
     raise KnobError(
         f"{name!r} is named by more than one step of the recipe ({said}), and only a pruning step can be followed "
         "by another: exclude the layer from all but one"
     )
+
+
+def _packed_bytes(name: str, method: Method, rows: int, columns: int) -> int:
+    """Stored bytes of a layer.
+
+    Raises:
+        KnobError: the method cannot take a weight of this shape; names the layer.
+    """
+    try:
+        return method.format(rows, columns).bytes(rows, columns)
+    except KnobError as error:
+        raise KnobError(f"{name!r}: {error}") from None
 
 
 def _block_of(name: str, stacks: Sequence[Stack]) -> str:

@@ -72,9 +72,12 @@ def metric_label(name: str) -> str:
 
 
 def describe_fields(fields: Mapping[str, Any], key: str) -> str:
-    """JSON of a format or method as one line: `grouped-integer (bits=4, group_size=64)`."""
+    """JSON of a format or method as one line: `grouped-integer (bits=4, group_size=64)`, nested ones likewise."""
     given = {name: value for name, value in fields.items() if name != key and value is not None}
-    rest = ", ".join(f"{name}={value}" for name, value in given.items())
+    shown = {
+        name: describe_fields(value, key) if isinstance(value, Mapping) else value for name, value in given.items()
+    }
+    rest = ", ".join(f"{name}={value}" for name, value in shown.items())
     return f"{fields.get(key, 'unknown')} ({rest})" if rest else str(fields.get(key, "unknown"))
 
 
