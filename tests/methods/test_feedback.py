@@ -21,7 +21,7 @@ def problem(rows=7, columns=45, seed=0):
 def grid_fit(grids, bits=3):
     def fit(first, values):
         grids.append(fit_grid(values.float(), bits, False))
-        return grids[-1].round_column
+        return grids[-1].rounder()
 
     return fit
 
@@ -128,8 +128,8 @@ def test_in_order_is_the_permuted_problem():
     order = moment.diagonal().argsort(descending=True)
     upper = torch.linalg.cholesky(torch.linalg.inv(moment[order][:, order]), upper=True)
     grid = fit_grid(weight.float(), 3, False)
-    rounded = round_in_order(weight, upper, order, 0, [grid.round_column])
-    permuted = round_with_feedback(weight[:, order], upper, 0, lambda first, values: grid.round_column)
+    rounded = round_in_order(weight, upper, order, 0, [grid.rounder()])
+    permuted = round_with_feedback(weight[:, order], upper, 0, lambda first, values: grid.rounder())
     assert torch.equal(rounded.codes[:, order], permuted.codes)
     assert torch.equal(rounded.loss, permuted.loss)
 

@@ -70,6 +70,6 @@ def test_a_scale_beyond_float16_is_an_error():
 def test_one_column_is_rounded_as_the_group_is():
     data = values()
     grid = fit_grid(data, 3, False)
-    codes, rounded = grid.round_column(4, data[:, 4])
+    codes, rounded = grid.rounder()(4, data[:, 4])
     assert torch.equal(codes, grid.encode(data)[:, 4])
     assert torch.equal(rounded, grid.decode(grid.encode(data))[:, 4])

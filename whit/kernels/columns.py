@@ -1,4 +1,4 @@
-"""The column loop of sequential rounding as one GPU kernel: a block of columns at a time instead of many small launches.
+"""The column loop of sequential rounding as one GPU kernel per block of columns instead of many small launches.
 
 Rounding with error feedback, and coordinate descent, take the columns of a block in turn, but rows never meet: each
 program keeps a few rows of the block in registers and walks along its columns. With the errors e of the columns before,
@@ -33,9 +33,7 @@ def available(device: torch.device) -> bool:
     return device.type == "cuda" and _triton_found()
 
 
-def feedback_levels(
-    values: Tensor, inner: Tensor, table: Tensor, book: Tensor, codes: Tensor, errors: Tensor
-) -> None:
+def feedback_levels(values: Tensor, inner: Tensor, table: Tensor, book: Tensor, codes: Tensor, errors: Tensor) -> None:
     """Round a block of columns to levels, with feedback, in place of `codes` and `errors`.
 
     Args:
@@ -113,6 +111,6 @@ def _launch(
 
 @lru_cache(maxsize=1)
 def _kernel() -> Any:
-    from whit.kernels.columns_triton import round_block
+    from whit.kernels.triton.columns import round_block
 
     return round_block

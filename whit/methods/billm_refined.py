@@ -24,8 +24,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from whit.kernels import columns as column_kernels
 from whit.methods.billm_planes import BinaryPlanes
-from whit.methods.feedback import Rounder, round_with_feedback
+from whit.methods.feedback import round_with_feedback
+from whit.methods.rounders import LevelRounder
 
 MARK_ROUNDS = 3
 INITIAL_SHARE = 0.1
@@ -138,21 +140,20 @@ def _decode(codes: Tensor, books: Codebooks, book: Tensor) -> Tensor:
     return torch.where(codes % 2 == 1, magnitude, -magnitude)
 
 
+def _levels(books: Codebooks) -> Tensor:
+    """Each codebook's four values in ascending order: float32 (codebooks, 4, rows)."""
+    return torch.stack([-books.high, -books.low, books.low, books.high], 1)
+
+
+def _code_of_level(levels: Tensor) -> Tensor:
+    """Codes (bit 0 = positive, bit 1 = high) of indices into `_levels`, uint8."""
+    return torch.tensor([2, 0, 1, 3], dtype=torch.uint8, device=levels.device)[levels.int()]
+
+
 def round_columns(weight: Tensor, upper: Tensor, books: Codebooks, book: Tensor) -> Tensor:
     """Round columns in turn with error feedback; codes uint8 (columns, rows). `weight` (columns, rows), in order."""
-    middle = (books.low + books.high) / 2
-    number = book.tolist()
-
-    def fit(first: int, values: Tensor) -> Rounder:
-        def round_column(column: int, current: Tensor) -> tuple[Tensor, Tensor]:
-            chosen = number[column]
-            positive, large = current >= 0, current.abs() > middle[chosen]
-            magnitude = torch.where(large, books.high[chosen], books.low[chosen])
-            return positive + 2 * large.to(torch.uint8), torch.where(positive, magnitude, -magnitude)
-
-        return round_column
-
-    return round_with_feedback(weight.T, upper, 0, fit).codes.T
+    rounder = LevelRounder(_levels(books), book.to(torch.int32))
+    return _code_of_level(round_with_feedback(weight.T, upper, 0, lambda first, values: rounder).codes.T)
 
 
 def descend(codes: Tensor, values: Tensor, gradient: Tensor, moment: Tensor, books: Codebooks, book: Tensor) -> None:
@@ -170,6 +171,9 @@ def descend(codes: Tensor, values: Tensor, gradient: Tensor, moment: Tensor, boo
         books: codebooks.
         book: codebook of each column, (columns,).
     """
+    if column_kernels.available(values.device):
+        _descend_on_device(codes, values, gradient, moment, _levels(books), book.to(torch.int32))
+        return
     middle = (books.low + books.high) / 2
     number, diagonal = book.tolist(), torch.diagonal(moment).tolist()
     columns = len(number)
@@ -191,6 +195,23 @@ def descend(codes: Tensor, values: Tensor, gradient: Tensor, moment: Tensor, boo
             values[column] = rounded
             codes[column] = positive + 2 * large.to(torch.uint8)
         gradient.addmm_(moment[:, start:stop], change, alpha=-1)
+
+
+def _descend_on_device(
+    codes: Tensor, values: Tensor, gradient: Tensor, moment: Tensor, levels: Tensor, book: Tensor
+) -> None:
+    """`descend` with one kernel per block of columns."""
+    chosen = torch.empty_like(codes)
+    for start in range(0, len(values), LAZY_COLUMNS):
+        stop = min(start + LAZY_COLUMNS, len(values))
+        inner = moment[start:stop, start:stop].contiguous()
+        change = torch.empty_like(values[start:stop])
+        column_kernels.descend_levels(
+            values[start:stop], gradient[start:stop], inner, levels, book[start:stop], chosen[start:stop], change
+        )
+        values[start:stop] += change
+        gradient.addmm_(moment[:, start:stop], change, alpha=-1)
+    codes.copy_(_code_of_level(chosen))
 
 
 def refit(codes: Tensor, values: Tensor, gradient: Tensor, moment: Tensor, books: Codebooks, book: Tensor) -> Codebooks:

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from whit.methods.rounders import BlockRounder, join_rounders
+
 LAZY_BLOCK = 128
 
 Rounder = Callable[[int, Tensor], tuple[Tensor, Tensor]]
@@ -54,7 +56,7 @@ def round_with_feedback(
     transposed = weight.T.contiguous()
     errors = torch.empty_like(transposed)
     codes = torch.empty(columns, rows, dtype=torch.uint8, device=weight.device)
-    diagonal = torch.diagonal(upper).tolist()
+    diagonal: list[float] = []
     for first in range(0, columns, group):
         last = min(first + group, columns)
         group_values = _current(transposed, errors, upper, first, last)
@@ -62,8 +64,13 @@ def round_with_feedback(
         for start in range(first, last, block_size):
             stop = min(start + block_size, last)
             block = _current(transposed, errors, upper, start, stop) if start > first else group_values
-            inner = upper[start:stop, start:stop].T.contiguous()
             done = errors[start:stop]
+            if isinstance(rounder, BlockRounder) and rounder.fast(weight):
+                inner = upper[start:stop, start:stop].contiguous()
+                rounder.round_block(start, block.contiguous(), inner, codes[start:stop], done)
+                continue
+            inner = upper[start:stop, start:stop].T.contiguous()
+            diagonal = diagonal or torch.diagonal(upper).tolist()
             for j in range(stop - start):
                 values = torch.addmv(block[j], done[:j].T, inner[j, :j], alpha=-1) if j else block[j]
                 codes[start + j], rounded = rounder(start + j, values)
@@ -90,12 +97,14 @@ def round_in_order(
         codes in natural order.
     """
     step = group_size or weight.shape[1]
-    natural: list[int] = order.tolist()
+    joined: Rounder | None = join_rounders(rounders, step, order)
+    if joined is None:
+        natural: list[int] = order.tolist()
 
-    def round_column(turn: int, values: Tensor) -> tuple[Tensor, Tensor]:
-        return rounders[natural[turn] // step](natural[turn], values)
+        def joined(turn: int, values: Tensor) -> tuple[Tensor, Tensor]:
+            return rounders[natural[turn] // step](natural[turn], values)
 
-    permuted = round_with_feedback(weight[:, order], upper, 0, lambda first, values: round_column)
+    permuted = round_with_feedback(weight[:, order], upper, 0, lambda first, values: joined)
     codes = torch.empty_like(permuted.codes)
     codes[:, order] = permuted.codes
     return Rounded(codes, permuted.loss)

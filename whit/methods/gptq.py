@@ -16,6 +16,7 @@ from whit.formats.grouped_integer import GroupedInteger
 from whit.methods.base import Compressed, Method, knob, register_method
 from whit.methods.feedback import Rounder, round_in_order, round_with_feedback
 from whit.methods.grid import Grid, fit_grid
+from whit.methods.rounders import GridRounder, LevelRounder
 from whit.methods.statistics import LayerStatistics, Statistic, dead_column_notes
 
 
@@ -55,7 +56,7 @@ class GPTQ(Method):
 
         def fit(first: int, values: Tensor) -> Rounder:
             grids.append(fit_grid(values, self.bits, self.symmetric, self.clip_steps))
-            return grids[-1].round_column
+            return grids[-1].rounder()
 
         if order is None:
             rounded = round_with_feedback(alive, factor.upper, layout.group_size, fit)
@@ -99,13 +100,9 @@ def _round_kept(kept: Tensor, step: int, bits: int, symmetric: bool, scales: Ten
         kept: bool (rows, columns), the same number in every row.
         step: kept weights per group. scales, zeros: of the groups, (rows, groups).
     """
-    places = kept.cumsum(1, dtype=torch.int32).sub_(1).clamp_(min=0).div_(step, rounding_mode="floor").T.contiguous()
-    columns = kept.T.contiguous()
-
-    def round_column(column: int, values: Tensor) -> tuple[Tensor, Tensor]:
-        group = places[column].long().unsqueeze(1)
-        grid = Grid(bits, symmetric, scales.gather(1, group), zeros.gather(1, group))
-        codes, rounded = grid.round_column(column, values)
-        return codes, rounded * columns[column]
-
-    return round_column
+    places = kept.cumsum(1).sub_(1).clamp_(min=0).div_(step, rounding_mode="floor")
+    scale, zero = scales.gather(1, places) * kept, zeros.gather(1, places)
+    number = torch.arange(kept.shape[1], dtype=torch.int32, device=kept.device)
+    if symmetric and bits == 1:
+        return LevelRounder(torch.stack([-scale.T, scale.T], 1), number)
+    return GridRounder(torch.stack([scale.T, zero.T], 1), number, bits)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from whit.errors import ModelError
+from whit.methods.rounders import BlockRounder, GridRounder, LevelRounder
 
 
 @dataclass(frozen=True)
@@ -35,10 +36,11 @@ class Grid:
             return (2 * codes - 1) * self.scale
         return (codes - self.zero).mul_(self.scale)
 
-    def round_column(self, column: int, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes and decoded values, (rows,) each, of one column of the group (whichever: they share the grid)."""
-        codes = self.encode(values.unsqueeze(1))
-        return codes.squeeze(1), self.decode(codes).squeeze(1)
+    def rounder(self) -> BlockRounder:
+        """Rounds columns of the group, whichever: they share the grid."""
+        if self.symmetric and self.bits == 1:
+            return LevelRounder(torch.cat([-self.scale, self.scale], 1).T.contiguous().unsqueeze(0))
+        return GridRounder(torch.cat([self.scale, self.zero], 1).T.contiguous().unsqueeze(0), bits=self.bits)
 
     @cached_property
     def _divisor(self) -> Tensor:

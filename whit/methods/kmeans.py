@@ -19,6 +19,7 @@ from whit.errors import ModelError
 from whit.formats.level_table import LevelTable
 from whit.methods.base import Compressed, Method, knob, register_method
 from whit.methods.feedback import Rounder, round_in_order, round_with_feedback
+from whit.methods.rounders import LevelRounder
 from whit.methods.statistics import LayerStatistics, Statistic, dead_column_notes
 
 
@@ -54,7 +55,7 @@ class KMeans(Method):
         def fit(first: int, values: Tensor) -> Rounder:
             part = importance[first : first + values.shape[1]]
             tables.append(weighted_levels(values, part, 2**self.bits, self.iterations))
-            return _nearest(tables[-1])
+            return LevelRounder(tables[-1].T.contiguous().unsqueeze(0))
 
         if order is None:
             rounded = round_with_feedback(alive, factor.upper, layout.block_size, fit)
@@ -104,15 +105,3 @@ def weighted_levels(values: Tensor, importance: Tensor, count: int, iterations: 
     if not bool(torch.isfinite(levels).all()):
         raise ModelError(f"a weight of magnitude {float(values.abs().max()):.3g} is beyond float16; rescale the model")
     return levels
-
-
-def _nearest(levels: Tensor) -> Rounder:
-    """Round a column to the nearest of its rows' ascending levels (rows, count)."""
-    table = levels.T.contiguous()
-    middles = (table[1:] + table[:-1]) / 2
-
-    def round_column(column: int, values: Tensor) -> tuple[Tensor, Tensor]:
-        codes = (values > middles).sum(0)
-        return codes, table.gather(0, codes.unsqueeze(0)).squeeze(0)
-
-    return round_column

@@ -62,10 +62,7 @@ def round_block(
                 nearest = tl.where(above, upper, nearest)
                 code = tl.where(above, code + 1.0, code)
                 lower = upper
-        if DESCEND:
-            error = nearest - before
-        else:
-            error = (target - nearest) / diagonal
+        error = nearest - before if DESCEND else (target - nearest) / diagonal
         tl.store(codes + offset + row, code.to(tl.uint8), mask=here)
         tl.store(errors + offset + row, error, mask=here)
         done = tl.where(place[:, None] == j, error[None, :], done)

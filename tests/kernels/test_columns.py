@@ -1,0 +1,114 @@
+"""The column kernels against their plain meaning, on random blocks of ragged sizes; and whole methods against the CPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from whit.kernels import columns
+from whit.methods import make_method
+from whit.methods.rounders import GridRounder, LevelRounder
+from whit.methods.statistics import LayerStatistics, relative_output_error
+
+needs_kernel = pytest.mark.skipif(
+    not columns.available(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
+    reason="needs a CUDA device and Triton",
+)
+SIZES = [(1, 1), (7, 33), (64, 40), (128, 65)]
+
+
+def block(count: int, rows: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Values, a well-conditioned inner matrix and table numbers, on the GPU."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randn(count, rows, generator=generator)
+    spread = torch.randn(count, count + 8, generator=generator)
+    inner = spread @ spread.T / count + torch.eye(count)
+    book = torch.randint(0, 3, (count,), generator=generator, dtype=torch.int32)
+    return values.cuda(), inner.cuda(), book.cuda()
+
+
+def plain_feedback(rounder: LevelRounder | GridRounder, values: Tensor, inner: Tensor) -> tuple[Tensor, Tensor]:
+    codes, errors = torch.zeros_like(values, dtype=torch.uint8), torch.zeros_like(values)
+    for j in range(len(values)):
+        target = values[j] - (errors[:j] * inner[:j, j, None]).sum(0)
+        codes[j], rounded = rounder(j, target)
+        errors[j] = (target - rounded) / inner[j, j]
+    return codes, errors
+
+
+@needs_kernel
+@pytest.mark.parametrize(("count", "rows"), SIZES)
+@pytest.mark.parametrize("kind", ["levels", "grid"])
+def test_feedback_is_the_plain_loop(count: int, rows: int, kind: str) -> None:
+    values, inner, book = block(count, rows)
+    generator = torch.Generator().manual_seed(1)
+    if kind == "levels":
+        rounder: LevelRounder | GridRounder = LevelRounder(
+            torch.randn(3, 4, rows, generator=generator).sort(1).values.cuda(), book
+        )
+    else:
+        scale = torch.rand(3, rows, generator=generator) * 0.5
+        scale[0, 0] = 0
+        zero = torch.randint(0, 15, (3, rows), generator=generator).float()
+        rounder = GridRounder(torch.stack([scale, zero], 1).cuda(), book, 4)
+    codes, errors = torch.zeros_like(values, dtype=torch.uint8), torch.full_like(values, float("nan"))
+    rounder.round_block(0, values, inner, codes, errors)
+    expected_codes, expected = plain_feedback(rounder, values, inner)
+    same = (codes == expected_codes).all(0)
+    assert same.float().mean() > 0.95  # rows in which a value lay within rounding of a tie may go another way
+    torch.testing.assert_close(errors[:, same], expected[:, same], atol=2e-5, rtol=1e-4)
+
+
+@needs_kernel
+@pytest.mark.parametrize(("count", "rows"), SIZES)
+def test_descent_is_the_plain_loop(count: int, rows: int) -> None:
+    values, inner, book = block(count, rows)
+    gradient = torch.randn_like(values)
+    table = torch.randn(3, 4, rows, generator=torch.Generator().manual_seed(1)).sort(1).values.cuda()
+    rounder = LevelRounder(table, book)
+    codes, change = torch.zeros_like(values, dtype=torch.uint8), torch.full_like(values, float("nan"))
+    columns.descend_levels(values, gradient, inner, table, book, codes, change)
+    expected_codes, expected = torch.zeros_like(codes), torch.zeros_like(values)
+    for j in range(count):
+        slope = gradient[j] - (expected[:j] * inner[:j, j, None]).sum(0)
+        expected_codes[j], rounded = rounder(j, values[j] + slope / inner[j, j])
+        expected[j] = rounded - values[j]
+    same = (codes == expected_codes).all(0)
+    assert same.float().mean() > 0.95
+    torch.testing.assert_close(change[:, same], expected[:, same], atol=2e-5, rtol=1e-4)
+
+
+@needs_kernel
+@pytest.mark.parametrize(
+    ("method", "knobs"),
+    [
+        ("gptq", {"bits": 4, "group_size": 64}),
+        ("gptq", {"bits": 2, "group_size": 0, "act_order": True}),
+        ("gptq", {"bits": 1, "group_size": 64, "symmetric": True}),
+        ("kmeans", {"bits": 2, "act_order": True}),
+        ("billm", {}),
+        ("billm", {"block_size": 128}),
+    ],
+)
+def test_methods_on_the_gpu_lose_no_more_than_on_the_cpu(method: str, knobs: dict[str, object]) -> None:
+    generator = torch.Generator().manual_seed(2)
+    weight = torch.randn(96, 320, generator=generator)
+    inputs = torch.randn(2000, 320, generator=generator) @ torch.randn(320, 320, generator=generator)
+    moment = inputs.T @ inputs / 1000
+    errors = []
+    for device in ("cpu", "cuda"):
+        statistics = LayerStatistics(320, 2000, moment.to(device))
+        packed = make_method(method, knobs).compress(weight.to(device), statistics).packed
+        errors.append(relative_output_error(weight, packed.unpack().cpu(), moment))
+    assert errors[1] == pytest.approx(errors[0], rel=0.03)
+
+
+def test_blocks_that_are_too_wide_are_refused() -> None:
+    wide = torch.zeros(129, 4)
+    with pytest.raises(ValueError, match="at most 128 columns"):
+        columns.feedback_levels(wide, wide, torch.zeros(1, 2, 4), torch.zeros(129, dtype=torch.int32), wide, wide)
+
+
+def test_a_cpu_has_no_kernel() -> None:
+    assert not columns.available(torch.device("cpu"))

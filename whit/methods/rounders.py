@@ -1,0 +1,127 @@
+"""Scalar quantisers of columns as values: levels, or an integer grid, per row and column group.
+
+Being values and not just functions, they can be handed to a kernel that rounds a whole block of columns at a time
+(`whit.kernels.columns`); called, they round one column, which is the plain meaning.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from whit.kernels import columns
+
+
+@dataclass(frozen=True, eq=False)
+class BlockRounder(ABC):
+    """Rounds columns by tables.
+
+    Attributes:
+        table: float32 (books, entries, rows).
+        book: int32 (columns,), which table a column uses; None: all use the first.
+    """
+
+    table: Tensor
+    book: Tensor | None = None
+
+    @abstractmethod
+    def __call__(self, column: int, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes and the values they stand for, (rows,) each, of one column with values (rows,)."""
+
+    @abstractmethod
+    def round_block(self, first: int, values: Tensor, inner: Tensor, codes: Tensor, errors: Tensor) -> None:
+        """Round columns `first`, ... with feedback on the device; arguments as in `whit.kernels.columns`."""
+
+    def fast(self, weight: Tensor) -> bool:
+        """Whether `round_block` can be used for this weight."""
+        return columns.available(weight.device) and weight.dtype == torch.float32
+
+    def books(self, first: int, count: int) -> Tensor:
+        """Numbers of the tables of `count` columns, int32."""
+        if self.book is None:
+            return torch.zeros(count, dtype=torch.int32, device=self.table.device)
+        return self.book[first : first + count].contiguous()
+
+    @cached_property
+    def numbers(self) -> list[int] | None:
+        """`book` on the host."""
+        return None if self.book is None else self.book.tolist()
+
+    def number(self, column: int) -> int:
+        """Number of the table of one column."""
+        return 0 if self.numbers is None else self.numbers[column]
+
+
+@dataclass(frozen=True, eq=False)
+class LevelRounder(BlockRounder):
+    """Nearest of ascending levels, the upper one in the middle; codes are their indices."""
+
+    def __call__(self, column: int, values: Tensor) -> tuple[Tensor, Tensor]:
+        """One column."""
+        number = self.number(column)
+        codes = (values >= self.middles[number]).sum(0)
+        return codes, self.table[number].gather(0, codes.unsqueeze(0)).squeeze(0)
+
+    @cached_property
+    def middles(self) -> Tensor:
+        """Halfway between neighbouring levels, (books, levels - 1, rows)."""
+        return (self.table[:, 1:] + self.table[:, :-1]) * 0.5
+
+    def round_block(self, first: int, values: Tensor, inner: Tensor, codes: Tensor, errors: Tensor) -> None:
+        """A block of columns on the device."""
+        columns.feedback_levels(values, inner, self.table, self.books(first, len(values)), codes, errors)
+
+
+@dataclass(frozen=True, eq=False)
+class GridRounder(BlockRounder):
+    """Integer grids: table[:, 0] holds scales, table[:, 1] whole zero points; w = scale * (code - zero).
+
+    Attributes:
+        bits: of the codes, 0 <= code < 2**bits.
+    """
+
+    bits: int = 8
+
+    def __call__(self, column: int, values: Tensor) -> tuple[Tensor, Tensor]:
+        """One column."""
+        number = self.number(column)
+        scale, zero = self.table[number]
+        codes = (values / self.divisors[number]).round_().add_(zero).clamp_(0, 2**self.bits - 1)
+        return codes, (codes - zero).mul_(scale)
+
+    @cached_property
+    def divisors(self) -> Tensor:
+        """The scales, or 1 where a scale is 0: every code there means zero; (books, rows)."""
+        scale = self.table[:, 0]
+        return torch.where(scale == 0, torch.ones_like(scale), scale)
+
+    def round_block(self, first: int, values: Tensor, inner: Tensor, codes: Tensor, errors: Tensor) -> None:
+        """A block of columns on the device."""
+        books = self.books(first, len(values))
+        columns.feedback_grid(values, inner, self.table, books, self.bits, codes, errors)
+
+
+def join_rounders(
+    rounders: Sequence[Callable[[int, Tensor], tuple[Tensor, Tensor]]], step: int, order: Tensor
+) -> BlockRounder | None:
+    """One rounder for columns taken in `order`, from one per group of `step` neighbours; None if they do not allow it.
+
+    Args:
+        rounders: each made for its group alone, or a single one for all columns by their natural number.
+    """
+    first = rounders[0]
+    if not isinstance(first, BlockRounder):
+        return None
+    if len(rounders) == 1:
+        return first if first.book is None else dataclasses.replace(first, book=first.book[order])
+    same = [item for item in rounders if isinstance(item, BlockRounder) and type(item) is type(first)]
+    if len(same) < len(rounders) or any(item.book is not None or len(item.table) > 1 for item in same):
+        return None
+    table = torch.cat([item.table for item in same])
+    return dataclasses.replace(first, table=table, book=(order // step).to(torch.int32))
