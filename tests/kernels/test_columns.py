@@ -1,4 +1,4 @@
-"""The column kernels against their plain meaning, on random blocks of ragged sizes; and whole methods against the CPU."""
+"""The column kernels against their plain meaning on random blocks of ragged sizes; whole methods against the CPU."""
 
 from __future__ import annotations
 
