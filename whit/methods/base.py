@@ -101,8 +101,13 @@ class Method(ABC):
             statistics: of this layer's inputs; holds what `needs` names.
 
         Returns:
-            the packed weight in `self.format(rows, columns)`, on the weight's device.
+            the packed weight in `self.format(rows, columns)`, or where calibration decides (`plan_note`) in a layout of
+            the same kind that stores no more; on the weight's device.
         """
+
+    def plan_note(self) -> str | None:
+        """What the plan must add to its sizes because calibration decides them; None if they are exact."""
+        return None
 
     def required(self) -> frozenset[Statistic]:
         """Statistics that `compress` needs with these knobs; by default what the class declares in `needs`."""

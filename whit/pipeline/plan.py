@@ -56,8 +56,14 @@ def make_plan(job: Job) -> Plan:
         blocks=len(blocks),
         blocks_done=len(done & set(blocks)),
         calibration=job.calibration.provenance,
-        notes=[*job.reference.notes, *([LEAK_NOTE] if job.leak else [])],
+        notes=[*job.reference.notes, *_method_notes(job), *([LEAK_NOTE] if job.leak else [])],
     )
+
+
+def _method_notes(job: Job) -> list[str]:
+    """What methods say about sizes that are not known yet, each once."""
+    notes = (layer.method.plan_note() for layer in job.assignment.layers.values())
+    return list(dict.fromkeys(note for note in notes if note is not None))
 
 
 def _layout(layer: AssignedLayer) -> tuple[str, int]:
