@@ -39,5 +39,7 @@ class _StraightThrough(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient,) = gradients
         to_inputs = gradient @ ctx.weight().to(gradient.dtype) if ctx.needs_input_grad[2] else None
-        to_bias = gradient.reshape(-1, gradient.shape[-1]).sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[3] else None
+        to_bias = (
+            gradient.reshape(-1, gradient.shape[-1]).sum(0).to(ctx.bias_dtype) if ctx.needs_input_grad[3] else None
+        )
         return None, None, to_inputs, to_bias

@@ -123,14 +123,13 @@ class LLMInt8(Method):
 
     def _describe(self, crossing: int, listed: int, columns: int) -> str:
         """How many outlier columns there are, and which part of the multiply-adds is done in 16 bit."""
+        if not crossing:
+            return f"no input reaches {self.threshold:g} in calibration"
         capped = f" (max_outlier_share {self.max_outlier_share:g})" if listed < crossing else ""
         reach = f"{crossing} of {columns} inputs ({crossing / columns:.2%}) reach {self.threshold:g} in calibration"
         if self.outliers == "static":
             return f"{reach}; {listed} are outliers{capped}: {listed / columns:.2%} of the multiply-adds in 16 bit"
-        return (
-            f"{reach}: at most that share of the multiply-adds in 16 bit; {listed} columns kept in 16 bit{capped}, the "
-            "others dequantised"
-        )
+        return f"{reach}: at most that share of the multiply-adds in 16 bit; weights of {listed} kept in 16 bit{capped}"
 
 
 def outlier_columns(largest: Tensor, threshold: float, most: int) -> Tensor:
