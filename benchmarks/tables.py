@@ -93,6 +93,31 @@ def _value(metrics: dict[str, Any], key: str) -> str:
     return number(metrics[key]["value"]) if key in metrics else ""
 
 
+def int8_layer_table(report: dict[str, Any]) -> str:
+    """Errors of the ways to treat outliers on the synthetic layer of `llm_int8.py`, as Markdown: mean of the seeds."""
+    lines = [
+        "| inputs and weights in INT8 | stored bits | output error | of the other columns' output |",
+        "|---|---|---|---|",
+    ]
+    for label, row in report["layer"].items():
+        means = [sum(row[key]) / len(row[key]) for key in ("errors", "quiet_errors")]
+        lines.append(f"| {label} | {row['stored_bits']:.3f} | {number(means[0])} | {number(means[1])} |")
+    return "\n".join(lines) + "\n"
+
+
+def int8_planted_table(report: dict[str, Any]) -> str:
+    """Perplexity and KL divergence of the planted models of `llm_int8.py`, as Markdown."""
+    lines = ["| loudness | inputs and weights in INT8 | perplexity | KL (nats) |", "|---|---|---|---|"]
+    seen = set()
+    for row in report["planted"]:
+        if row["factor"] not in seen:
+            seen.add(row["factor"])
+            lines.append(f"| {row['factor']} | original | {row['original']:.2f} | |")
+        metrics = row["metrics"]
+        lines.append(f"| | {row['row']} | {metrics['perplexity'][0]:.2f} | {number(metrics['kl_divergence'][0])} |")
+    return "\n".join(lines) + "\n"
+
+
 def run_table(report: dict[str, Any]) -> str:
     """Time, memory and bytes of `random_llama.py` runs, as Markdown."""
     lines = [
@@ -181,6 +206,9 @@ def main() -> None:
     GENERATED.mkdir(parents=True, exist_ok=True)
     run = json.loads((RESULTS / "random_llama_7b.json").read_text(encoding="utf-8"))
     (GENERATED / "random-llama-7b.md").write_text(run_table(run), encoding="utf-8")
+    int8 = json.loads((RESULTS / "llm_int8.json").read_text(encoding="utf-8"))
+    (GENERATED / "llm-int8-layer.md").write_text(int8_layer_table(int8), encoding="utf-8")
+    (GENERATED / "llm-int8-planted.md").write_text(int8_planted_table(int8), encoding="utf-8")
     for model, report in frontiers().items():
         (GENERATED / f"frontier-{model}.md").write_text(table(report), encoding="utf-8")
         plot(model, report, ROOT / "docs" / "images" / f"frontier-{model}.svg")

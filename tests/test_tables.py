@@ -30,6 +30,13 @@ def test_generated_tables_are_up_to_date(tables: ModuleType) -> None:
         assert written == tables.table(report), f"{model}: run python benchmarks/tables.py"
 
 
+def test_tables_of_llm_int8_are_up_to_date(tables: ModuleType) -> None:
+    report = json.loads((ROOT / "benchmarks" / "results" / "llm_int8.json").read_text(encoding="utf-8"))
+    for name, make in (("layer", tables.int8_layer_table), ("planted", tables.int8_planted_table)):
+        written = (ROOT / "docs" / "generated" / f"llm-int8-{name}.md").read_text(encoding="utf-8")
+        assert written == make(report), f"{name}: run python benchmarks/tables.py"
+
+
 def test_readme_shows_the_committed_numbers(tables: ModuleType) -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     report = tables.frontiers()[tables.README_MODEL]

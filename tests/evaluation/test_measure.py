@@ -143,6 +143,29 @@ def test_causality_is_found_by_structure(family: str) -> None:
     assert is_causal(model, batch, "cpu") == (family not in ("bert", "albert", "whisper"))
 
 
+class RoundsByTheCall(torch.nn.Module):
+    """Logits of each token alone, but rounded in steps of the largest value of the whole call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = torch.nn.Parameter(torch.randn(9, 9, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        values = self.table[input_ids]
+        step = values.abs().max() / 8
+        return (values / step).round() * step
+
+
+def test_a_model_that_rounds_by_the_whole_call_is_causal_all_the_same() -> None:
+    model = RoundsByTheCall()
+    loudest = int(model.table.abs().amax(1).argmax())
+    ids = torch.tensor([[(loudest + 1) % 9, (loudest + 2) % 9, loudest]])
+    other = ids.clone()
+    other[0, -1] = ids[0, 0]
+    assert not torch.equal(model(ids)[0, :2], model(other)[0, :2])
+    assert is_causal(model, {"input_ids": ids}, "cpu")
+
+
 @pytest.mark.parametrize("family", ["gpt2", "opt", "neox", "gemma3"])
 def test_causal_families_get_perplexity(family: str) -> None:
     original, changed = perturbed(family)

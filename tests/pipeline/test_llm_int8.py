@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,11 +18,10 @@ from whit.models.packed import packed_modules
 CHANNEL = 11
 
 
-@pytest.fixture(scope="module")
-def loud(tmp_path_factory: pytest.TempPathFactory) -> Case:
-    """A Llama that computes what it did before, but one channel behind every norm is thirty times as loud."""
-    case = make_case("llama", tmp_path_factory.mktemp("loud"), embedding_bits=16)
-    model = AutoModelForCausalLM.from_pretrained(case.model)
+def plant(folder: Path, factor: float) -> None:
+    """Make one channel behind every norm of a saved Llama louder and the weights that read it as much smaller: the
+    model computes what it did before."""
+    model = AutoModelForCausalLM.from_pretrained(folder)
     with torch.no_grad():
         for block in model.model.layers:
             attention, feed_forward = block.self_attn, block.mlp
@@ -29,10 +29,17 @@ def loud(tmp_path_factory: pytest.TempPathFactory) -> Case:
                 (block.input_layernorm, (attention.q_proj, attention.k_proj, attention.v_proj)),
                 (block.post_attention_layernorm, (feed_forward.gate_proj, feed_forward.up_proj)),
             ):
-                norm.weight[CHANNEL] *= 30
+                norm.weight[CHANNEL] *= factor
                 for reader in readers:
-                    reader.weight[:, CHANNEL] /= 30
-    model.save_pretrained(case.model)
+                    reader.weight[:, CHANNEL] /= factor
+    model.save_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def loud(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    """A random Llama with a channel thirty times as loud."""
+    case = make_case("llama", tmp_path_factory.mktemp("loud"), embedding_bits=16)
+    plant(case.model, 30)
     return case
 
 
@@ -42,11 +49,15 @@ def compress(case: Case, folder: Path, **knobs: object) -> whit.Result:
     return result
 
 
-def divergence(result: whit.Result) -> float:
+def metric(result: whit.Result, name: str) -> float:
     assert result.compressed is not None
-    metric = result.compressed.metric("kl_divergence")
-    assert metric is not None
-    return metric.value
+    found = result.compressed.metric(name)
+    assert found is not None, name
+    return found.value
+
+
+def divergence(result: whit.Result) -> float:
+    return metric(result, "kl_divergence")
 
 
 def test_planted_outliers_hurt_without_decomposition_and_not_with_it(loud: Case, tmp_path: Path) -> None:
@@ -62,6 +73,25 @@ def test_planted_outliers_hurt_without_decomposition_and_not_with_it(loud: Case,
     assert dynamic < 1.5 * without["quiet"]
     assert static < 1.5 * without["quiet"]
     assert 2 * dynamic < int8 < without["loud"]
+
+
+def test_a_trained_model_loses_perplexity_without_decomposition_and_not_with_it(tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(Path(__file__).parents[1] / "assets" / "stories260k", folder)
+    plant(folder, 100)
+    options = whit.RunOptions(
+        samples=4, sequence_length=128, evaluation_windows=2, window=256, embedding_bits=16, device="cpu"
+    )
+    case = Case("llama", folder, options)
+    none = compress(case, tmp_path / "none", outliers="none")
+    assert none.original is not None
+    original = none.original.metric("perplexity")
+    assert original is not None
+    assert metric(none, "perplexity") > 1.2 * original.value
+    for outliers in ("dynamic", "static"):
+        result = compress(case, tmp_path / outliers, outliers=outliers)
+        assert metric(result, "perplexity") == pytest.approx(original.value, rel=0.01)
+        assert divergence(result) < 0.02 * divergence(none)
 
 
 @pytest.mark.parametrize("outliers", ["dynamic", "static", "none"])
