@@ -104,7 +104,7 @@ def test_the_cap_keeps_the_result_within_the_plan() -> None:
         result = method.compress(weight(), statistics(**loud))
         assert result.packed.tensors["outlier_index"].tolist() == [38, 39]
         assert result.packed.stored_bytes() == method.format(12, 200).bytes(12, 200)
-        assert "30 of 200 inputs (15.00%) reach 6 in calibration" in result.notes[0]
+        assert "inputs that reach 6 in calibration: 30 of 200 (15.00%)" in result.notes[0]
         assert "max_outlier_share 0.01" in result.notes[0]
     quiet = LLMInt8().compress(weight(), statistics())
     assert quiet.packed.stored_bytes() == 12 * 200 + 12 * 4 < LLMInt8().format(12, 200).bytes(12, 200)
@@ -121,7 +121,8 @@ def test_the_plan_says_that_it_is_a_bound() -> None:
 def test_static_reports_what_is_done_in_16_bit() -> None:
     notes = compress(weight(), statistics(c3=7.5), outliers="static").notes
     assert notes == (
-        "1 of 200 inputs (0.50%) reach 6 in calibration; 1 are outliers: 0.50% of the multiply-adds in 16 bit",
+        "inputs that reach 6 in calibration: 1 of 200 (0.50%); "
+        "outlier columns: 1, 0.50% of the multiply-adds in 16 bit",
     )
 
 

@@ -25,6 +25,8 @@ METHODS = [
     ("magnitude", {}),
     ("ria", {"sparsity": 0.6, "update": True}),
     ("sparsegpt", {"pattern": "4:8"}),
+    ("llm-int8", {}),
+    ("llm-int8", {"outliers": "static"}),
 ]
 
 

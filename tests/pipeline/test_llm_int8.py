@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 import whit
 from tests import tiny
 from tests.pipeline.conftest import Case, Recorder, make_case
+from whit.methods import make_method
 from whit.models.packed import packed_modules
 
 CHANNEL = 11
@@ -156,3 +157,23 @@ def test_other_families_come_through(family: str, tmp_path: Path) -> None:
     assert max(layer.error for layer in result.layers) < 2e-3
     model = whit.load(tmp_path / "out")
     assert packed_modules(model)
+
+
+@pytest.mark.parametrize("family", ["llama", "llama-tied"])
+def test_embedding_and_head_can_be_int8_as_well(family: str, tmp_path: Path) -> None:
+    case = make_case(family, tmp_path)
+    ends = ("@embedding",) if family == "llama-tied" else ("@embedding", "@head")
+    without_data = make_method("llm-int8", {"outlier_weights": "int8"})
+    recipe = whit.Recipe((whit.Step(make_method("llm-int8")), whit.Step(without_data, ends)))
+    result = whit.compress(case.model, recipe, tmp_path / "out", options=case.options)
+    assert isinstance(result, whit.Result)
+    assert divergence(result) < 1e-4
+    model = whit.load(tmp_path / "out")
+    embedding = model.get_submodule("model.embed_tokens")
+    assert embedding.packed.stored_bytes() == 97 * 48 + 4 * 97
+    ids = torch.tensor([[5, 5, 96]])
+    assert torch.equal(embedding(ids), embedding.packed.unpack()[ids])
+    inputs = torch.randn(2, 48, generator=torch.Generator().manual_seed(0))
+    head = model.get_output_embeddings()
+    shared = embedding.packed if family == "llama-tied" else head.packed
+    assert torch.equal(head(inputs), shared.linear(inputs))

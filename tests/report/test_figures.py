@@ -94,6 +94,19 @@ def test_notes_of_many_layers_are_one_remark() -> None:
     ]
 
 
+def test_notes_that_differ_in_numbers_alone_are_one_remark() -> None:
+    result = example_result(4)
+    result.model["notes"] = []
+    notes = ["6 of 64 inputs", "6 of 64 inputs", "1.5e-3 of 64 inputs", "no input"]
+    names = [layer.name for layer in result.layers]
+    for layer, note in zip(result.layers, [*notes, *[""] * len(names)], strict=False):
+        layer.notes[:] = [note] if note else []
+    assert remarks(result) == [
+        f"6 of 64 inputs (2 layers, first {names[0]}; other numbers in 1 more, listed with the layers in report.html)",
+        f"no input ({names[3]})",
+    ]
+
+
 def test_bits_in_the_table_are_stored_bytes_times_eight_over_weights() -> None:
     result = example_result(30)
     rows = {row.label: row.after for row in size_rows(result)}

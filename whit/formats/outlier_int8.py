@@ -143,7 +143,7 @@ class OutlierInt8(Format):
             split = self.split(flat, tensors)
             large = flat[:, split.outliers].double()
             out = torch.empty(len(flat), rows, dtype=inputs.dtype, device=inputs.device)
-            step = max(1, OUTPUTS_AT_ONCE // max(1, len(flat)))
+            step = max(8, OUTPUTS_AT_ONCE // max(1, len(flat)) // 8 * 8)  # multiples of 8, which GPUs ask for
             for start in range(0, rows, step):
                 part = slice(start, start + step)
                 of_rows = self._rows(tensors, part)

@@ -126,10 +126,14 @@ class LLMInt8(Method):
         if not crossing:
             return f"no input reaches {self.threshold:g} in calibration"
         capped = f" (max_outlier_share {self.max_outlier_share:g})" if listed < crossing else ""
-        reach = f"{crossing} of {columns} inputs ({crossing / columns:.2%}) reach {self.threshold:g} in calibration"
+        reach = (
+            f"inputs that reach {self.threshold:g} in calibration: {crossing} of {columns} ({crossing / columns:.2%})"
+        )
         if self.outliers == "static":
-            return f"{reach}; {listed} are outliers{capped}: {listed / columns:.2%} of the multiply-adds in 16 bit"
-        return f"{reach}: at most that share of the multiply-adds in 16 bit; weights of {listed} kept in 16 bit{capped}"
+            return f"{reach}; outlier columns: {listed}{capped}, {listed / columns:.2%} of the multiply-adds in 16 bit"
+        return (
+            f"{reach}, at most that share of the multiply-adds in 16 bit; columns with 16-bit weights: {listed}{capped}"
+        )
 
 
 def outlier_columns(largest: Tensor, threshold: float, most: int) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 from whit.report.record import EvaluationRecord, LayerRecord, MetricRecord, Result
 
 LONGEST_FACT = 200
+NUMBER = re.compile(r"\d+(\.\d+)?(e[+-]?\d+)?")
 _METRIC_LABELS = {"kl_divergence": "KL divergence to the original (nats/token)"}
 
 
@@ -182,18 +183,25 @@ def protocols(result: Result) -> list[str]:
 
 
 def remarks(result: Result) -> list[str]:
-    """What a reader must know before quoting the numbers: leaks, notes on the source, notes of the method."""
+    """What a reader must know before quoting the numbers: leaks, notes on the source, notes of the method.
+
+    Notes of layers that differ in their numbers alone are one remark: the first of them, and how many more there are.
+    """
     found: list[str] = []
     if any(record is not None and record.leak for record in (result.original, result.compressed)):
         found.append("The calibration text is part of the evaluation text (--allow-leak): the quality is overstated.")
     found += [str(note) for note in result.model.get("notes", [])]
     found += [str(note) for note in result.run.get("notes", [])]
-    by_note: dict[str, list[str]] = {}
+    alike: dict[str, dict[str, list[str]]] = {}
     for layer in result.layers:
         for note in layer.notes:
-            by_note.setdefault(note, []).append(layer.name)
-    for note, names in by_note.items():
-        found.append(f"{note} ({names[0] if len(names) == 1 else f'{len(names)} layers, first {names[0]}'})")
+            alike.setdefault(NUMBER.sub("#", note), {}).setdefault(note, []).append(layer.name)
+    for by_note in alike.values():
+        note, names = next(iter(by_note.items()))
+        where = names[0] if len(names) == 1 else f"{len(names)} layers, first {names[0]}"
+        others = sum(len(names) for names in by_note.values()) - len(names)
+        more = f"; other numbers in {others} more, listed with the layers in report.html" if others else ""
+        found.append(f"{note} ({where}{more})")
     return _unique(found)
 
 
