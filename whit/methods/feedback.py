@@ -67,7 +67,7 @@ def round_with_feedback(
             done = errors[start:stop]
             if isinstance(rounder, BlockRounder) and rounder.fast(weight):
                 inner = upper[start:stop, start:stop].contiguous()
-                rounder.round_block(start, block.contiguous(), inner, codes[start:stop], done)
+                rounder.round_block(start, block[: stop - start].contiguous(), inner, codes[start:stop], done)
                 continue
             inner = upper[start:stop, start:stop].T.contiguous()
             diagonal = diagonal or torch.diagonal(upper).tolist()

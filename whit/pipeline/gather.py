@@ -63,12 +63,16 @@ class SecondMoment:
     def update(self, x: Tensor) -> None:
         """Add inputs (..., tokens, columns); two dimensions count as one sequence."""
         sequences = x.shape[0] if x.dim() > 2 else 1
-        flat = x.reshape(-1, x.shape[-1]).float()
+        flat = x.reshape(-1, x.shape[-1])
         self.moment *= self.sequences / (self.sequences + sequences)
         self.sequences += sequences
         self.tokens += flat.shape[0]
-        scaled = math.sqrt(2 / self.sequences) * flat
-        self.moment += scaled.T @ scaled
+        if flat.is_cuda and flat.dtype in (torch.float16, torch.bfloat16):
+            # Products of 16-bit numbers are exact in float32, in which tensor cores add them: nothing is lost.
+            self.moment += torch.mm(flat.T, flat, out_dtype=torch.float32).mul_(2 / self.sequences)
+        else:
+            scaled = math.sqrt(2 / self.sequences) * flat.float()
+            self.moment += scaled.T @ scaled
 
 
 @dataclass
