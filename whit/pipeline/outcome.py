@@ -15,6 +15,7 @@ from whit import __version__
 from whit.errors import OutputError
 from whit.pipeline.journal import Journal
 from whit.pipeline.memory import peak_device_bytes, peak_host_bytes
+from whit.pipeline.passes import recorded_allocation
 from whit.pipeline.prepare import Job
 from whit.report.record import RESULT_FILE, EvaluationRecord, Result, SizeRecord
 
@@ -74,6 +75,7 @@ def make_result(
     ordered = [records[name] for name in sorted(records, key=list(job.assignment.layers).index)]
     inside = [record for record in ordered if record.block]
     place = job.device
+    allocation = recorded_allocation(journal.folder, job.assignment)
     return Result(
         model={
             "label": job.reference.label,
@@ -85,6 +87,7 @@ def make_result(
         run={
             "identity": job.identity,
             "method": job.recipe.to_json(),
+            **({"allocation": allocation} if allocation else {}),
             "options": {**dataclasses.asdict(job.options), "skip": list(job.options.skip)},
             "seed": job.options.seed,
             "calibration": job.calibration.provenance,
