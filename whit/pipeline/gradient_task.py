@@ -78,7 +78,7 @@ def sequence_loss(task: GradientTask, batch: Batch, finished: Sequence[Finished]
     loss = loss_of(answer)
     if not bool(torch.isfinite(loss)):
         raise ModelError(
-            f"the loss of a calibration sequence is {float(loss)}: give sequences of at least two tokens, check the "
+            f"the loss of a calibration sequence is {float(loss.detach())}: give sequences of at least two tokens, check the "
             f"model's weights, or {without_gradients()}"
         )
     return loss
