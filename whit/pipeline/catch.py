@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache
 
 from whit.errors import ModelError
 from whit.models.packed import replace_module
@@ -104,6 +105,9 @@ class _StandIn(nn.Module):
                 f"between repeated blocks, before {self._name!r}, the model changes the hidden states; "
                 "whit can only stream blocks that feed each other directly"
             )
+        # A key-value cache would grow with every call, and a call would see what earlier ones left in it.
+        arguments = tuple(None if isinstance(item, Cache) else item for item in arguments)
+        keywords = {key: None if isinstance(item, Cache) else item for key, item in keywords.items()}
         if isinstance(slot, int):
             kept: tuple[Any, ...] = (*arguments[:slot], None, *arguments[slot + 1 :])
             log.calls.append(Call(self._name, kept, keywords, slot))
@@ -250,7 +254,7 @@ def answer_of(model: nn.Module, batch: Mapping[str, Tensor], finished: Sequence[
 
 
 def without_cache(model: nn.Module) -> dict[str, bool]:
-    """Keyword that switches a key-value cache off: it would be recorded and grow with every call of a block."""
+    """Keyword that switches a key-value cache off, for models that take one: it would cost memory for nothing."""
     return {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
 
 

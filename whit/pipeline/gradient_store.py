@@ -133,7 +133,7 @@ class GradientStore:
 
     def gradients(self, block: str) -> dict[str, Tensor]:
         """G = sqrt(sum of squares) of a block's layers, float32 (rows, columns); without layers never reached."""
-        return {name: value.sqrt() for name, value in self.sums(block).items()}
+        return {name: value.sqrt_() for name, value in self.sums(block).items()}
 
     def _name(self) -> str:
         self._serial += 1

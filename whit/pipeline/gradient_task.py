@@ -21,6 +21,8 @@ from whit.pipeline.loss import loss_labels, loss_of, without_gradients
 from whit.pipeline.stage import Batch, Stage
 
 PHASE = "gradients"
+# Share of the free memory that the hidden states between blocks may take.
+BOUNDARY_SHARE = 0.25
 
 Layers = dict[str, AssignedLayer]
 Sums = dict[str, Tensor]
@@ -78,8 +80,8 @@ def sequence_loss(task: GradientTask, batch: Batch, finished: Sequence[Finished]
     loss = loss_of(answer)
     if not bool(torch.isfinite(loss)):
         raise ModelError(
-            f"the loss of a calibration sequence is {float(loss.detach())}: give sequences of at least two tokens, check the "
-            f"model's weights, or {without_gradients()}"
+            f"the loss of a calibration sequence is {float(loss.detach())}: give sequences of at least two tokens, "
+            f"check the model's weights, or {without_gradients()}"
         )
     return loss
 

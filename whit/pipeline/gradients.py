@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from whit.pipeline.catch import Call, Caught, Finished
 from whit.pipeline.gradient_task import (
+    BOUNDARY_SHARE,
     PHASE,
     GradientTask,
     Layers,
@@ -36,9 +37,6 @@ from whit.pipeline.gradients_whole import whole_gradients
 from whit.pipeline.memory import available_bytes
 from whit.pipeline.stage import Batch
 from whit.pipeline.way import Way, find_way
-
-# Share of the free memory that the hidden states between blocks may take.
-BOUNDARY_SHARE = 0.25
 
 
 def gather_gradients(task: GradientTask) -> None:
