@@ -29,9 +29,11 @@ class Sensitive(Method):
         return RTN(bits=self.bits, group_size=0).format(rows, columns)
 
     def compress(self, weight: Tensor, statistics: LayerStatistics) -> Compressed:
-        assert statistics.gradient is not None
-        assert statistics.gradient.shape == weight.shape
-        score = weight.abs() * statistics.gradient
+        score = weight.abs()
+        if statistics.tokens:  # else the inputs reach no such layer
+            assert statistics.gradient is not None
+            assert statistics.gradient.shape == weight.shape
+            score = score * statistics.gradient
         smallest = score.argsort(dim=1, stable=True)[:, : weight.shape[1] // 2]
         return RTN(bits=self.bits, group_size=0).compress(weight.scatter(1, smallest, 0.0), statistics)
 

@@ -18,6 +18,10 @@ from tests.pipeline.needy import Budgeted, Hopeless, Sensitive
 from tests.pipeline.test_resume import same_files
 from whit.errors import ModelError
 from whit.methods.base import Method
+from whit.methods.chain import PruneThenQuantise
+from whit.methods.pruner_zero import PrunerZero
+from whit.methods.rtn import RTN
+from whit.methods.wanda import Wanda
 from whit.models.resolve import resolve_model
 from whit.models.skeleton import load_dense
 from whit.pipeline import gradients
@@ -115,6 +119,56 @@ def test_the_saved_model_loads_and_its_sizes_are_those_of_the_files(
     )
     assert isinstance(plan, whit.Plan)
     assert [note for note in plan.notes if "budget" in note and "among the blocks" in note]
+
+
+def test_pruning_by_outliers_keeps_the_budget(case_of: Callable[[str], Case], tmp_path: Path) -> None:
+    case = case_of("llama")
+    method = PruneThenQuantise(Wanda(pattern="4:8", allocation="owl", owl_multiple=2.0, owl_span=0.3), RTN(bits=4))
+    result = compress(case, method, tmp_path / "out")
+    kept: dict[str, int] = {}
+    model = whit.load(tmp_path / "out")
+    for layer in result.layers:
+        if layer.block:
+            n, m = map(int, layer.method["pruner"]["pattern"].split(":"))
+            assert m == 8
+            weight = model.get_submodule(layer.name).weight
+            assert isinstance(weight, torch.Tensor)
+            assert int(torch.count_nonzero(weight)) <= layer.parameters * n // m
+            kept[layer.block] = kept.get(layer.block, 0) + layer.parameters * n // m
+    assert len(set(kept.values())) > 1
+    assert sum(kept.values()) <= sum(layer.parameters for layer in result.layers if layer.block) // 2
+    (entry,) = result.run["allocation"]
+    assert entry["method"] == method.to_json()
+
+
+def test_pruner_zero_ranks_by_the_gradients_of_the_dense_model(case_of: Callable[[str], Case], tmp_path: Path) -> None:
+    case = case_of("llama")
+    result = compress(case, PrunerZero(sparsity=0.5), tmp_path / "out")
+    original = load_dense(resolve_model(case.model), torch.float32, "cpu")
+    assert case.options.calibration is not None
+    ids = load_file(case.options.calibration)["input_ids"]
+    names = [layer.name for layer in result.layers if layer.block]
+    sums = {name: torch.zeros_like(original.get_parameter(f"{name}.weight")) for name in names}
+    for row in ids:
+        original.zero_grad()
+        original(input_ids=row[None], labels=row[None]).loss.backward()
+        for name, total in sums.items():
+            gradient = original.get_parameter(f"{name}.weight").grad
+            assert gradient is not None
+            total += gradient.square()
+    model = whit.load(tmp_path / "out")
+    agree = total_weights = 0
+    for name in names:
+        weight = original.get_parameter(f"{name}.weight").detach()
+        gradient = sums[name].sqrt()
+        score = weight.square() * (gradient - gradient.min()) / (gradient.max() - gradient.min())
+        expected = torch.ones_like(score, dtype=torch.bool)
+        expected.scatter_(1, score.argsort(dim=1, stable=True)[:, : score.shape[1] // 2], False)
+        saved = model.get_submodule(name).weight
+        assert isinstance(saved, torch.Tensor)
+        agree += int(((saved != 0) == expected).sum())
+        total_weights += expected.numel()
+    assert agree / total_weights > 0.9995  # ties of rounding aside
 
 
 @pytest.mark.parametrize("family", ["whisper", "albert"])
