@@ -98,6 +98,7 @@ def test_a_budget_is_divided_by_what_the_dense_blocks_show(
     assert all(layer.method["bits"] in bits_by_block(result)[layer.block] for layer in result.layers if layer.block)
     assert [name for name, _ in listener.phases].count("survey") == 1
     assert json.loads((tmp_path / "out" / "result.json").read_text())["run"]["allocation"] == [entry]
+    assert "divided the budget of budgeted among 3 blocks" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_the_saved_model_loads_and_its_sizes_are_those_of_the_files(

@@ -63,6 +63,14 @@ def saved_bytes(directory: Path) -> int:
     return sum(path.stat().st_size for path in [*files, directory / "config.json"] if path.is_file())
 
 
+def _division_notes(allocation: list[dict[str, Any]]) -> list[str]:
+    return [
+        f"A survey of the dense model divided the budget of {item['method']['method']} among {len(item['blocks'])} "
+        "blocks (run.allocation in result.json)"
+        for item in allocation
+    ]
+
+
 def make_result(
     job: Job,
     journal: Journal,
@@ -87,7 +95,7 @@ def make_result(
         run={
             "identity": job.identity,
             "method": job.recipe.to_json(),
-            **({"allocation": allocation} if allocation else {}),
+            **({"allocation": allocation, "notes": _division_notes(allocation)} if allocation else {}),
             "options": {**dataclasses.asdict(job.options), "skip": list(job.options.skip)},
             "seed": job.options.seed,
             "calibration": job.calibration.provenance,
