@@ -40,7 +40,10 @@ def test_unpacks_bit_for_bit_as_on_the_cpu(name: str, knobs: dict[str, object]) 
     assert torch.equal(packed.unpack().cpu(), packed.to("cpu").unpack())
 
 
-@pytest.mark.parametrize(("name", "knobs"), METHODS)
+@pytest.mark.parametrize(
+    ("name", "knobs"),
+    [*METHODS, ("pruner-zero", {"pattern": "2:4"}), ("wanda", {"allocation": "owl", "owl_multiple": 3.0})],
+)
 def test_a_run_on_the_device_is_as_good_as_on_the_cpu(name: str, knobs: dict[str, object], tmp_path: Path) -> None:
     model = tiny.save_model("llama", tmp_path / "model")
     data = tiny.save_inputs("llama", tmp_path / "calibration.safetensors", sequences=8)

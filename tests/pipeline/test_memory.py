@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -13,17 +14,23 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tests import tiny
 from tests.pipeline.conftest import make_case
+from tests.pipeline.needy import Sensitive
 from whit.methods import make_method
+from whit.methods.rtn import RTN
 from whit.pipeline.memory import (
     RUNTIME_BYTES,
+    GradientSizes,
     Sizes,
     compression_bytes,
     evaluation_bytes,
     expected_memory,
+    gradient_bytes,
+    gradient_sizes,
     hidden_width,
     original_fits,
     peak_host_bytes,
 )
+from whit.pipeline.plan import make_plan
 from whit.pipeline.prepare import prepare
 
 SCRIPT = """
@@ -95,6 +102,42 @@ def test_a_run_peaks_in_its_largest_phase() -> None:
     beside = 500 + 40 + (60 + 2 * 80 + 50)
     assert evaluation_bytes(SIZES, available=10_000) == beside
     assert evaluation_bytes(SIZES, available=100) == beside - 540
+
+
+def test_the_gradient_pass_keeps_what_fits() -> None:
+    sizes = GradientSizes(
+        outside=100,
+        block=10,
+        dense=500,
+        sums=300,
+        flowing=7,
+        boundaries=60,
+        activations=6,
+        logits=8,
+        whole=False,
+    )
+    assert gradient_bytes(sizes, available=10_000) == 60 + 100 + 4 * 8
+    assert gradient_bytes(sizes, available=100) == 25 + 100 + 4 * 8
+    assert gradient_bytes(dataclasses.replace(sizes, outside=0), available=100) == 25 + 4 * (10 + 6)
+    assert gradient_bytes(dataclasses.replace(sizes, whole=True), available=100) == 1000 + 20 + 4 * (8 + 6)
+    assert sizes.disk == 300 + 14
+    without = dataclasses.replace(sizes, sums=0)
+    assert gradient_bytes(without, available=100) == without.disk == 0
+
+
+def test_gradients_count_in_the_plan(tmp_path: Path) -> None:
+    case = make_case("llama", tmp_path, evaluate=False)
+    plans = [
+        make_plan(prepare(case.model, method, tmp_path / "out", case.options)) for method in (RTN(bits=4), Sensitive())
+    ]
+    assert plans[0].working_bytes == 0
+    inside = sum(layer.rows * layer.columns for layer in plans[1].layers if layer.block)
+    assert plans[1].working_bytes == 4 * inside + 2 * 4 * 6 * 24 * 48
+    assert plans[1].host_bytes > plans[0].host_bytes
+    for family, whole in (("whisper", True), ("albert", False)):
+        case = make_case(family, tmp_path / family, evaluate=False)
+        sizes = gradient_sizes(prepare(case.model, Sensitive(), tmp_path / "out", case.options))
+        assert sizes.whole is whole
 
 
 def test_original_is_measured_only_where_it_fits() -> None:

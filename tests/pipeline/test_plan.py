@@ -9,9 +9,11 @@ import torch
 
 import whit
 from tests.pipeline.conftest import Case, Finished, Recorder, make_case
+from tests.pipeline.needy import Budgeted, Sensitive
 from whit.cli.tables import plan_view
 from whit.errors import ResourceError
 from whit.methods import make_method
+from whit.methods.base import Method
 from whit.pipeline.checks import check_disk, check_memory, disk_bytes
 from whit.pipeline.compress import merge_batches
 from whit.pipeline.estimate import Probe, estimate_minutes, fit_probe
@@ -55,6 +57,18 @@ def test_minutes_grow_with_the_work_and_shrink_with_what_is_done(tmp_path: Path)
     whole = estimate_minutes(job.assignment, evaluated=0, **fields)
     assert whole > 10 * idle
     assert estimate_minutes(job.assignment, evaluated=0, left=0.0, **fields) < 0.8 * whole
+
+
+def test_minutes_count_the_passes_until_they_are_done(tmp_path: Path) -> None:
+    case = make_case("llama", tmp_path)
+    fields = {"tokens": 10**6, "block_parameters": 10**9, "device": torch.device("cpu"), "compute_dtype": torch.float32}
+
+    def minutes(method: Method, left: float) -> float:
+        assignment = prepare(case.model, method, tmp_path / "out", case.options).assignment
+        return estimate_minutes(assignment, evaluated=0, left=left, **fields)  # type: ignore[arg-type]
+
+    assert minutes(Sensitive(), 1.0) > 2 * minutes(Sensitive(), 0.99)
+    assert minutes(Budgeted(), 1.0) > 10 * minutes(Budgeted(), 0.99)  # rounding itself needs no forward pass
 
 
 def test_plan_accounts_for_every_parameter(finished_run_of_gpt2: Finished) -> None:

@@ -8,12 +8,16 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+from transformers import Cache, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import whit
 from tests import tiny
 from tests.pipeline.conftest import Recorder
+from tests.pipeline.needy import Budgeted, Sensitive
+from whit.models.stacks import find_stacks
 from whit.pipeline.block import UNREACHED
+from whit.pipeline.catch import CallCatcher
+from whit.pipeline.recipe import Recipe, Step
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +41,43 @@ def vision_language(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ids = tiny.inputs("llama")["input_ids"].clamp(max=95)
     save_file({"input_ids": ids}, folder / "calibration.safetensors")
     return folder
+
+
+def test_calls_hold_no_key_value_cache(vision_language: Path) -> None:
+    """This model does not let its caller switch the cache off by a parameter of its own."""
+    model = LlavaForConditionalGeneration.from_pretrained(vision_language / "model")
+    vision, text = find_stacks(model)
+    batch = {"input_ids": torch.arange(9)[None]}
+    caught = CallCatcher(model, text.blocks, as_tuple=False, later=vision.blocks).catch(batch, 0)
+    values = [value for call in caught.calls for value in (*call.arguments, *call.keywords.values())]
+    assert not [value for value in values if isinstance(value, Cache)]
+    hidden = caught.hidden
+    with torch.no_grad():
+        for call in caught.calls:
+            call.run(model.get_submodule(call.block), hidden)  # once more, as statistics and propagation do
+            hidden = call.run(model.get_submodule(call.block), hidden)
+        expected = model(**batch, output_hidden_states=True).hidden_states[-1]
+        norm = model.model.language_model.norm
+    torch.testing.assert_close(norm(hidden), expected)
+
+
+def test_layers_without_inputs_have_no_gradient(vision_language: Path, tmp_path: Path) -> None:
+    options = whit.RunOptions(
+        calibration=str(vision_language / "calibration.safetensors"), evaluate=False, device="cpu"
+    )
+    recipe = Recipe((Step(Sensitive(), exclude=("*fc1", "*o_proj")), Step(Budgeted(), ("*fc1", "*o_proj"))))
+    listener = Recorder()
+    result = whit.compress(vision_language / "model", recipe, tmp_path / "out", options=options, listener=listener)
+    assert isinstance(result, whit.Result)
+    backward = [step for step in listener.steps if step.startswith("backward")]
+    assert len(backward) == 2  # streamed, although the model has two stacks
+    blind = [layer for layer in result.layers if "vision" in layer.block and layer.method["method"] == "sensitive"]
+    assert blind
+    assert all(UNREACHED in layer.notes for layer in blind)
+    assert not [layer for layer in result.layers if "language" in layer.block and UNREACHED in layer.notes]
+    (entry,) = result.run["allocation"]
+    assert len(entry["blocks"]) == 2
+    assert not [block for block in entry["blocks"] if "vision" in block]
 
 
 def test_a_stack_that_text_never_reaches(vision_language: Path, tmp_path: Path) -> None:

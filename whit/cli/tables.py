@@ -55,6 +55,8 @@ def plan_view(plan: Plan) -> RenderableType:
         f"{format_bytes(plan.file_bytes)} ({file_bits:.3f} bits per parameter); "
         f"dense weights {format_bytes(plan.original_dense_bytes)}, file given {format_bytes(plan.original_file_bytes)}",
     )
+    if plan.working_bytes:
+        grid.add_row("working files", f"{format_bytes(plan.working_bytes)} of gradients, until the run is complete")
     device = f", {format_bytes(plan.device_bytes)} on the device" if plan.device_bytes else ""
     grid.add_row("peak memory", f"{format_bytes(plan.host_bytes)} on the host{device}")
     grid.add_row("time", f"about {format_seconds(plan.minutes * 60)}")

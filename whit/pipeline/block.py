@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -77,6 +77,7 @@ def compress_block(
     true_sequential: bool,
     done: Callable[[LayerRecord], None],
     swaps: Swaps,
+    gradients: Mapping[str, Tensor] | None = None,
 ) -> tuple[dict[str, Packed], list[LayerRecord]]:
     """Compress the assigned layers of a block; its modules hold the compressed values afterwards.
 
@@ -87,15 +88,17 @@ def compress_block(
             earlier ones compressed; otherwise once for all, as the published BiLLM code does.
         done: told about each layer.
         swaps: holds the modules that run packed until it is undone.
+        gradients: G of the dense model by full module name, float32 (rows, columns), for methods that need it; a layer
+            without one took part in no forward pass of the dense model and is compressed without data.
 
     Returns:
         packed weights by full module name, and their records.
     """
     modules = {name: block.get_submodule(name.removeprefix(prefix + ".")) for name in layers}
 
-    groups = _groups(block, modules, streams)
+    groups = group_layers(block, modules, streams)
     reached = {name for group in groups for name in group}
-    unreached = [name for name in layers if name not in reached]
+    unreached = [name for name in layers if name not in reached or not _has_gradient(layers[name], gradients or {})]
     packed: dict[str, Packed] = {}
     records: list[LayerRecord] = []
     for part in [[group] for group in groups] if true_sequential else [groups]:
@@ -106,14 +109,19 @@ def compress_block(
                 _run_copies(block, streams)
         for group in part:
             for name in group:
-                packed[name], record = compress_layer(layers[name], modules[name], source, statistics[group], swaps)
+                if name in unreached:
+                    continue
+                mine = statistics[group]
+                if Statistic.GRADIENT in layers[name].method.required() and gradients:
+                    mine = mine.with_gradient(gradients[name].to(_device(modules[name])))
+                packed[name], record = compress_layer(layers[name], modules[name], source, mine, swaps)
                 records.append(record)
                 done(record)
             statistics[group].release()
     for name in unreached:
-        data_free = _data_free(layers[name], modules[name])
+        noise = data_free(layers[name], modules[name])
         notes = (UNREACHED,) if layers[name].method.required() else ()
-        packed[name], record = compress_layer(layers[name], modules[name], source, data_free, swaps, notes)
+        packed[name], record = compress_layer(layers[name], modules[name], source, noise, swaps, notes)
         records.append(record)
         done(record)
     return packed, records
@@ -130,7 +138,7 @@ def _needs(layers: Iterable[AssignedLayer]) -> frozenset[Statistic]:
     return out
 
 
-def _groups(block: nn.Module, modules: dict[str, nn.Module], streams: Streams) -> list[tuple[str, ...]]:
+def group_layers(block: nn.Module, modules: dict[str, nn.Module], streams: Streams) -> list[tuple[str, ...]]:
     """Layers by shared inputs; batches are tried until every layer was reached, for blocks that route their inputs."""
     groups: list[tuple[str, ...]] = []
     waiting = dict(modules)
@@ -158,11 +166,24 @@ def _run_copies(block: nn.Module, streams: Streams) -> None:
                 out = call.run(block, out)
 
 
-def _data_free(layer: AssignedLayer, module: nn.Module) -> LayerStatistics:
-    device = next(module.parameters()).device
+def _has_gradient(layer: AssignedLayer, gradients: Mapping[str, Tensor]) -> bool:
+    return layer.name in gradients or Statistic.GRADIENT not in layer.method.required()
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device
+
+
+def data_free(layer: AssignedLayer, module: nn.Module) -> LayerStatistics:
+    """Statistics of a layer that no input reaches: as if its inputs were white noise, and no gradient."""
+    device = _device(module)
     ones = torch.ones(layer.columns, device=device)
     return LayerStatistics(
-        layer.columns, 0, torch.eye(layer.columns, device=device), square_sums=ones / 2, absolute_maximum=ones
+        layer.columns,
+        0,
+        torch.eye(layer.columns, device=device),
+        square_sums=ones / 2,
+        absolute_maximum=ones,
     )
 
 

@@ -10,12 +10,14 @@ decoder that attends to an encoder is caught after the encoder is done, with the
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import Cache
 
 from whit.errors import ModelError
 from whit.models.packed import replace_module
@@ -103,6 +105,9 @@ class _StandIn(nn.Module):
                 f"between repeated blocks, before {self._name!r}, the model changes the hidden states; "
                 "whit can only stream blocks that feed each other directly"
             )
+        # A key-value cache would grow with every call, and a call would see what earlier ones left in it.
+        arguments = tuple(None if isinstance(item, Cache) else item for item in arguments)
+        keywords = {key: None if isinstance(item, Cache) else item for key, item in keywords.items()}
         if isinstance(slot, int):
             kept: tuple[Any, ...] = (*arguments[:slot], None, *arguments[slot + 1 :])
             log.calls.append(Call(self._name, kept, keywords, slot))
@@ -191,14 +196,11 @@ class CallCatcher:
     ) -> None:
         self._model = model
         self._blocks = list(blocks)
-        self._as_tuple = as_tuple
+        self.as_tuple = as_tuple
         self._finished = list(finished)
         self._later = list(later)
         self._expected: int | None = None
         self._shared: list[Call] = []
-        # A key-value cache would be among the recorded arguments and grow with every call of a block.
-        parameters = inspect.signature(model.forward).parameters
-        self._extra = {"use_cache": False} if "use_cache" in parameters else {}
 
     def first_call(self, batch: dict[str, Tensor]) -> Caught | None:
         """Only the first call of a forward: used to learn what the blocks return. None if they are never called."""
@@ -222,25 +224,14 @@ class CallCatcher:
         return Caught(log.hidden, self._deduplicate(log.calls))
 
     def _run(self, batch: dict[str, Tensor], index: int, expected: int | None) -> _Log:
-        log = _Log(expected, self._as_tuple)
+        log = _Log(expected, self.as_tuple)
         stand_ins: dict[str, nn.Module] = {
             name: _StandIn(name, self._model.get_submodule(name), log) for name in self._blocks
         }
-        for stack in self._finished:
-            state = {"seen": 0, "calls": stack.calls, "as_tuple": stack.as_tuple, "result": stack.results[index]}
-            stand_ins |= {name: _Replay(self._model.get_submodule(name), state) for name in stack.blocks}
+        stand_ins |= _replays(self._model, self._finished, index)
         stand_ins |= {name: _Halt() for name in self._later}
-        originals = {name: self._model.get_submodule(name) for name in stand_ins}
-        try:
-            for name, stand_in in stand_ins.items():
-                replace_module(self._model, name, stand_in)
-            with torch.no_grad():
-                self._model(**batch, **self._extra)
-        except _Stop:
-            pass
-        finally:
-            for name, block in originals.items():
-                replace_module(self._model, name, block)
+        with _standing_in(self._model, stand_ins), torch.no_grad(), suppress(_Stop):
+            self._model(**batch, **without_cache(self._model))
         return log
 
     def _deduplicate(self, calls: list[Call]) -> list[Call]:
@@ -254,6 +245,38 @@ class CallCatcher:
             keywords = {key: _share(value, first.keywords.get(key)) for key, value in call.keywords.items()}
             out.append(Call(call.block, arguments, keywords, call.slot))
         return out
+
+
+def answer_of(model: nn.Module, batch: Mapping[str, Tensor], finished: Sequence[Finished], index: int) -> Any:
+    """Run the whole parent on batch number `index` with finished stacks replayed; gradients flow into their results."""
+    with _standing_in(model, _replays(model, finished, index)):
+        return model(**batch, **without_cache(model))
+
+
+def without_cache(model: nn.Module) -> dict[str, bool]:
+    """Keyword that switches a key-value cache off, for models that take one: it would cost memory for nothing."""
+    return {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+
+
+def _replays(model: nn.Module, finished: Sequence[Finished], index: int) -> dict[str, nn.Module]:
+    out: dict[str, nn.Module] = {}
+    for stack in finished:
+        state = {"seen": 0, "calls": stack.calls, "as_tuple": stack.as_tuple, "result": stack.results[index]}
+        out |= {name: _Replay(model.get_submodule(name), state) for name in stack.blocks}
+    return out
+
+
+@contextmanager
+def _standing_in(model: nn.Module, stand_ins: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Blocks replaced by others, and put back whatever happens."""
+    originals = {name: model.get_submodule(name) for name in stand_ins}
+    try:
+        for name, stand_in in stand_ins.items():
+            replace_module(model, name, stand_in)
+        yield
+    finally:
+        for name, block in originals.items():
+            replace_module(model, name, block)
 
 
 def _share(new: Any, old: Any) -> Any:

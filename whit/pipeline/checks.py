@@ -28,7 +28,9 @@ def check_resources(output: Path, plan: Plan, stored_bytes: int = 0) -> None:
     place = output.absolute()
     while not place.exists():
         place = place.parent
-    check_disk(str(output), disk_bytes(plan.file_bytes) - stored_bytes, shutil.disk_usage(place).free)
+    check_disk(
+        str(output), disk_bytes(plan.file_bytes) + plan.working_bytes - stored_bytes, shutil.disk_usage(place).free
+    )
     available = psutil.virtual_memory().available + psutil.Process().memory_info().rss
     check_memory(plan.host_bytes, available)
 

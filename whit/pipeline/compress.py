@@ -21,6 +21,7 @@ from whit.pipeline.finish import write_directory
 from whit.pipeline.journal import WORK_FOLDER, Journal, check_directory
 from whit.pipeline.options import RunOptions
 from whit.pipeline.outcome import completed_result, make_result
+from whit.pipeline.passes import has_passes, run_passes
 from whit.pipeline.plan import make_plan
 from whit.pipeline.prepare import Job, prepare
 from whit.pipeline.recipe import RECIPE_FILE, Recipe, as_recipe
@@ -94,25 +95,29 @@ def _run(job: Job, listener: Listener, started: float) -> Result:
 
 def execute(job: Job, journal: Journal, listener: Listener) -> dict[str, float]:
     """Compress what is not in the journal yet and write the loadable directory; returns seconds by phase."""
+    timings: dict[str, float] = {}
     start = time.perf_counter()
     units = {OUTSIDE, *(block for stack in job.stacks for block in stack.blocks)}
     if not units <= set(journal.units):
-        compress_units(
-            Run(
-                model=job.skeleton,
-                source=job.reference.source,
-                stacks=job.stacks,
-                assignment=job.assignment,
-                journal=journal,
-                listener=listener,
-                batches=merge_batches(job.calibration.batches, job.options.batch_size),
-                dense_dtype=job.dense_dtype,
-                compute_dtype=job.compute_dtype,
-                device=job.device,
-                true_sequential=job.options.true_sequential,
-            )
+        run = Run(
+            model=job.skeleton,
+            source=job.reference.source,
+            stacks=job.stacks,
+            assignment=job.assignment,
+            journal=journal,
+            listener=listener,
+            batches=merge_batches(job.calibration.batches, job.options.batch_size),
+            dense_dtype=job.dense_dtype,
+            compute_dtype=job.compute_dtype,
+            device=job.device,
+            true_sequential=job.options.true_sequential,
         )
-    timings = {"compression": time.perf_counter() - start}
+        if has_passes(job.assignment):
+            run = run_passes(run)
+            timings["passes"] = time.perf_counter() - start
+            start = time.perf_counter()
+        compress_units(run)
+    timings["compression"] = time.perf_counter() - start
     mark = time.perf_counter()
     listener.phase("saving", 1)
     fresh = build_skeleton(job.reference, job.dense_dtype)

@@ -27,11 +27,13 @@ from whit.models.source import TensorSource
 from whit.models.stacks import Stack
 from whit.pipeline.assign import Assignment
 from whit.pipeline.block import Streams, Swaps, compress_block, compress_layer, propagate, restore_layers
-from whit.pipeline.catch import CallCatcher, Caught, Finished
+from whit.pipeline.catch import Caught, Finished
 from whit.pipeline.events import Listener
 from whit.pipeline.finish import dense_tensor_dtype
+from whit.pipeline.gradient_store import GradientStore
 from whit.pipeline.heap import return_freed_memory
 from whit.pipeline.journal import Journal
+from whit.pipeline.stage import Stage
 from whit.report.record import LayerRecord
 
 OUTSIDE = ""  # the unit of everything that lies in no block
@@ -46,6 +48,7 @@ class Run:
         dense_dtype: dtype in which untouched parameters are saved.
         compute_dtype, device: of the forward passes.
         batches: calibration inputs, on CPU.
+        gradients: of the dense model, if a method needs them (filled by the passes before the loop).
     """
 
     model: nn.Module
@@ -59,6 +62,12 @@ class Run:
     compute_dtype: torch.dtype
     device: torch.device
     true_sequential: bool
+    gradients: GradientStore | None = None
+
+    @property
+    def stage(self) -> Stage:
+        """Where the block loop computes."""
+        return Stage(self.model, self.source, self.stacks, self.compute_dtype, self.device)
 
 
 def compress_units(run: Run) -> None:
@@ -142,6 +151,7 @@ def _block(run: Run, name: str, streams: Streams, done: list[str], total: int) -
             true_sequential=run.true_sequential,
             done=run.listener.layer,
             swaps=swaps,
+            gradients=None if run.gradients is None else run.gradients.gradients(name),
         )
         _store(run, name, packed, records, time.perf_counter() - start)
     propagate(block, streams)  # nothing to do without streams
@@ -184,24 +194,13 @@ def _catch(
 
     None if the calibration inputs never reach the stack (the vision part of a model that is given text only).
     """
-    batches = [{key: _cast(value, run) for key, value in batch.items()} for batch in run.batches]
-    probe = CallCatcher(run.model, stack.blocks, as_tuple=False, finished=finished, later=later)
-    first = probe.first_call(batches[0])
-    if first is None:
+    stage = run.stage
+    catcher = stage.enter(stack, stage.cast(run.batches[0]), finished, later)
+    if catcher is None:
         return None
-    name = first.calls[0].block
-    materialise(run.model, name, run.source, run.compute_dtype, run.device)
-    as_tuple = first.calls[0].returns_tuple(run.model.get_submodule(name), first.hidden)
-    release(run.model, name)
-    catcher = CallCatcher(run.model, stack.blocks, as_tuple=as_tuple, finished=finished, later=later)
-    run.listener.phase("calibration", len(batches))
+    run.listener.phase("calibration", len(run.batches))
     caught = []
-    for index, batch in enumerate(batches):
-        caught.append(catcher.catch(batch, index))
-        run.listener.step(f"batch {index + 1}/{len(batches)}")
-    return caught, as_tuple
-
-
-def _cast(value: Tensor, run: Run) -> Tensor:
-    """An input on the device of the run, floating-point ones (audio features, pixels) in the compute dtype."""
-    return value.to(run.device, run.compute_dtype if value.is_floating_point() else value.dtype)
+    for index, batch in enumerate(run.batches):
+        caught.append(catcher.catch(stage.cast(batch), index))
+        run.listener.step(f"batch {index + 1}/{len(run.batches)}")
+    return caught, catcher.as_tuple

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import torch
 
 from whit.methods.base import Method
-from whit.methods.statistics import LayerStatistics
+from whit.methods.statistics import LayerStatistics, Statistic
 from whit.pipeline.assign import Assignment
+from whit.pipeline.gradient_task import gradient_layers
+from whit.pipeline.survey import surveying_methods
 
 PROBE_ROWS = 96
 PROBE_COLUMNS = 1024
@@ -48,7 +50,7 @@ def estimate_minutes(
     compute_dtype: torch.dtype,
     left: float = 1.0,
 ) -> float:
-    """Minutes of a run: the method on every layer, the products of forward passes and of second moments.
+    """Minutes of a run: passes before the block loop, the method on every layer, forward passes, second moments.
 
     Args:
         tokens: calibration tokens. block_parameters: of all blocks.
@@ -57,7 +59,8 @@ def estimate_minutes(
     """
     inside = [layer for layer in assignment.layers.values() if layer.block]
     probes = {key: _probe(*key, device) for key in dict.fromkeys((layer.method, layer.columns) for layer in inside)}
-    seconds = left * sum(probes[layer.method, layer.columns].seconds(layer.rows, layer.columns) for layer in inside)
+    seconds = _pass_seconds(assignment, tokens, block_parameters, device, compute_dtype) if left == 1 else 0.0
+    seconds += left * sum(probes[layer.method, layer.columns].seconds(layer.rows, layer.columns) for layer in inside)
     products = evaluated
     if any(
         layer.method.required() for layer in inside
@@ -65,6 +68,22 @@ def estimate_minutes(
         products += tokens * block_parameters * (1 + left)
         products += left * sum(tokens * layer.columns**2 / 3 for layer in inside)  # about three layers share inputs
     return (seconds + 2 * products / _product_rate(device, compute_dtype)) / 60
+
+
+def _pass_seconds(
+    assignment: Assignment, tokens: int, block_parameters: int, device: torch.device, dtype: torch.dtype
+) -> float:
+    """Seconds of the passes before the block loop that methods ask for."""
+    seconds = 0.0
+    if gradient_layers(assignment):  # forward twice (blocks are run again in reverse) and backward, which costs two
+        seconds += 2 * 4 * tokens * block_parameters / _product_rate(device, torch.float32)
+    surveys = surveying_methods(assignment)
+    if surveys:
+        products: float = tokens * block_parameters
+        if any(Statistic.SECOND_MOMENT in method.survey_required() for method in surveys):
+            products += sum(tokens * layer.columns**2 / 3 for layer in assignment.layers.values() if layer.block)
+        seconds += 2 * products / _product_rate(device, dtype)
+    return seconds
 
 
 def _probe(method: Method, columns: int, device: torch.device) -> Probe:

@@ -38,6 +38,7 @@ class Plan:
         blocks: number of blocks. blocks_done: finished by an earlier run that this one continues.
         calibration: provenance of the calibration data.
         notes: remarks the user should read.
+        working_bytes: disk for what passes before the compression keep, freed at the end.
     """
 
     model: str
@@ -56,6 +57,7 @@ class Plan:
     blocks_done: int
     calibration: dict[str, object]
     notes: list[str] = field(default_factory=list)
+    working_bytes: int = 0
 
 
 class Listener:
@@ -65,7 +67,11 @@ class Listener:
         """The plan is made; work starts after this returns."""
 
     def phase(self, name: str, total: int) -> None:
-        """A phase ("calibration", "compression", "saving", "evaluation") of `total` steps starts."""
+        """A phase of `total` steps starts.
+
+        In order: "gradients" and "survey" (only if a method asks for them), "embeddings", "calibration" and
+        "compression" (once per stack of blocks), "saving", "evaluation".
+        """
 
     def step(self, description: str) -> None:
         """One step of the current phase is done."""

@@ -13,6 +13,7 @@ import psutil
 import torch
 
 from whit.pipeline.assign import Assignment
+from whit.pipeline.gradient_task import BOUNDARY_SHARE, gradient_layers
 from whit.pipeline.prepare import Job
 
 # Resident memory of Python with torch and transformers imported, before any tensor (measured: 0.45 to 0.6 GB).
@@ -62,7 +63,12 @@ def expected_memory(job: Job, file_bytes: int, available: int) -> Memory:
         available: bytes free where the computation runs; decides whether the original is evaluated beside it.
     """
     sizes = _sizes(job, file_bytes)
-    peak = max(compression_bytes(sizes), evaluation_bytes(sizes, available) if job.evaluation is not None else 0)
+    gradients = gradient_sizes(job)
+    peak = max(
+        compression_bytes(sizes) + (gradients.block if gradients.sums else 0),
+        evaluation_bytes(sizes, available) if job.evaluation is not None else 0,
+        gradient_bytes(gradients, available),
+    )
     if job.device.type == "cpu":
         return Memory(RUNTIME_BYTES + peak, 0)
     # The host stages one tensor at a time, in the file's dtype and in float32.
@@ -85,6 +91,78 @@ def evaluation_bytes(sizes: Sizes, available: int) -> int:
     # Rows of the output are compared a few at a time; a quarter of an answer covers that and a forward pass.
     alone = sizes.packed + 2 * max(sizes.end, sizes.matrix) + sizes.answer * 5 // 4
     return alone + (sizes.dense + sizes.answer if original_fits(sizes.dense, available) else 0)
+
+
+@dataclass(frozen=True)
+class GradientSizes:
+    """What the peak of the gradient pass follows from; all in float32 bytes.
+
+    Attributes:
+        outside, block, dense: parameters, as in `Sizes`.
+        sums: of squared gradients, all layers; 0 if no method asks for gradients.
+        flowing: gradients that flow from one block to the one before it, for all sequences.
+        boundaries: hidden states between all blocks, for all sequences.
+        activations: of one sequence through a block. logits: of one sequence.
+        whole: the blocks cannot be taken one at a time.
+    """
+
+    outside: int
+    block: int
+    dense: int
+    sums: int
+    flowing: int
+    boundaries: int
+    activations: int
+    logits: int
+    whole: bool
+
+    @property
+    def disk(self) -> int:
+        """Bytes that the pass keeps in the working folder: sums, and old and new gradients at one boundary."""
+        return self.sums + 2 * self.flowing if self.sums else 0
+
+
+def gradient_bytes(sizes: GradientSizes, available: int) -> int:
+    """Peak of the gradient pass; `available` bounds the hidden states it keeps.
+
+    A block's backward pass is taken as four copies of the block (weights, gradients, sums old and new) and four of one
+    sequence's activations; the loss as four copies of the logits.
+    """
+    if not sizes.sums:
+        return 0
+    if sizes.whole:
+        return 2 * sizes.dense + 2 * sizes.block + 4 * (sizes.logits + sizes.activations)
+    kept = min(sizes.boundaries, int(BOUNDARY_SHARE * available))
+    return kept + max(sizes.outside + 4 * sizes.logits, 4 * (sizes.block + sizes.activations))
+
+
+def gradient_sizes(job: Job) -> GradientSizes:
+    """Sizes of a prepared job's gradient pass."""
+    blocks = [block for stack in job.stacks for block in stack.blocks]
+    counts = [sum(p.numel() for p in job.skeleton.get_submodule(block).parameters()) for block in blocks]
+    total = sum(parameter.numel() for parameter in job.skeleton.parameters())
+    tokens = job.calibration.tokens
+    positions = tokens // len(job.calibration.batches)
+    width = hidden_width(job.assignment)
+    head = getattr(job.skeleton, "get_output_embeddings", lambda: None)()
+    layers = [layer for inside in gradient_layers(job.assignment).values() for layer in inside.values()]
+    return GradientSizes(
+        outside=4 * (total - sum(counts)),
+        block=4 * max(counts),
+        dense=4 * total,
+        sums=4 * sum(layer.rows * layer.columns for layer in layers),
+        flowing=4 * tokens * width,
+        boundaries=4 * tokens * width * (len(blocks) + 1),
+        activations=4 * positions * _widest_sum(job.assignment),
+        logits=4 * positions * (width if head is None else head.weight.shape[0]),
+        whole=_reaches_several_stacks(job),
+    )
+
+
+def _reaches_several_stacks(job: Job) -> bool:
+    """Whether the inputs probably go through more than one stack: known for certain only once weights are loaded."""
+    sensed = any(value.is_floating_point() for value in job.calibration.batches[0].values())
+    return len(job.stacks) > 1 and (sensed or bool(getattr(job.skeleton.config, "is_encoder_decoder", False)))
 
 
 def original_fits(dense: int, available: int) -> bool:

@@ -15,6 +15,7 @@ from whit import __version__
 from whit.errors import OutputError
 from whit.pipeline.journal import Journal
 from whit.pipeline.memory import peak_device_bytes, peak_host_bytes
+from whit.pipeline.passes import recorded_allocation
 from whit.pipeline.prepare import Job
 from whit.report.record import RESULT_FILE, EvaluationRecord, Result, SizeRecord
 
@@ -62,6 +63,14 @@ def saved_bytes(directory: Path) -> int:
     return sum(path.stat().st_size for path in [*files, directory / "config.json"] if path.is_file())
 
 
+def _division_notes(allocation: list[dict[str, Any]]) -> list[str]:
+    return [
+        f"A survey of the dense model divided the budget of {item['method']['method']} among {len(item['blocks'])} "
+        "blocks (run.allocation in result.json)"
+        for item in allocation
+    ]
+
+
 def make_result(
     job: Job,
     journal: Journal,
@@ -74,6 +83,7 @@ def make_result(
     ordered = [records[name] for name in sorted(records, key=list(job.assignment.layers).index)]
     inside = [record for record in ordered if record.block]
     place = job.device
+    allocation = recorded_allocation(journal.folder, job.assignment)
     return Result(
         model={
             "label": job.reference.label,
@@ -85,6 +95,7 @@ def make_result(
         run={
             "identity": job.identity,
             "method": job.recipe.to_json(),
+            **({"allocation": allocation, "notes": _division_notes(allocation)} if allocation else {}),
             "options": {**dataclasses.asdict(job.options), "skip": list(job.options.skip)},
             "seed": job.options.seed,
             "calibration": job.calibration.provenance,

@@ -8,8 +8,9 @@ from whit.pipeline.estimate import estimate_minutes
 from whit.pipeline.events import Plan, PlannedLayer
 from whit.pipeline.finish import saved_config, saved_specs
 from whit.pipeline.journal import finished_units
-from whit.pipeline.memory import available_bytes, expected_memory, original_fits
+from whit.pipeline.memory import available_bytes, expected_memory, gradient_sizes, original_fits
 from whit.pipeline.prepare import Job
+from whit.pipeline.survey import surveying_methods
 
 LEAK_NOTE = "the calibration text is part of the evaluation text (--allow-leak): the figures flatter the method"
 
@@ -56,7 +57,13 @@ def make_plan(job: Job) -> Plan:
         blocks=len(blocks),
         blocks_done=len(done & set(blocks)),
         calibration=job.calibration.provenance,
-        notes=[*job.reference.notes, *_method_notes(job), *([LEAK_NOTE] if job.leak else [])],
+        notes=[
+            *job.reference.notes,
+            *_method_notes(job),
+            *([LEAK_NOTE] if job.leak else []),
+            *_survey_notes(job),
+        ],
+        working_bytes=gradient_sizes(job).disk,
     )
 
 
@@ -64,6 +71,15 @@ def _method_notes(job: Job) -> list[str]:
     """What methods say about sizes that are not known yet, each once."""
     notes = (layer.method.plan_note() for layer in job.assignment.layers.values())
     return list(dict.fromkeys(note for note in notes if note is not None))
+
+
+def _survey_notes(job: Job) -> list[str]:
+    names = dict.fromkeys(method.name for method in surveying_methods(job.assignment))
+    return [
+        f"a survey divides the budget of {name} among the blocks before they are compressed: sizes here are those of "
+        "an even division"
+        for name in names
+    ]
 
 
 def _layout(layer: AssignedLayer) -> tuple[str, int]:

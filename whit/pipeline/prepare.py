@@ -20,6 +20,8 @@ from whit.models.resolve import ModelReference, resolve_model
 from whit.models.skeleton import build_skeleton
 from whit.models.stacks import Stack, find_stacks
 from whit.pipeline.assign import Assignment, assign
+from whit.pipeline.gradient_task import gradient_layers
+from whit.pipeline.loss import loss_labels
 from whit.pipeline.options import RunOptions
 from whit.pipeline.recipe import Recipe, as_recipe
 
@@ -68,6 +70,8 @@ def prepare(model: str | Path | None, recipe: Recipe | Method, output: str | Pat
         seed=options.seed,
         **limits,
     )
+    if gradient_layers(assignment):
+        loss_labels(skeleton, calibration.batches[0])  # refused now rather than when the pass begins
     evaluation, leak = None, False
     if options.evaluate:
         evaluation = load_evaluation(
