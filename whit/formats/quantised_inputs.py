@@ -90,7 +90,7 @@ class QuantisedInputs(Format):
         if self.static:
             return tensors["input_scales"]
         scales = split_groups(inputs.float().abs(), self.group_size).amax(-1) / self.numbers.maximum
-        return torch.where(scales > 0, scales, torch.ones_like(scales))
+        return torch.where(scales == 0, torch.ones_like(scales), scales)  # NaN stays, and spreads over the token
 
     def round_inputs(self, inputs: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
         """What the product sees: float32 (..., columns).
