@@ -85,7 +85,7 @@ class Flexible(Method):
     )
     raw_resolution: bool = knob(False, "score resolution as published: zeros counted, sums instead of means")
     limited: bool = knob(False, "inputs and weights of a layer are both integers or both floats")
-    p: float = knob(2.0, "exponent of the error norm", minimum=0.5, maximum=8)
+    norm: float = knob(2.0, "exponent of the error norm", minimum=0.5, maximum=8)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -218,14 +218,14 @@ class Flexible(Method):
         """float64 (inputs, weights), on the CPU, the smaller the better; inputs left alone, or unknown, are one row."""
         if self.score == "output" and sample is not None:
             inputs = [item.sample for item in roundings if item.sample is not None] or [sample]
-            return output_scores(sample, weight, inputs, packed, self.p)
+            return output_scores(sample, weight, inputs, packed, self.norm)
         of_weights = [self._weight_score(weight, item) for item in packed]
         of_inputs = [0.0 if sample is None else self._input_score(sample, item) for item in roundings] or [0.0]
         return torch.tensor([[a + w for w in of_weights] for a in of_inputs], dtype=torch.float64)
 
     def _weight_score(self, weight: Tensor, packed: Packed) -> float:
         if self.score != "resolution":
-            return tensor_score(weight, packed.unpack(), self.p)
+            return tensor_score(weight, packed.unpack(), self.norm)
         layout = packed.format
         assert isinstance(layout, ScaledCodes)
         scales = packed.tensors["scales"].float()
@@ -234,7 +234,7 @@ class Flexible(Method):
     def _input_score(self, sample: Tensor, rounding: _Rounding) -> float:
         if self.score != "resolution":
             assert rounding.sample is not None
-            return tensor_score(sample, rounding.sample, self.p)
+            return tensor_score(sample, rounding.sample, self.norm)
         layout = rounding.layout
         scales = layout.input_scales(sample, {} if rounding.scales is None else {"input_scales": rounding.scales})
         return resolution_score(sample, scales, layout.group_size, layout.numbers, raw=self.raw_resolution)
