@@ -111,10 +111,25 @@ def test_the_plan_knows_the_bytes_and_the_record_what_was_chosen(tmp_path: Path)
             assert layer.notes == []
 
 
-def test_the_same_command_gives_the_same_bytes(tmp_path: Path) -> None:
+class Stopper(Recorder):
+    """Raises KeyboardInterrupt when the first block is finished."""
+
+    def block(self, index: int, total: int, name: str) -> None:
+        raise KeyboardInterrupt
+
+
+def test_an_interrupted_run_ends_with_the_same_bytes(tmp_path: Path) -> None:
     case = make_case("llama", tmp_path, evaluate=False)
+
+    def run(name: str, listener: Recorder) -> None:
+        whit.compress(
+            case.model, "flexible", tmp_path / name, options=case.options, listener=listener, input_scale="tensor"
+        )
+
+    with pytest.raises(KeyboardInterrupt):
+        run("two", Stopper())
     for name in ("one", "two"):
-        whit.compress(case.model, "flexible", tmp_path / name, options=case.options, input_scale="tensor")
+        run(name, Recorder())
     files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two")]
     assert files[0] == files[1]
 
