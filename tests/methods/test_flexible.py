@@ -2,10 +2,12 @@ import pytest
 import torch
 
 from whit.errors import KnobError, ModelError
+from whit.formats.base import nested_tensors
 from whit.formats.minifloat import number_system
 from whit.formats.quantised_inputs import QuantisedInputs
 from whit.formats.scaled_codes import ScaledCodes
 from whit.methods import LayerStatistics, Statistic, make_method
+from whit.methods.chain import PruneThenQuantise
 from whit.methods.number_choice import (
     choose_pair,
     fit_scales,
@@ -174,7 +176,9 @@ def test_the_norm_counts():
     exact, rounded = sample.double() @ weight.double().T, sample.double() @ packed[0].unpack().double().T
     for p in (1.0, 2.0, 3.5):
         expected = (rounded - exact).abs().pow(p).mean() / exact.abs().pow(p).mean()
-        assert output_scores(sample, weight, [sample], packed, p).item() == pytest.approx(float(expected), rel=1e-3)
+        assert output_scores(sample, weight, [sample], [packed[0].unpack()], p).item() == pytest.approx(
+            float(expected), rel=1e-3
+        )
 
 
 @pytest.mark.parametrize("bits", [8, 6, 4])
@@ -331,6 +335,27 @@ def test_ranges_that_are_not_finite():
 def test_bad_knobs(knobs, message):
     with pytest.raises(KnobError, match=message):
         make_method("flexible", knobs)
+
+
+def test_after_pruning_the_kept_weights_are_judged_in_their_places():
+    weight, sample = linear_layer(columns=64)
+    quantiser = make_method("flexible", {"bits": 4, "input_bits": 16, "group_size": 8})
+    method = PruneThenQuantise(make_method("wanda", {"pattern": "2:4"}), quantiser)
+    assert method.plan_note() == quantiser.plan_note()
+    statistics = statistics_of(sample)
+    statistics.square_sums = sample.square().sum(0)
+    result = method.compress(weight, statistics)
+    assert result.packed.stored_bytes() == method.format(24, 64).bytes(24, 64)
+    pruned = make_method("wanda", {"pattern": "2:4"}).compress(weight, statistics).packed.unpack()
+    exact, scores = sample @ pruned.T, result.details["scores"][0]
+    assert (
+        systems(nested_tensors("values", result.packed.format.values, result.packed.tensors, 24, 32))[1]
+        == (result.details["weights"][scores.index(min(scores))])
+    )
+    error = (sample @ result.packed.unpack().T - exact).square().sum() / exact.square().sum()
+    assert float(error) == pytest.approx(min(scores), rel=2e-3)
+    with pytest.raises(KnobError, match="'flexible' can follow a pruning step with input_bits 16 only"):
+        PruneThenQuantise(make_method("wanda", {"pattern": "2:4"}), make_method("flexible", {}))
 
 
 def test_the_plan_says_that_systems_are_chosen_later():

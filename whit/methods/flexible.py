@@ -10,7 +10,7 @@ named in `formats` it is plain FP8 or INT8 rounding (`--formats e4m3fn`, `--form
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -61,6 +61,7 @@ class Flexible(Method):
 
     name: ClassVar[str] = "flexible"
     summary: ClassVar[str] = "FP8/INT8 (also 6 and 4 bits): number systems chosen per layer, for weights and inputs"
+    follows_pruning: ClassVar[bool] = True
 
     bits: int = knob(8, "bits per weight code", choices=(8, 6, 4))
     input_bits: int = knob(8, "bits of each input of a layer; 16 leaves inputs alone", choices=(16, 8, 6, 4))
@@ -175,16 +176,46 @@ class Flexible(Method):
         Raises:
             ModelError: weights or the range of the inputs are not finite.
         """
-        columns = weight.shape[1]
-        search = self.scale == "mse"
+        return self._compress(weight, weight, lambda part: part, statistics)
+
+    def check_follows_pruning(self) -> None:
+        """Only where inputs are left alone: a sparse layout does not round them.
+
+        Raises:
+            KnobError: `input_bits` is less than 16.
+        """
+        if self.input_bits != UNROUNDED:
+            raise KnobError(
+                f"method {self.name!r} can follow a pruning step with input_bits {UNROUNDED} only, "
+                f"got input_bits {self.input_bits}"
+            )
+
+    def compress_kept(self, weight: Tensor, kept: Tensor, statistics: LayerStatistics) -> Compressed:
+        """Round the kept weights of each row side by side; a choice is judged by the output of the sparse layer."""
+        self.check_follows_pruning()
+        values = torch.masked_select(weight, kept).reshape(len(weight), -1)
+        return self._compress(
+            values, weight, lambda part: torch.zeros_like(weight).masked_scatter_(kept, part), statistics
+        )
+
+    def _compress(
+        self, values: Tensor, weight: Tensor, place: Callable[[Tensor], Tensor], statistics: LayerStatistics
+    ) -> Compressed:
+        """Round `values`; `place` puts them where they belong in the weight whose outputs judge the choice."""
+        columns, search = values.shape[1], self.scale == "mse"
         packed = [
-            round_weight(weight, self._weight_layout(numbers, columns), search=search) for numbers in self.weight_menu()
+            round_weight(values, self._weight_layout(numbers, columns), search=search) for numbers in self.weight_menu()
         ]
         roundings = [self._rounding(numbers, columns, statistics) for numbers in self.input_menu()]
         notes = self._notes(statistics, roundings)
         if len(packed) * max(len(roundings), 1) == 1:
             return Compressed(roundings[0].around(packed[0]) if roundings else packed[0], notes)
-        scores = self._scores(weight, packed, roundings, statistics.sample)
+        if self.score == "output" and statistics.sample is not None:
+            inputs = [item.sample for item in roundings if item.sample is not None] or [statistics.sample]
+            rounded = (place(item.unpack()) for item in packed)
+            scores = output_scores(statistics.sample, weight, inputs, rounded, self.norm)
+        else:
+            scores = self._separate_scores(values, packed, roundings, statistics.sample)
         row, column = choose_pair(scores, self.input_menu() or (None,), self.weight_menu(), limited=self.limited)
         chosen = roundings[row].around(packed[column]) if roundings else packed[column]
         return Compressed(chosen, notes, self._details(scores))
@@ -212,13 +243,10 @@ class Flexible(Method):
         search = self.scale == "mse" and statistics.sample is not None
         return fit_scales(values, layout.numbers, torch.float32, search=search, largest=largest)
 
-    def _scores(
+    def _separate_scores(
         self, weight: Tensor, packed: Sequence[Packed], roundings: Sequence[_Rounding], sample: Tensor | None
     ) -> Tensor:
-        """float64 (inputs, weights), on the CPU, the smaller the better; inputs left alone, or unknown, are one row."""
-        if self.score == "output" and sample is not None:
-            inputs = [item.sample for item in roundings if item.sample is not None] or [sample]
-            return output_scores(sample, weight, inputs, packed, self.norm)
+        """Score of the inputs plus score of the weight, float64 (inputs, weights); inputs nobody has seen score 0."""
         of_weights = [self._weight_score(weight, item) for item in packed]
         of_inputs = [0.0 if sample is None else self._input_score(sample, item) for item in roundings] or [0.0]
         return torch.tensor([[a + w for w in of_weights] for a in of_inputs], dtype=torch.float64)

@@ -7,7 +7,7 @@ taken.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -62,27 +62,25 @@ def round_weight(weight: Tensor, layout: ScaledCodes, *, search: bool) -> Packed
 
 
 def output_scores(
-    sample: Tensor, weight: Tensor, inputs: Sequence[Tensor], weights: Sequence[Packed], p: float = 2.0
+    sample: Tensor, weight: Tensor, inputs: Sequence[Tensor], weights: Iterable[Tensor], p: float = 2.0
 ) -> Tensor:
     """mean |X W^T - X_a W_w^T|^p / mean |X W^T|^p for every rounding X_a of the inputs and W_w of the weight.
 
     Args:
         sample: X, float32 (k, columns). weight: W, float32 (rows, columns).
-        inputs: rounded samples. weights: rounded weights.
+        inputs: rounded samples. weights: rounded weights, float32 (rows, columns); held one at a time.
         p: exponent of the norm.
 
     Returns:
-        float64 (len(inputs), len(weights)), on the CPU.
+        float64 (inputs, weights), on the CPU.
     """
-    scores = torch.zeros(len(inputs), len(weights), dtype=torch.float64)
     exact = sample @ weight.T
-    for column, packed in enumerate(weights):
-        rounded = packed.unpack()
-        for row, values in enumerate(inputs):
-            for start in range(0, len(sample), TOKENS_AT_A_TIME):
-                part = slice(start, start + TOKENS_AT_A_TIME)
-                scores[row, column] += float(_power_sum(values[part] @ rounded.T - exact[part], p))
-    return scores / (float(_power_sum(exact, p)) or 1.0)
+    parts = [slice(start, start + TOKENS_AT_A_TIME) for start in range(0, len(sample), TOKENS_AT_A_TIME)]
+    scores = [
+        [sum(float(_power_sum(values[part] @ rounded.T - exact[part], p)) for part in parts) for values in inputs]
+        for rounded in weights
+    ]
+    return torch.tensor(scores, dtype=torch.float64).T / (float(_power_sum(exact, p)) or 1.0)
 
 
 def tensor_score(values: Tensor, rounded: Tensor, p: float = 2.0) -> float:
