@@ -19,12 +19,12 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from whit.formats.base import Packed
 from whit.formats.minifloat import NumberSystem, number_system
 from whit.formats.quantised_inputs import QuantisedInputs
 from whit.formats.scaled_codes import ScaledCodes
+from whit.kernels.int8_product import int32_product, multiplies_int8
 from whit.kernels.linear import Implementation, register_implementation
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
@@ -56,12 +56,9 @@ def unit_for(inputs: str, weight: str) -> tuple[torch.dtype, torch.dtype] | None
 
 
 def int8_linear(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
-    """The layer by `torch._int_mm`; on a GPU few tokens are filled up to the 17 rows it asks for."""
+    """The layer by an exact product of INT8 codes."""
     operands = _operands(x, packed, torch.int8, torch.int8)
-    codes = operands.inputs
-    if x.is_cuda and len(codes) < 32:
-        codes = pad(codes, (0, 0, 0, 32 - len(codes)))
-    product = torch._int_mm(codes, operands.weight.T)[: len(operands.inputs)].float()
+    product = int32_product(operands.inputs, operands.weight).float()
     return _finish(product.mul_(operands.input_scales).mul_(operands.weight_scales), x, packed, bias)
 
 
@@ -128,11 +125,8 @@ def _unit(x: Tensor, packed: Packed) -> tuple[torch.dtype, torch.dtype] | None:
 
 
 def _int8_supported(x: Tensor, packed: Packed) -> bool:
-    if _unit(x, packed) != (torch.int8, torch.int8) or packed.columns > LARGEST_SUM:
-        return False
-    if x.is_cuda:
-        return packed.columns % 8 == 0 and packed.rows % 8 == 0 and _capability(x.device) >= (7, 5)
-    return x.device.type == "cpu" and _cpu_has_vnni()
+    fits = packed.columns <= LARGEST_SUM and multiplies_int8(x.device)
+    return fits and _unit(x, packed) == (torch.int8, torch.int8)
 
 
 def _float8_supported(x: Tensor, packed: Packed) -> bool:
@@ -149,14 +143,6 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 def _scales_by_row(device: torch.device) -> bool:
     return device.type == "cpu" or _capability(device) >= (9, 0)
-
-
-@lru_cache(maxsize=1)
-def _cpu_has_vnni() -> bool:
-    """Whether this processor has INT8 dot products; without, `_int_mm` is slower than float32."""
-    if not hasattr(torch.cpu, "get_capabilities"):  # older torch cannot tell
-        return False
-    return bool(torch.cpu.get_capabilities().get("avx512_vnni", False))
 
 
 register_implementation(QuantisedInputs.name, Implementation("int8", _int8_supported, int8_linear))
