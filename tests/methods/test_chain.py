@@ -180,7 +180,9 @@ def test_json_that_means_no_method_is_refused(fields, message):
 
 
 def test_methods_that_do_not_go_together_are_refused_with_the_reason():
-    with pytest.raises(KnobError, match=r"'kmeans' cannot follow a pruning step \(methods that can: gptq, rtn\)"):
+    with pytest.raises(
+        KnobError, match=r"'kmeans' cannot follow a pruning step \(methods that can: flexible, gptq, rtn"
+    ):
         PruneThenQuantise(Wanda(), KMeans())
     with pytest.raises(KnobError, match="give the pruning a pattern, or comparison='row'"):
         PruneThenQuantise(Magnitude(), RTN())

@@ -19,6 +19,8 @@ METHODS = [
     ("rtn", {"bits": 3, "group_size": 16}),
     ("gptq", {"bits": 2, "group_size": 16}),
     ("kmeans", {}),
+    ("flexible", {}),
+    ("flexible", {"formats": "int8,e4m3fn", "limited": True, "input_scale": "tensor"}),
     ("billm", {}),
     ("billm", {"variant": "paper"}),
     ("billm", {"variant": "official"}),

@@ -51,6 +51,13 @@ def _padded(matrix: Tensor, rows: int, columns: int) -> Tensor:
     return pad(matrix, (0, columns, 0, rows)) if rows or columns else matrix
 
 
+def multiplies_int8(device: torch.device) -> bool:
+    """Whether `_int_mm` runs on INT8 units there: tensor cores, or a CPU with dot products (VNNI)."""
+    if device.type == "cuda":
+        return _gpu_multiplies_int8(device)
+    return device.type == "cpu" and _cpu_multiplies_int8()
+
+
 @lru_cache(maxsize=1)
 def _cpu_multiplies_int8() -> bool:
     """Whether this processor has INT8 dot products (VNNI); without, `_int_mm` is a plain loop."""
@@ -69,14 +76,11 @@ def _linear(product: IntegerProduct, x: Tensor, packed: Packed, bias: Tensor | N
     return packed.format.linear_with(product, x, packed.tensors, packed.rows, packed.columns, bias)
 
 
-def _int32_supported(x: Tensor, packed: Packed) -> bool:
-    return _gpu_multiplies_int8(x.device) if x.is_cuda else x.device.type == "cpu" and _cpu_multiplies_int8()
-
-
 register_implementation(
     OutlierInt8.name,
     Implementation("float32 blocks", lambda x, packed: x.device.type == "cpu", partial(_linear, float32_product)),
 )
 register_implementation(
-    OutlierInt8.name, Implementation("int8 to int32", _int32_supported, partial(_linear, int32_product))
+    OutlierInt8.name,
+    Implementation("int8 to int32", lambda x, packed: multiplies_int8(x.device), partial(_linear, int32_product)),
 )

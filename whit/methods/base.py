@@ -58,10 +58,17 @@ class Knob:
 
 @dataclass(frozen=True)
 class Compressed:
-    """What a method returns: the packed weight and remarks worth keeping (for example: damping was raised)."""
+    """What a method returns.
+
+    Attributes:
+        packed: the packed weight.
+        notes: remarks worth reading (for example: damping was raised).
+        details: what the method measured on the way, as JSON values: kept in the record of the layer, shown nowhere.
+    """
 
     packed: Packed
     notes: tuple[str, ...] = ()
+    details: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

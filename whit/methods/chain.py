@@ -49,11 +49,17 @@ class PruneThenQuantise(Method):
         """Prune, then quantise; the notes tell the relative error after each step."""
         pruned = self.pruner.prune(weight, statistics)
         values = self.quantiser.compress_kept(pruned.weight, pruned.kept, statistics)
-        packed = self.format(*weight.shape).pack(pruned.kept, values.packed)
+        # The layout the quantiser really gave: one that chooses by the data may differ from the planned one in a name.
+        layout = self.pruner.sparse_format(weight.shape[0], weight.shape[1], values.packed.format)
+        packed = layout.pack(pruned.kept, values.packed)
         first = relative_error(weight, pruned.weight, statistics)
         both = relative_error(weight, packed.unpack(), statistics)
         steps = f"relative error {first:.4g} after {self.pruner.name}, {both:.4g} after {self.quantiser.name}"
-        return Compressed(packed, tuple(dict.fromkeys((*pruned.notes, *values.notes, steps))))
+        return Compressed(packed, tuple(dict.fromkeys((*pruned.notes, *values.notes, steps))), values.details)
+
+    def plan_note(self) -> str | None:
+        """The quantiser's."""
+        return self.quantiser.plan_note()
 
     def required(self) -> frozenset[Statistic]:
         """What either needs; second moments hold the inputs' norms as well."""

@@ -223,6 +223,7 @@ def compress_layer(
         weight_error=relative_output_error(weight, quantised, None),
         seconds=seconds,
         notes=[*notes, *result.notes],
+        details=dict(result.details),
     )
     return result.packed.to("cpu"), record
 

@@ -170,7 +170,8 @@ def _store(run: Run, unit: str, packed: dict[str, Packed], records: list[LayerRe
     replaced = {f"{name}.weight" for name in [*packed, *run.assignment.tied]}
     stored = set(run.source.names())
     for name in _dense_names(run.model, unit, blocks):
-        if name not in replaced:
+        # Not those of a packed module that stands in the block: they are stored already, and not in the dense dtype.
+        if name not in replaced and name not in tensors:
             value = run.source.load(name) if name in stored else run.model.state_dict()[name].detach().cpu()
             dtype = dense_tensor_dtype(run.model, name, run.dense_dtype)
             tensors[name] = value.to(dtype) if value.is_floating_point() else value

@@ -26,6 +26,7 @@ class LayerRecord:
         weight_error: ||W - Q||^2 / ||W||^2.
         seconds: time spent in the method.
         notes: remarks of the method.
+        details: what the method measured on the way (for example the scores of the number systems it chose among).
     """
 
     name: str
@@ -39,6 +40,7 @@ class LayerRecord:
     weight_error: float
     seconds: float
     notes: list[str] = field(default_factory=list)
+    details: dict[str, Any] = field(default_factory=dict)
 
     @property
     def parameters(self) -> int:
