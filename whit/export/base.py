@@ -1,0 +1,124 @@
+"""What an export target is: it says how it would hold every layer of a model, or why it cannot, and writes files.
+
+Exports are exact: a target holds a layer only if its own reader gives back the very weights that the packed layer
+stands for. What it cannot hold in blocks is never approximated; the error names the layer and the targets that can.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, ClassVar, TypeVar
+
+from whit.discovery import import_submodules
+from whit.errors import KnobError, nearest
+from whit.export.source import CompressedModel
+
+_TARGETS: dict[str, type[Target]] = {}
+TargetType = TypeVar("TargetType", bound="type[Target]")
+
+
+class CannotHoldError(Exception):
+    """A target cannot represent a layer (or, with an empty name, the model): `reason` says why, for one line of text.
+
+    Never shown as it is: `whit.export` turns it into an `ExportError` that also names the targets that can.
+    """
+
+    def __init__(self, layer: str, reason: str) -> None:
+        super().__init__(reason)
+        self.layer = layer
+        self.reason = reason
+
+
+@dataclass(frozen=True)
+class ExportRecord:
+    """What an export wrote.
+
+    Attributes:
+        target: name of the target.
+        path: directory or file that was written.
+        stored: how packed weights are stored now -> how many of them, for example {"Q4_0": 210, "Q8_0": 1}.
+        bytes_before: weight files and config of the compressed directory.
+        bytes_after: weight files and config that were written (GGUF: the file).
+        notes: remarks the user should read, for example what became larger and why.
+    """
+
+    target: str
+    path: str
+    stored: dict[str, int]
+    bytes_before: int
+    bytes_after: int
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Written:
+    """What `Target.write` reports: see `ExportRecord`."""
+
+    stored: dict[str, int]
+    bytes: int
+    notes: list[str]
+
+
+class Target(ABC):
+    """A file format of other tools. Subclasses have no state; what they decide is the plan they return.
+
+    Attributes:
+        name: as typed after `--to`.
+        summary: for help texts.
+        suffix: of a single file that the target writes, or "" for targets that fill a directory.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    suffix: ClassVar[str] = ""
+
+    @abstractmethod
+    def plan(self, model: CompressedModel) -> Any:
+        """How each packed layer will be stored; writes nothing.
+
+        Raises:
+            CannotHoldError: the target cannot represent a layer exactly, or not this model.
+            MissingDependencyError: a package the target writes with is not installed.
+        """
+
+    @abstractmethod
+    def write(self, model: CompressedModel, plan: Any, path: Path) -> Written:
+        """Write the model as planned.
+
+        Args:
+            path: an empty directory, or for targets with a `suffix` the file to create.
+        """
+
+
+def register_target(cls: TargetType) -> TargetType:
+    """Class decorator that makes a target available by its name."""
+    if cls.name in _TARGETS and _TARGETS[cls.name] is not cls:
+        raise ValueError(f"two export targets are called {cls.name!r}")
+    _TARGETS[cls.name] = cls
+    return cls
+
+
+@lru_cache(maxsize=1)
+def _discover() -> None:
+    import_submodules("whit.export")
+
+
+def available_targets() -> dict[str, type[Target]]:
+    """Every target by name, sorted."""
+    _discover()
+    return dict(sorted(_TARGETS.items()))
+
+
+def make_target(name: str) -> Target:
+    """The target of that name.
+
+    Raises:
+        KnobError: there is none; names the nearest.
+    """
+    targets = available_targets()
+    if name not in targets:
+        raise KnobError(f"no export target {name!r}: it is one of {', '.join(targets)}{nearest(name, targets)}")
+    return targets[name]()
