@@ -1,8 +1,8 @@
 """The compressed-tensors target: a folder that transformers, vLLM and SGLang load, written without that library.
 
-Linear layers are stored as `schemes.py` says. Embeddings (and heads tied to them) are written dense in the model's
-dtype: inference engines read no packed embedding. Projections that engines fuse into one matrix (q, k and v; gate and
-up) must share a scheme, which is checked.
+Linear layers are stored as `schemes.py` says. Embeddings and output heads are written dense in the model's dtype:
+inference engines read neither packed. Projections that engines fuse into one matrix (q, k and v; gate and up) must
+share a scheme, which is checked.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ OWN_FILES = frozenset({"config.json", "model.safetensors.index.json", "result.js
 
 @dataclass(frozen=True)
 class Plan:
-    """Scheme of every layer that stays packed, and the layers (embeddings) that are written dense."""
+    """Scheme of every layer that stays packed, and the layers (embeddings, head) that are written dense."""
 
     schemes: dict[str, Scheme]
     dense: tuple[str, ...]
@@ -52,7 +52,7 @@ class CompressedTensors(Target):
     summary: ClassVar[str] = "a folder for vLLM, SGLang and transformers: 4- and 8-bit integers"
 
     def plan(self, model: CompressedModel) -> Plan:
-        """A scheme per linear layer; embeddings become dense.
+        """A scheme per linear layer; embeddings and head become dense.
 
         Raises:
             CannotHoldError: as said in `schemes.py`, or fused projections of different schemes.
@@ -60,8 +60,9 @@ class CompressedTensors(Target):
         # bfloat16 would round the scales (float16, 11 significant bits); whoever computes in it does so on loading.
         scale_dtype = torch.float32 if model.dtype is torch.float32 else torch.float16
         schemes, dense = {}, []
+        head = _head(model)
         for name, layer in model.layers.items():
-            if layer.kind == "embedding":
+            if layer.kind == "embedding" or name == head:
                 dense.append(name)
                 continue
             if layer.kind != "linear":
@@ -95,9 +96,9 @@ class CompressedTensors(Target):
             after = layer.rows * layer.columns * model.dtype.itemsize
             notes.append(
                 f"{name} is written dense ({format_bytes(before)} -> {format_bytes(after)}): inference engines read no "
-                "packed embedding"
+                "packed embedding or head"
             )
-        notes += _activation_notes(plan.schemes)
+        notes += _reader_notes(plan.schemes)
         stored: dict[str, int] = {}
         for scheme in plan.schemes.values():
             stored[scheme.format] = stored.get(scheme.format, 0) + 1
@@ -155,7 +156,19 @@ def _dense(model: CompressedModel, layer: PackedLayer) -> dict[str, LazyTensor]:
     return {f"{layer.name}.weight": LazyTensor(TensorSpec((layer.rows, layer.columns), model.dtype), load)}
 
 
-def _activation_notes(schemes: Mapping[str, Scheme]) -> list[str]:
-    if all(scheme.inputs is None for scheme in schemes.values()):
-        return []
-    return ["inputs are rounded by the reader, whose scale per token may differ from whit's in the last bit"]
+def _head(model: CompressedModel) -> str | None:
+    getter = getattr(model.skeleton, "get_output_embeddings", None)
+    head = getter() if getter is not None else None
+    return next((name for name, module in model.skeleton.named_modules() if module is head and head is not None), None)
+
+
+def _reader_notes(schemes: Mapping[str, Scheme]) -> list[str]:
+    notes = []
+    if any(not scheme.weights.symmetric for scheme in schemes.values()):
+        notes.append(
+            "transformers loads zero points only with quantization_config=CompressedTensorsConfig(dequantize=True)"
+            + (", and only if all layers share one scheme, which they do not" if len(set(schemes.values())) > 1 else "")
+        )
+    if any(scheme.inputs is not None for scheme in schemes.values()):
+        notes.append("inputs are rounded by the reader, whose scale per token may differ from whit's in the last bit")
+    return notes

@@ -46,7 +46,7 @@ class Arguments:
 
 @dataclass(frozen=True)
 class Scheme:
-    """A quantisation scheme: how modules are stored (`format`), their weights, and their inputs if those are rounded."""
+    """A quantisation scheme: how modules are stored (`format`), their weights, and inputs if those are rounded."""
 
     format: str
     weights: Arguments
