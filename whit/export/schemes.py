@@ -147,7 +147,7 @@ def words(packed: Tensor, columns: int, bits: int) -> Tensor:
     """Rows of packed codes, uint8 (n, packed), as int32 words (n, ceil(columns * bits / 32)), little-endian."""
     count = -(-columns * bits // 32)
     padded = functional.pad(packed, (0, max(0, count * 4 - packed.shape[1])))
-    return padded[:, : count * 4].contiguous().view(torch.int32)
+    return padded[:, : count * 4].reshape(-1).view(torch.int32).reshape(-1, count)
 
 
 def pack_rows(codes: Tensor, bits: int) -> Tensor:
