@@ -80,7 +80,7 @@ class Target(ABC):
         """How each packed layer will be stored; writes nothing.
 
         Raises:
-            CannotHoldError: the target cannot represent a layer exactly, or not this model.
+            CannotHoldError: the target cannot represent a layer exactly, or not this model (`write` may find out, too).
             MissingDependencyError: a package the target writes with is not installed.
         """
 

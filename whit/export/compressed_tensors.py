@@ -60,9 +60,8 @@ class CompressedTensors(Target):
         # bfloat16 would round the scales (float16, 11 significant bits); whoever computes in it does so on loading.
         scale_dtype = torch.float32 if model.dtype is torch.float32 else torch.float16
         schemes, dense = {}, []
-        head = _head(model)
         for name, layer in model.layers.items():
-            if layer.kind == "embedding" or name == head:
+            if layer.kind == "embedding" or name in model.ends:
                 dense.append(name)
                 continue
             if layer.kind != "linear":
@@ -154,12 +153,6 @@ def _dense(model: CompressedModel, layer: PackedLayer) -> dict[str, LazyTensor]:
         return model.packed(layer).unpack().to(model.dtype)
 
     return {f"{layer.name}.weight": LazyTensor(TensorSpec((layer.rows, layer.columns), model.dtype), load)}
-
-
-def _head(model: CompressedModel) -> str | None:
-    getter = getattr(model.skeleton, "get_output_embeddings", None)
-    head = getter() if getter is not None else None
-    return next((name for name, module in model.skeleton.named_modules() if module is head and head is not None), None)
 
 
 def _reader_notes(schemes: Mapping[str, Scheme]) -> list[str]:

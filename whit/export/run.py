@@ -39,10 +39,10 @@ def export(directory: str | Path, target: str, output: str | Path) -> ExportReco
     check_output(place, chosen)
     try:
         plan = chosen.plan(model)
+        with _written_whole(place, chosen) as path:
+            written = chosen.write(model, plan, path)
     except CannotHoldError as error:
         raise _refusal(model, chosen, error) from error
-    with _written_whole(place, chosen) as path:
-        written = chosen.write(model, plan, path)
     return ExportRecord(
         chosen.name, str(place), written.stored, saved_bytes(model.directory), written.bytes, written.notes
     )

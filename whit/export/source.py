@@ -33,7 +33,6 @@ class PackedLayer:
         name: module name.
         kind: of the module it replaced: "linear", "conv1d" or "embedding".
         format, rows, columns: layout and logical shape.
-        blocked: whether it lies in one of the repeated blocks (False: embedding or head).
     """
 
     name: str
@@ -41,7 +40,6 @@ class PackedLayer:
     format: Format
     rows: int
     columns: int
-    tied: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return f"layer {self.name!r} ({self.format}, {self.rows} x {self.columns})"
@@ -109,8 +107,7 @@ class CompressedModel:
         for name, module in packed_modules(packed).items():
             kind = layer_kind(self.skeleton.get_submodule(name))
             assert kind is not None  # WhitConfig.apply has refused it otherwise
-            heads = tuple(head for head, source in self.tied.items() if source == name)
-            out[name] = PackedLayer(name, kind.name, module.format, module.rows, module.columns, heads)
+            out[name] = PackedLayer(name, kind.name, module.format, module.rows, module.columns)
         return out
 
     def _check_complete(self) -> None:
@@ -134,6 +131,14 @@ class CompressedModel:
         names = [name for name in self._source.names() if name not in owned]
         order = {name: position for position, name in enumerate(self.skeleton.state_dict())}
         return sorted(names, key=lambda name: (order.get(name, len(order)), name))
+
+    @cached_property
+    def ends(self) -> frozenset[str]:
+        """Names of the input embedding and the output head, where the model has them."""
+        getters = ("get_input_embeddings", "get_output_embeddings")
+        found = [getattr(self.skeleton, getter)() for getter in getters if hasattr(self.skeleton, getter)]
+        modules = [module for module in found if isinstance(module, nn.Module)]
+        return frozenset(name for name, item in self.skeleton.named_modules() if any(item is end for end in modules))
 
     def load(self, name: str) -> Tensor:
         """A dense tensor."""
