@@ -22,7 +22,7 @@ from whit.cli.options import RUN_HELP, explain_unknown, requested_method
 from whit.methods.base import available_methods, knobs
 from whit.pipeline.events import Listener, Plan
 from whit.pipeline.options import RunOptions
-from whit.report.record import EvaluationRecord, Result
+from whit.report.record import EvaluationRecord, ExportRecord, Result
 from whit.report.write import write_reports
 
 BLOCKS = 2
@@ -79,6 +79,10 @@ class FakeEngine:
         self.calls.append({"model": model, "against": against, "options": options})
         return example_evaluations()[1]
 
+    def export(self, directory: Path, target: str, output: Path) -> ExportRecord:
+        self.calls.append({"directory": directory, "target": target, "output": output})
+        return ExportRecord(target, str(output), {"Q4_0": 14, "Q8_0": 1}, 1000, 1200, ["became [larger]"])
+
     def generate(self, directory: str, prompt: str, *, new_tokens: int = 64, device: str = "auto") -> str:
         self.calls.append({"directory": directory, "prompt": prompt, "new_tokens": new_tokens, "device": device})
         return " and so on"
@@ -101,7 +105,7 @@ def test_every_run_option_and_knob_is_an_option_in_the_help(
     assert f"Knobs of {method}" in text
 
 
-@pytest.mark.parametrize("command", ["compress", "evaluate", "generate", "inspect", "methods"])
+@pytest.mark.parametrize("command", ["compress", "evaluate", "export", "generate", "inspect", "methods"])
 def test_the_help_shows_exactly_the_options_that_the_parser_knows(
     command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -120,7 +124,7 @@ def test_every_option_in_the_documentation_exists(
     lines = "\n".join(page.read_text(encoding="utf-8") for page in pages)
     documented = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", lines))
     known = {"--version", "--no-deps"}
-    for command in ("evaluate", "generate", "inspect", "methods"):
+    for command in ("evaluate", "export", "generate", "inspect", "methods"):
         known |= set(re.findall(r"--[a-z0-9-]+", help_text([command], capsys, monkeypatch)))
     for method in available_methods():
         known |= set(re.findall(r"--[a-z0-9-]+", help_text(["compress", "--method", method], capsys, monkeypatch)))

@@ -1,4 +1,4 @@
-"""The public functions: compress, load, evaluate, generate."""
+"""The public functions: compress, load, evaluate, export, generate."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from whit.data.load import load_evaluation
 from whit.errors import DataError
 from whit.evaluation.measure import evaluate_model
 from whit.evaluation.sample import sample_record, sample_text
+from whit.exporters import export
 from whit.models.loading import is_compressed, load_directory, load_tokenizer, saved_dtype
 from whit.models.resolve import resolve_model
 from whit.models.skeleton import load_dense
@@ -22,7 +23,7 @@ from whit.pipeline.options import RunOptions
 from whit.pipeline.prepare import choose_device, compute_dtype, data_limits
 from whit.report.record import EvaluationRecord
 
-__all__ = ["compress", "evaluate", "generate", "load"]
+__all__ = ["compress", "evaluate", "export", "generate", "load"]
 
 
 def load(

@@ -25,7 +25,7 @@ from whit.cli.options import (
     run_parameters,
     with_signature,
 )
-from whit.cli.tables import evaluation_view, layers_view, method_view, methods_view
+from whit.cli.tables import evaluation_view, export_view, layers_view, method_view, methods_view
 from whit.errors import KnobError
 from whit.methods.base import available_methods, knobs, method_class
 from whit.models.loading import saved_dtype
@@ -60,6 +60,7 @@ def build(argv: Sequence[str]) -> typer.Typer:
     app.callback(invoke_without_command=True)(_root)
     app.command("compress")(_compress_command(argv))
     app.command("evaluate")(_evaluate_command())
+    app.command("export")(_export)
     app.command("generate")(_generate)
     app.command("inspect")(_inspect)
     app.command("methods")(_methods)
@@ -165,6 +166,28 @@ def _evaluate_command() -> Callable[..., Action]:
     return with_signature(
         evaluate, parameters, "Measure a model: perplexity with its interval, beside another if given."
     )
+
+
+def _export(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="compressed directory")],
+    target: Annotated[str, typer.Option("--to", metavar="TARGET", help="compressed-tensors or gguf")],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output", "-o", metavar="OUT", help="new directory; for gguf also a new file that ends in .gguf"
+        ),
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON value on standard output")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="print errors only")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
+) -> Action:
+    """Write a compressed model, exactly, in the format of another tool."""
+
+    def action(engine: Callable[[], Engine]) -> None:
+        record = engine().export(directory, target, output)
+        make_display(as_json=as_json, quiet=quiet).show(export_view(record), dataclasses.asdict(record))
+
+    return action
 
 
 def _generate(

@@ -9,7 +9,7 @@ from typing import Any, Protocol, cast
 from whit.pipeline.events import Listener, Plan
 from whit.pipeline.options import RunOptions
 from whit.pipeline.recipe import Recipe
-from whit.report.record import EvaluationRecord, Result
+from whit.report.record import EvaluationRecord, ExportRecord, Result
 
 
 class Engine(Protocol):
@@ -33,6 +33,10 @@ class Engine(Protocol):
         self, model: str, *, against: str | None = None, options: RunOptions | None = None
     ) -> EvaluationRecord:
         """Measure a model, beside another if given."""
+        ...
+
+    def export(self, directory: Path, target: str, output: Path) -> ExportRecord:
+        """Write a compressed model in the format of another tool."""
         ...
 
     def generate(self, directory: str, prompt: str, *, new_tokens: int = 64, device: str = "auto") -> str:

@@ -7,14 +7,14 @@ stands for. What it cannot hold in blocks is never approximated; the error names
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from whit.discovery import import_submodules
 from whit.errors import KnobError, nearest
-from whit.export.source import CompressedModel
+from whit.exporters.source import CompressedModel
 
 _TARGETS: dict[str, type[Target]] = {}
 TargetType = TypeVar("TargetType", bound="type[Target]")
@@ -33,29 +33,8 @@ class CannotHoldError(Exception):
 
 
 @dataclass(frozen=True)
-class ExportRecord:
-    """What an export wrote.
-
-    Attributes:
-        target: name of the target.
-        path: directory or file that was written.
-        stored: how packed weights are stored now -> how many of them, for example {"Q4_0": 210, "Q8_0": 1}.
-        bytes_before: weight files and config of the compressed directory.
-        bytes_after: weight files and config that were written (GGUF: the file).
-        notes: remarks the user should read, for example what became larger and why.
-    """
-
-    target: str
-    path: str
-    stored: dict[str, int]
-    bytes_before: int
-    bytes_after: int
-    notes: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
 class Written:
-    """What `Target.write` reports: see `ExportRecord`."""
+    """What `Target.write` reports: see `whit.report.record.ExportRecord`."""
 
     stored: dict[str, int]
     bytes: int
@@ -103,7 +82,7 @@ def register_target(cls: TargetType) -> TargetType:
 
 @lru_cache(maxsize=1)
 def _discover() -> None:
-    import_submodules("whit.export")
+    import_submodules("whit.exporters")
 
 
 def available_targets() -> dict[str, type[Target]]:

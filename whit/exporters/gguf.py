@@ -21,11 +21,11 @@ from torch import Tensor
 
 from whit import __version__
 from whit.errors import MissingDependencyError
-from whit.export.base import CannotHoldError, Target, Written, register_target
-from whit.export.gguf_blocks import Bytes, exact_blocks, why_not
-from whit.export.gguf_check import check_config, differences_in_transformers, head_dim
-from whit.export.gguf_tokenizer import tokenizer_metadata
-from whit.export.source import CompressedModel, PackedLayer
+from whit.exporters.base import CannotHoldError, Target, Written, register_target
+from whit.exporters.gguf_blocks import Bytes, exact_blocks, why_not
+from whit.exporters.gguf_check import check_config, differences_in_transformers, head_dim
+from whit.exporters.gguf_tokenizer import tokenizer_metadata
+from whit.exporters.source import CompressedModel, PackedLayer
 from whit.models.gguf_architectures import ARCHITECTURES, CONFIG_KEYS, GGUFArchitecture
 from whit.report.figures import format_bytes
 

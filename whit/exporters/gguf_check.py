@@ -13,8 +13,8 @@ from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import logging
 
 from whit.errors import ModelError
-from whit.export.base import CannotHoldError
-from whit.export.source import CompressedModel
+from whit.exporters.base import CannotHoldError
+from whit.exporters.source import CompressedModel
 from whit.models.gguf import open_gguf
 from whit.models.gguf_architectures import TOKEN_KEYS
 from whit.models.loading import load_tokenizer

@@ -23,6 +23,7 @@ from whit.models.loading import require_compressed, saved_dtype
 from whit.models.packed import packed_modules
 from whit.models.skeleton import skeleton_of
 from whit.models.source import SafetensorsSource
+from whit.report.figures import describe_fields
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,8 @@ class PackedLayer:
     columns: int
 
     def __str__(self) -> str:
-        return f"layer {self.name!r} ({self.format}, {self.rows} x {self.columns})"
+        layout = describe_fields(self.format.to_json(), "format")
+        return f"layer {self.name!r}, {layout}, {self.rows} x {self.columns}"
 
 
 class _LazyTensors(Mapping[str, Tensor]):

@@ -17,9 +17,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from whit.export.base import CannotHoldError, Target, Written, register_target
-from whit.export.schemes import Scheme, hold, part_specs
-from whit.export.source import CompressedModel, PackedLayer
+from whit.exporters.base import CannotHoldError, Target, Written, register_target
+from whit.exporters.schemes import Scheme, hold, part_specs
+from whit.exporters.source import CompressedModel, PackedLayer
 from whit.formats.base import TensorSpec
 from whit.models.write import LazyTensor, atomic_file, write_model
 from whit.report.figures import format_bytes

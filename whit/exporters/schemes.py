@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from whit.export.base import CannotHoldError
-from whit.export.source import PackedLayer
+from whit.exporters.base import CannotHoldError
+from whit.exporters.source import PackedLayer
 from whit.formats.base import TensorSpec
 from whit.formats.bits import pack_codes, unpack_codes
 from whit.formats.grouped_integer import GroupedInteger

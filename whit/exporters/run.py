@@ -10,11 +10,12 @@ from pathlib import Path
 from tempfile import mkdtemp
 
 from whit.errors import ExportError, MissingDependencyError, OutputError
-from whit.export.base import CannotHoldError, ExportRecord, Target, available_targets, make_target
-from whit.export.source import CompressedModel
+from whit.exporters.base import CannotHoldError, Target, available_targets, make_target
+from whit.exporters.source import CompressedModel
 from whit.models.write import sync_folder
 from whit.pipeline.journal import check_directory
 from whit.pipeline.outcome import saved_bytes
+from whit.report.record import ExportRecord
 
 
 def export(directory: str | Path, target: str, output: str | Path) -> ExportRecord:

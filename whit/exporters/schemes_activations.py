@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from whit.export.base import CannotHoldError
-from whit.export.schemes import INTEGER_BITS, Arguments, Parts, Scheme, hold, holds, words
-from whit.export.source import PackedLayer
+from whit.exporters.base import CannotHoldError
+from whit.exporters.schemes import INTEGER_BITS, Arguments, Parts, Scheme, hold, holds, words
+from whit.exporters.source import PackedLayer
 from whit.formats.bits import pack_codes, unpack_codes
 from whit.formats.grouped_integer import GroupedInteger
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import transformers as tf
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import whit
@@ -16,6 +17,7 @@ from tests.tiny import save_inputs
 from whit.formats.base import Packed
 from whit.models.integration import WhitConfig
 
+Pack = Callable[[str, Tensor], Packed]
 IDS = torch.arange(3, 40)[None]
 _SHAPE = {
     "vocab_size": 97,
@@ -70,25 +72,30 @@ def compress(source: Path, output: Path, method: str = "rtn", **knobs: Any) -> P
     return output
 
 
-def save_packed(original: Any, directory: Path, pack: Callable[[str, Tensor], Packed]) -> Path:
-    """A compressed directory in which every linear layer in the blocks is what `pack` makes of it."""
+def save_packed(original: Any, directory: Path, pack: Pack, embedding: Pack | None = None) -> Path:
+    """A compressed directory in which every linear layer in the blocks is what `pack` makes of it.
+
+    With `embedding`, so is the embedding, which the head must share.
+    """
     packed = {
         name: pack(name, module.weight.detach().float())
         for name, module in original.named_modules()
         if isinstance(module, nn.Linear) and name != "lm_head"
     }
+    tied = {}
+    if embedding is not None:
+        name = "model.embed_tokens"
+        packed[name], tied = embedding(name, original.get_submodule(name).weight.detach().float()), {"lm_head": name}
     formats = [item.format.to_json() for item in packed.values()]
     config = copy.deepcopy(original.config)
     config.architectures = [type(original).__name__]
-    config.quantization_config = WhitConfig(formats, {name: index for index, name in enumerate(packed)})
-    state = {
-        name: tensor for name, tensor in original.state_dict().items() if name.removesuffix(".weight") not in packed
-    }
+    config.dtype = original.dtype
+    config.quantization_config = WhitConfig(formats, {name: index for index, name in enumerate(packed)}, tied)
+    gone = {*packed, *tied}
+    state = {name: value for name, value in original.state_dict().items() if name.removesuffix(".weight") not in gone}
     for name, item in packed.items():
         state |= {f"{name}.{key}": tensor.contiguous() for key, tensor in item.tensors.items()}
     directory.mkdir(parents=True)
-    from safetensors.torch import save_file
-
     save_file(state, directory / "model.safetensors", {"format": "pt"})
     config.save_pretrained(directory)
     return directory
