@@ -6,6 +6,7 @@ import errno
 import inspect
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -74,9 +75,16 @@ class FakeEngine:
         return result
 
     def evaluate(
-        self, model: str, *, against: str | None = None, options: RunOptions | None = None
+        self,
+        model: str,
+        *,
+        against: str | None = None,
+        options: RunOptions | None = None,
+        tasks: Sequence[str] | None = None,
+        limit: int | None = None,
     ) -> EvaluationRecord:
-        self.calls.append({"model": model, "against": against, "options": options})
+        call = {"model": model, "against": against, "options": options, "tasks": tasks, "limit": limit}
+        self.calls.append(call)
         return example_evaluations()[1]
 
     def export(self, directory: Path, target: str, output: Path) -> ExportRecord:
@@ -319,12 +327,32 @@ def test_a_knob_of_another_method_on_the_command_line(capsys: pytest.CaptureFixt
 def test_evaluate_shows_metrics_with_intervals(capsys: pytest.CaptureFixture[str]) -> None:
     engine = FakeEngine()
     assert main(["evaluate", "dir", "--against", "original", "--evaluation-windows", "3"], engine) == 0
-    assert engine.calls[0] == {"model": "dir", "against": "original", "options": RunOptions(evaluation_windows=3)}
+    call = {"model": "dir", "against": "original", "options": RunOptions(evaluation_windows=3)}
+    assert engine.calls[0] == call | {"tasks": None, "limit": None}
     out = capsys.readouterr().out
     assert "131.4 [113.9, 152.6]" in out
     assert "wikitext2-test" in out
     assert main(["evaluate", "dir", "--json"], engine) == 0
     assert json.loads(capsys.readouterr().out)["metrics"][0]["name"] == "perplexity"
+
+
+def test_tasks_are_separated_by_commas() -> None:
+    engine = FakeEngine()
+    assert main(["evaluate", "dir", "--tasks", "hellaswag, my/task.yaml", "--limit", "7", "--quiet"], engine) == 0
+    assert (engine.calls[0]["tasks"], engine.calls[0]["limit"]) == (["hellaswag", "my/task.yaml"], 7)
+
+
+def test_export_shows_the_record(capsys: pytest.CaptureFixture[str]) -> None:
+    engine = FakeEngine()
+    arguments = ["export", "dir", "--to", "gguf", "-o", "x.gguf"]
+    assert main(arguments, engine) == 0
+    assert engine.calls[0] == {"directory": Path("dir"), "target": "gguf", "output": Path("x.gguf")}
+    out = capsys.readouterr().out
+    assert "14 weights as Q4_0, 1 weight as Q8_0" in out
+    assert "1.00 kB -> 1.20 kB" in out
+    assert "became [larger]" in out
+    assert main([*arguments, "--json"], engine) == 0
+    assert json.loads(capsys.readouterr().out)["stored"] == {"Q4_0": 14, "Q8_0": 1}
 
 
 def test_generate_prints_prompt_and_continuation_alone(capsys: pytest.CaptureFixture[str]) -> None:

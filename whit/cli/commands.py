@@ -149,16 +149,24 @@ def _evaluate_command() -> Callable[..., Action]:
     parameters = [
         argument("model", str, REQUIRED, metavar="MODEL", help="compressed directory, or any model"),
         option("against", str | None, None, "--against", help="the original, for KL divergence", metavar="MODEL"),
+        option(
+            "tasks", str | None, None, "--tasks", metavar="NAME|FILE,...",
+            help="score tasks of lm-eval instead: names, or paths of task files (.yaml)", panel="Tasks",
+        ),
+        option("limit", int | None, None, "--limit", help="items per task; default: all", panel="Tasks"),
         *_output_options(),
         *run_parameters(EVALUATION_OPTIONS),
-    ]
+    ]  # fmt: skip
 
     def evaluate(**values: Any) -> Action:
         options = run_options(values)
 
         def action(engine: Callable[[], Engine]) -> None:
             display = make_display(as_json=values["as_json"], quiet=values["quiet"])
-            record = engine().evaluate(values["model"], against=values["against"], options=options)
+            tasks = None if values["tasks"] is None else [name.strip() for name in values["tasks"].split(",")]
+            record = engine().evaluate(
+                values["model"], against=values["against"], options=options, tasks=tasks, limit=values["limit"]
+            )
             display.show(evaluation_view(record), dataclasses.asdict(record))
 
         return action

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -30,7 +31,13 @@ class Engine(Protocol):
         ...
 
     def evaluate(
-        self, model: str, *, against: str | None = None, options: RunOptions | None = None
+        self,
+        model: str,
+        *,
+        against: str | None = None,
+        options: RunOptions | None = None,
+        tasks: Sequence[str] | None = None,
+        limit: int | None = None,
     ) -> EvaluationRecord:
         """Measure a model, beside another if given."""
         ...
