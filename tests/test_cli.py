@@ -87,8 +87,8 @@ class FakeEngine:
         self.calls.append(call)
         return example_evaluations()[1]
 
-    def export(self, directory: Path, target: str, output: Path) -> ExportRecord:
-        self.calls.append({"directory": directory, "target": target, "output": output})
+    def export(self, directory: Path, target: str, output: Path, *, prefer: str | None = None) -> ExportRecord:
+        self.calls.append({"directory": directory, "target": target, "output": output, "prefer": prefer})
         return ExportRecord(target, str(output), {"Q4_0": 14, "Q8_0": 1}, 1000, 1200, ["became [larger]"])
 
     def generate(self, directory: str, prompt: str, *, new_tokens: int = 64, device: str = "auto") -> str:
@@ -346,7 +346,8 @@ def test_export_shows_the_record(capsys: pytest.CaptureFixture[str]) -> None:
     engine = FakeEngine()
     arguments = ["export", "dir", "--to", "gguf", "-o", "x.gguf"]
     assert main(arguments, engine) == 0
-    assert engine.calls[0] == {"directory": Path("dir"), "target": "gguf", "output": Path("x.gguf")}
+    call = {"directory": Path("dir"), "target": "gguf", "output": Path("x.gguf"), "prefer": None}
+    assert engine.calls[0] == call
     out = capsys.readouterr().out
     assert "14 weights as Q4_0, 1 weight as Q8_0" in out
     assert "1.00 kB -> 1.20 kB" in out

@@ -44,6 +44,13 @@ def test_an_unknown_target_names_the_nearest(directory: Path, tmp_path: Path) ->
         whit.export(directory, "ggml", tmp_path / "out")
 
 
+def test_an_unknown_type_names_the_nearest(directory: Path, tmp_path: Path) -> None:
+    with pytest.raises(KnobError, match=r"--prefer is one of TQ1_0, .*, got 'TQ2'; did you mean 'TQ2_0'"):
+        whit.export(directory, "gguf", tmp_path / "out", prefer="TQ2")
+    with pytest.raises(KnobError, match=r"nothing that compressed-tensors knows, got 'TQ2_0'"):
+        whit.export(directory, "compressed-tensors", tmp_path / "out", prefer="TQ2_0")
+
+
 def test_only_compressed_directories_are_exported(tmp_path: Path) -> None:
     for source in (STORIES, tmp_path / "absent"):
         with pytest.raises(ModelError, match="not a model compressed by whit"):
@@ -78,6 +85,8 @@ def test_a_file_is_never_overwritten(directory: Path, tmp_path: Path) -> None:
     (tmp_path / "model.gguf").write_text("mine")
     with pytest.raises(OutputError, match=r"model.gguf' exists"):
         whit.export(directory, "gguf", tmp_path / "model.gguf")
+    with pytest.raises(OutputError, match=r"model.gguf', which is a file"):
+        whit.export(directory, "gguf", tmp_path / "model.gguf" / "deep" / "x.gguf")
     assert (tmp_path / "model.gguf").read_text() == "mine"
 
 

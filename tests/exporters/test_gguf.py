@@ -144,6 +144,18 @@ def test_ternary_values_are_found_in_any_layout() -> None:
     assert exact_blocks(LevelTable(2, 256).pack(codes, levels * torch.tensor([1.0, 1.0, 0.5, 1.0]))) is None
 
 
+def test_a_preferred_type_is_taken_where_it_is_exact() -> None:
+    ternary, wide = integers(2, 256, True, low=1), integers(8, 64, True)
+    found = exact_blocks(ternary, prefer="TQ2_0")
+    assert found is not None
+    assert found[0] == "TQ2_0"
+    decoded = gguf.dequantize(found[1], gguf.GGMLQuantizationType.TQ2_0)
+    assert np.array_equal(decoded.reshape(values(ternary).shape), values(ternary))
+    other = exact_blocks(wide, prefer="TQ2_0")
+    assert other is not None
+    assert other[0] == "Q8_0"
+
+
 def refuse(family: str, tmp_path: Path, pack: Callable[[str, Tensor], Packed], **extra: Any) -> str:
     directory = models.save_packed(models.model(family, **extra), tmp_path / "packed", pack)
     with pytest.raises(ExportError) as caught:

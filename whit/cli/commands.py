@@ -185,6 +185,9 @@ def _export(
             "--output", "-o", metavar="OUT", help="new directory; for gguf also a new file that ends in .gguf"
         ),
     ],
+    prefer: Annotated[
+        str | None, typer.Option("--prefer", metavar="TYPE", help="gguf: block type to take where exact, as TQ2_0")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON value on standard output")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="print errors only")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
@@ -192,7 +195,7 @@ def _export(
     """Write a compressed model, exactly, in the format of another tool."""
 
     def action(engine: Callable[[], Engine]) -> None:
-        record = engine().export(directory, target, output)
+        record = engine().export(directory, target, output, prefer=prefer)
         make_display(as_json=as_json, quiet=quiet).show(export_view(record), dataclasses.asdict(record))
 
     return action

@@ -42,7 +42,7 @@ class Engine(Protocol):
         """Measure a model, beside another if given."""
         ...
 
-    def export(self, directory: Path, target: str, output: Path) -> ExportRecord:
+    def export(self, directory: Path, target: str, output: Path, *, prefer: str | None = None) -> ExportRecord:
         """Write a compressed model in the format of another tool."""
         ...
 

@@ -42,17 +42,26 @@ class Written:
 
 
 class Target(ABC):
-    """A file format of other tools. Subclasses have no state; what they decide is the plan they return.
+    """A file format of other tools.
 
     Attributes:
         name: as typed after `--to`.
         summary: for help texts.
         suffix: of a single file that the target writes, or "" for targets that fill a directory.
+        types: storage types among which the smallest exact one is taken, for targets that have a choice.
+        prefer: one of them, taken where it is exact even if a smaller one is, too.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
     suffix: ClassVar[str] = ""
+    types: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, prefer: str | None = None) -> None:
+        if prefer is not None and prefer not in self.types:
+            known = f"is one of {', '.join(self.types)}" if self.types else f"is nothing that {self.name} knows"
+            raise KnobError(f"--prefer {known}, got {prefer!r}{nearest(prefer, self.types)}")
+        self.prefer = prefer
 
     @abstractmethod
     def plan(self, model: CompressedModel) -> Any:
@@ -91,13 +100,13 @@ def available_targets() -> dict[str, type[Target]]:
     return dict(sorted(_TARGETS.items()))
 
 
-def make_target(name: str) -> Target:
+def make_target(name: str, prefer: str | None = None) -> Target:
     """The target of that name.
 
     Raises:
-        KnobError: there is none; names the nearest.
+        KnobError: there is none, or it has no type `prefer`; names the nearest.
     """
     targets = available_targets()
     if name not in targets:
         raise KnobError(f"no export target {name!r}: it is one of {', '.join(targets)}{nearest(name, targets)}")
-    return targets[name]()
+    return targets[name](prefer)

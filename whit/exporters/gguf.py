@@ -22,7 +22,7 @@ from torch import Tensor
 from whit import __version__
 from whit.errors import MissingDependencyError
 from whit.exporters.base import CannotHoldError, Target, Written, register_target
-from whit.exporters.gguf_blocks import Bytes, exact_blocks, why_not
+from whit.exporters.gguf_blocks import BLOCK_TYPES, Bytes, exact_blocks, why_not
 from whit.exporters.gguf_check import check_config, differences_in_transformers, head_dim
 from whit.exporters.gguf_tokenizer import tokenizer_metadata
 from whit.exporters.source import CompressedModel, PackedLayer
@@ -58,6 +58,7 @@ class GGUF(Target):
     name: ClassVar[str] = "gguf"
     summary: ClassVar[str] = "one file for llama.cpp and transformers: TQ1_0, Q4_0, Q4_1, Q5_0, Q8_0, where exact"
     suffix: ClassVar[str] = ".gguf"
+    types: ClassVar[tuple[str, ...]] = tuple(BLOCK_TYPES)
 
     def plan(self, model: CompressedModel) -> Plan:
         """Type of every tensor; reads all packed layers.
@@ -72,7 +73,7 @@ class GGUF(Target):
         known = ARCHITECTURES[architecture]
         items, notes = [], []
         for layer in model.layers.values():
-            found = exact_blocks(model.packed(layer))
+            found = exact_blocks(model.packed(layer), self.prefer)
             if found is None and layer.name not in model.ends:
                 raise CannotHoldError(layer.name, why_not(layer.format, layer.columns))
             kind = _DENSE[model.dtype] if found is None else found[0]
@@ -80,7 +81,7 @@ class GGUF(Target):
                 before = format_bytes(layer.format.bytes(layer.rows, layer.columns))
                 after = format_bytes(layer.rows * layer.columns * model.dtype.itemsize)
                 notes.append(f"{layer.name} is written as {kind} ({before} -> {after}): no block type holds it exactly")
-            items.append(_packed_item(model, known, layer, kind))
+            items.append(_packed_item(model, known, layer, kind, self.prefer))
         items += [_dense_item(model, known, name) for name in model.dense]
         return Plan(architecture, items, notes)
 
@@ -137,13 +138,15 @@ def _stored_name(known: GGUFArchitecture, name: str) -> str:
     return stored
 
 
-def _packed_item(model: CompressedModel, known: GGUFArchitecture, layer: PackedLayer, kind: str) -> Item:
+def _packed_item(
+    model: CompressedModel, known: GGUFArchitecture, layer: PackedLayer, kind: str, prefer: str | None
+) -> Item:
     name = _stored_name(known, f"{layer.name}.weight")
     transform = known.transform(name)
     assert transform is None or transform.moves_rows  # what changes values is a norm
 
     def load() -> Bytes:
-        found = exact_blocks(model.packed(layer))
+        found = exact_blocks(model.packed(layer), prefer)
         rows = _bytes_of(model.packed(layer).unpack().to(model.dtype)) if found is None else found[1]
         return rows if transform is None else transform.write(torch.from_numpy(rows), model.config).numpy()
 

@@ -159,8 +159,10 @@ BLOCK_TYPES: dict[str, Callable[[Packed, Multiples | None], Bytes | None]] = {
 }
 
 
-def exact_blocks(packed: Packed) -> tuple[str, Bytes] | None:
+def exact_blocks(packed: Packed, prefer: str | None = None) -> tuple[str, Bytes] | None:
     """The smallest block type that holds a packed weight exactly, and its bytes: uint8 (rows, bytes); None: none does.
+
+    With `prefer`, that type where it is exact.
 
     Needs the gguf package.
     """
@@ -171,8 +173,8 @@ def exact_blocks(packed: Packed) -> tuple[str, Bytes] | None:
     reader = _READERS.get(packed.format.name)
     found = None if reader is None else reader(packed)
     values = packed.unpack().numpy()
-    for name, encode in BLOCK_TYPES.items():
-        encoded = encode(packed, found)
+    for name in sorted(BLOCK_TYPES, key=lambda name: name != prefer):  # stable: the others keep their order
+        encoded = BLOCK_TYPES[name](packed, found)
         if encoded is not None and np.array_equal(
             gguf.dequantize(encoded, gguf.GGMLQuantizationType[name]).reshape(values.shape), values
         ):

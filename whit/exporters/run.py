@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import mkdtemp
 
 from whit.errors import ExportError, MissingDependencyError, OutputError
 from whit.exporters.base import CannotHoldError, Target, available_targets, make_target
@@ -18,23 +17,25 @@ from whit.pipeline.outcome import saved_bytes
 from whit.report.record import ExportRecord
 
 
-def export(directory: str | Path, target: str, output: str | Path) -> ExportRecord:
+def export(directory: str | Path, target: str, output: str | Path, *, prefer: str | None = None) -> ExportRecord:
     """Write a compressed model in the format of another tool, exactly: nothing is quantised again.
 
     Args:
         directory: written by `whit.compress`.
         target: one of `available_targets()`.
         output: directory that does not exist or is empty; for "gguf" also the name of a file that does not exist.
+        prefer: for "gguf" a block type to take where it is exact, even if a smaller one is ("TQ2_0" decodes faster than
+            "TQ1_0").
 
     Returns:
         what was written, and remarks.
 
     Raises:
-        KnobError: no such target. ModelError: not a compressed directory, or damaged.
+        KnobError: no such target or type. ModelError: not a compressed directory, or damaged.
         ExportError: the target cannot represent a layer; names it, its format and the targets that can.
         OutputError: the output exists. MissingDependencyError: a package the target writes with is missing.
     """
-    chosen = make_target(target)
+    chosen = make_target(target, prefer)
     model = CompressedModel(directory)
     place = Path(output)
     check_output(place, chosen)
@@ -60,8 +61,9 @@ def check_output(output: Path, target: Target) -> None:
         return
     if output.exists():
         raise OutputError(f"output {str(output)!r} exists: choose another name with -o, or remove it")
-    if output.parent.exists() and not output.parent.is_dir():
-        raise OutputError(f"output {str(output)!r} lies under {str(output.parent)!r}, which is a file: choose another")
+    file = next((path for path in output.parents if path.is_file()), None)
+    if file is not None:
+        raise OutputError(f"output {str(output)!r} lies under {str(file)!r}, which is a file: choose another with -o")
 
 
 def _is_file(output: Path, target: Target) -> bool:
@@ -72,9 +74,10 @@ def _is_file(output: Path, target: Target) -> bool:
 def _written_whole(output: Path, target: Target) -> Iterator[Path]:
     """A directory (or file) to write to, which appears under its name when complete, or not at all."""
     output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent))
+    temporary = output.parent / f".{output.name}.{os.getpid()}.partial"
+    shutil.rmtree(temporary, ignore_errors=True)  # a process of this number that was killed
+    temporary.mkdir()
     try:
-        temporary.chmod(0o777 & ~_umask())
         single = temporary / f"model{target.suffix}"
         yield single if target.suffix else temporary
         moved = single if _is_file(output, target) else temporary
@@ -87,12 +90,6 @@ def _written_whole(output: Path, target: Target) -> Iterator[Path]:
         sync_folder(output.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _refusal(model: CompressedModel, target: Target, error: CannotHoldError) -> ExportError:
