@@ -18,6 +18,7 @@ import whit
 from whit.cli import main
 from whit.errors import DataError, KnobError, MissingDependencyError, ModelError
 from whit.evaluation import harness
+from whit.evaluation.tasks import item_interval
 from whit.report.record import EvaluationRecord
 
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -91,6 +92,18 @@ def test_scores_are_those_computed_by_hand(record: EvaluationRecord, compressed:
     draws = np.random.default_rng(0).choice(pairs, (20000, len(pairs))).mean(1)
     assert [difference.low, difference.high] == pytest.approx(np.quantile(draws, [0.025, 0.975]), abs=0.09)
     assert {metric.better for metric in record.metrics} == {"higher"}
+    assert found["original endings/acc"].protocol == found["endings/acc"].protocol
+
+
+def test_items_that_all_score_the_same_leave_room_for_those_that_were_missed() -> None:
+    # (1 - p)^10 = 0.05 for the share p that ten items miss with probability 5 %.
+    share = 1 - 0.05**0.1
+    assert (1 - share) ** 10 == pytest.approx(0.05)
+    assert item_interval([1.0] * 10, 0, 1) == pytest.approx((1 - share, 1))
+    assert item_interval([0.0] * 10, 0, 1) == pytest.approx((0, share))
+    assert item_interval([0.0] * 10, -1, 1) == pytest.approx((-share, share))
+    low, high = item_interval([0.0, 1.0] * 50, 0, 1)
+    assert (low, high) == pytest.approx((0.4, 0.6), abs=0.02)
 
 
 @needs_harness

@@ -15,7 +15,7 @@ from torch import nn
 
 from whit.data.leak import text_sketch
 from whit.data.tokens import tokenizer_identity
-from whit.evaluation.bootstrap import WindowSums
+from whit.evaluation.bootstrap import CONFIDENCE, WindowSums
 from whit.evaluation.harness import TaskScores, item_texts, load_tasks, run_tasks
 from whit.evaluation.protocol import protocol_id
 from whit.report.record import EvaluationRecord, MetricRecord
@@ -104,9 +104,11 @@ class TaskRun:
 def _metrics(scores: TaskScores, fields: Mapping[str, Any], prefix: str = "") -> list[MetricRecord]:
     out = []
     for metric, (value, error) in scores.metrics.items():
-        low, high = _interval(scores.items.get(metric), value, error)
-        name = f"{prefix}{scores.name}/{metric}"
-        out.append(_metric(name, value, low, high, fields, metric in scores.higher))
+        items = scores.items.get(metric)
+        low, high = _normal_interval(value, error) if items is None else item_interval(items, *_range(items))
+        name = f"{scores.name}/{metric}"
+        better = "higher" if metric in scores.higher else "lower"
+        out.append(MetricRecord(prefix + name, value, low, high, protocol_id(name, fields), better))
     return out
 
 
@@ -117,19 +119,34 @@ def _differences(scores: TaskScores, original: TaskScores, fields: Mapping[str, 
         theirs = original.items.get(metric)
         if theirs is None or scores.ids != original.ids:
             continue
-        sums = WindowSums([first - second for first, second in zip(mine, theirs, strict=True)], [1.0] * len(mine))
+        pairs = [first - second for first, second in zip(mine, theirs, strict=True)]
         name = f"{scores.name}/{metric} difference"
-        out.append(_metric(name, sums.value, *sums.interval(), fields, metric in scores.higher))
+        better = "higher" if metric in scores.higher else "lower"
+        lowest, highest = _range([*mine, *theirs])
+        low, high = item_interval(pairs, lowest - highest, highest - lowest)
+        out.append(MetricRecord(name, sum(pairs) / len(pairs), low, high, protocol_id(name, fields), better))
     return out
 
 
-def _metric(name: str, value: float, low: float, high: float, fields: Mapping[str, Any], higher: bool) -> MetricRecord:
-    return MetricRecord(name, value, low, high, protocol_id(name, fields), "higher" if higher else "lower")
+def item_interval(items: Sequence[float], lowest: float, highest: float) -> tuple[float, float]:
+    """95 % interval of the mean of item scores: the bootstrap over items.
 
-
-def _interval(items: list[float] | None, value: float, error: float | None) -> tuple[float, float]:
-    if items is not None:
+    Where all n items score the same, resampling them shows nothing. A share p of other items is missed by all n with
+    probability (1 - p)^n, so the interval then reaches a share of 1 - 0.05^(1/n) (about 3 / n) of the way to `lowest`
+    and `highest`, between which a score lies.
+    """
+    if len(set(items)) > 1:
         return WindowSums(list(items), [1.0] * len(items)).interval()
+    value, share = items[0], 1 - (1 - CONFIDENCE) ** (1 / len(items))
+    return value - share * (value - lowest), value + share * (highest - value)
+
+
+def _range(items: Sequence[float]) -> tuple[float, float]:
+    """Between which scores lie: 0 and 1, unless some do not."""
+    return min(0.0, *items), max(1.0, *items)
+
+
+def _normal_interval(value: float, error: float | None) -> tuple[float, float]:
     if error is None or not math.isfinite(error):
         return value, value
     return value - NORMAL_95 * error, value + NORMAL_95 * error

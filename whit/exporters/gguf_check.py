@@ -22,8 +22,8 @@ from whit.models.loading import load_tokenizer
 #: Config fields that do not change what the model computes, or that the file says elsewhere.
 _SILENT = frozenset({
     "_model_name_or_path", "_name_or_path", "architectures", "attention_dropout", "dtype", "id2label",
-    "initializer_range", "label2id", "pretraining_tp", "torch_dtype", "transformers_version", "use_cache",
-    *TOKEN_KEYS.values(),
+    "initializer_range", "label2id", "pretraining_tp", "torch_dtype", "transformers_version", "unk_token_id",
+    "use_cache", *TOKEN_KEYS.values(),
 })  # fmt: skip
 #: Texts on which a tokenizer read from the file is compared with the directory's.
 PROBES = (
