@@ -6,6 +6,7 @@ import errno
 import inspect
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from whit.cli.options import RUN_HELP, explain_unknown, requested_method
 from whit.methods.base import available_methods, knobs
 from whit.pipeline.events import Listener, Plan
 from whit.pipeline.options import RunOptions
-from whit.report.record import EvaluationRecord, Result
+from whit.report.record import EvaluationRecord, ExportRecord, Result
 from whit.report.write import write_reports
 
 BLOCKS = 2
@@ -74,10 +75,21 @@ class FakeEngine:
         return result
 
     def evaluate(
-        self, model: str, *, against: str | None = None, options: RunOptions | None = None
+        self,
+        model: str,
+        *,
+        against: str | None = None,
+        options: RunOptions | None = None,
+        tasks: Sequence[str] | None = None,
+        limit: int | None = None,
     ) -> EvaluationRecord:
-        self.calls.append({"model": model, "against": against, "options": options})
+        call = {"model": model, "against": against, "options": options, "tasks": tasks, "limit": limit}
+        self.calls.append(call)
         return example_evaluations()[1]
+
+    def export(self, directory: Path, target: str, output: Path, *, prefer: str | None = None) -> ExportRecord:
+        self.calls.append({"directory": directory, "target": target, "output": output, "prefer": prefer})
+        return ExportRecord(target, str(output), {"Q4_0": 14, "Q8_0": 1}, 1000, 1200, ["became [larger]"])
 
     def generate(self, directory: str, prompt: str, *, new_tokens: int = 64, device: str = "auto") -> str:
         self.calls.append({"directory": directory, "prompt": prompt, "new_tokens": new_tokens, "device": device})
@@ -101,7 +113,7 @@ def test_every_run_option_and_knob_is_an_option_in_the_help(
     assert f"Knobs of {method}" in text
 
 
-@pytest.mark.parametrize("command", ["compress", "evaluate", "generate", "inspect", "methods"])
+@pytest.mark.parametrize("command", ["compress", "evaluate", "export", "generate", "inspect", "methods"])
 def test_the_help_shows_exactly_the_options_that_the_parser_knows(
     command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -120,7 +132,7 @@ def test_every_option_in_the_documentation_exists(
     lines = "\n".join(page.read_text(encoding="utf-8") for page in pages)
     documented = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", lines))
     known = {"--version", "--no-deps"}
-    for command in ("evaluate", "generate", "inspect", "methods"):
+    for command in ("evaluate", "export", "generate", "inspect", "methods"):
         known |= set(re.findall(r"--[a-z0-9-]+", help_text([command], capsys, monkeypatch)))
     for method in available_methods():
         known |= set(re.findall(r"--[a-z0-9-]+", help_text(["compress", "--method", method], capsys, monkeypatch)))
@@ -315,12 +327,33 @@ def test_a_knob_of_another_method_on_the_command_line(capsys: pytest.CaptureFixt
 def test_evaluate_shows_metrics_with_intervals(capsys: pytest.CaptureFixture[str]) -> None:
     engine = FakeEngine()
     assert main(["evaluate", "dir", "--against", "original", "--evaluation-windows", "3"], engine) == 0
-    assert engine.calls[0] == {"model": "dir", "against": "original", "options": RunOptions(evaluation_windows=3)}
+    call = {"model": "dir", "against": "original", "options": RunOptions(evaluation_windows=3)}
+    assert engine.calls[0] == call | {"tasks": None, "limit": None}
     out = capsys.readouterr().out
     assert "131.4 [113.9, 152.6]" in out
     assert "wikitext2-test" in out
     assert main(["evaluate", "dir", "--json"], engine) == 0
     assert json.loads(capsys.readouterr().out)["metrics"][0]["name"] == "perplexity"
+
+
+def test_tasks_are_separated_by_commas() -> None:
+    engine = FakeEngine()
+    assert main(["evaluate", "dir", "--tasks", "hellaswag, my/task.yaml", "--limit", "7", "--quiet"], engine) == 0
+    assert (engine.calls[0]["tasks"], engine.calls[0]["limit"]) == (["hellaswag", "my/task.yaml"], 7)
+
+
+def test_export_shows_the_record(capsys: pytest.CaptureFixture[str]) -> None:
+    engine = FakeEngine()
+    arguments = ["export", "dir", "--to", "gguf", "-o", "x.gguf"]
+    assert main(arguments, engine) == 0
+    call = {"directory": Path("dir"), "target": "gguf", "output": Path("x.gguf"), "prefer": None}
+    assert engine.calls[0] == call
+    out = capsys.readouterr().out
+    assert "14 weights as Q4_0, 1 weight as Q8_0" in out
+    assert "1.00 kB -> 1.20 kB" in out
+    assert "became [larger]" in out
+    assert main([*arguments, "--json"], engine) == 0
+    assert json.loads(capsys.readouterr().out)["stored"] == {"Q4_0": 14, "Q8_0": 1}
 
 
 def test_generate_prints_prompt_and_continuation_alone(capsys: pytest.CaptureFixture[str]) -> None:

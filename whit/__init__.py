@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 from whit.models import integration as _integration  # noqa: F401 - registers the packed formats
 
 if TYPE_CHECKING:
-    from whit.api import compress, evaluate, generate, load
+    from whit.api import compress, evaluate, export, generate, load
     from whit.errors import WhitError
     from whit.methods import Method, available_methods, make_method
     from whit.pipeline.events import Listener, Plan
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 _EXPORTS = {
     "compress": "whit.api",
     "evaluate": "whit.api",
+    "export": "whit.api",
     "generate": "whit.api",
     "load": "whit.api",
     "Listener": "whit.pipeline.events",
@@ -51,6 +52,7 @@ __all__ = [
     "available_methods",
     "compress",
     "evaluate",
+    "export",
     "generate",
     "load",
     "make_method",

@@ -1,17 +1,20 @@
-"""The public functions: compress, load, evaluate, generate."""
+"""The public functions: compress, load, evaluate, export, generate."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from whit.data.load import load_evaluation
-from whit.errors import DataError
+from whit.errors import DataError, KnobError
 from whit.evaluation.measure import evaluate_model
 from whit.evaluation.sample import sample_record, sample_text
+from whit.evaluation.tasks import TaskRun
+from whit.exporters import export
 from whit.models.loading import is_compressed, load_directory, load_tokenizer, saved_dtype
 from whit.models.resolve import resolve_model
 from whit.models.skeleton import load_dense
@@ -22,7 +25,7 @@ from whit.pipeline.options import RunOptions
 from whit.pipeline.prepare import choose_device, compute_dtype, data_limits
 from whit.report.record import EvaluationRecord
 
-__all__ = ["compress", "evaluate", "generate", "load"]
+__all__ = ["compress", "evaluate", "export", "generate", "load"]
 
 
 def load(
@@ -40,19 +43,31 @@ def load(
 
 
 def evaluate(
-    model: str | Path | None, *, against: str | Path | None = None, options: RunOptions | None = None
+    model: str | Path | None,
+    *,
+    against: str | Path | None = None,
+    options: RunOptions | None = None,
+    tasks: Sequence[str] | None = None,
+    limit: int | None = None,
 ) -> EvaluationRecord:
     """Measure a model, and its distance to another.
 
     Args:
         model: compressed directory or any model reference (None: the default model).
-        against: the original; adds KL divergence and agreement.
+        against: the original; adds KL divergence and agreement, or with `tasks` the difference on the same items.
         options: evaluation data, window, device and dtype.
+        tasks: measure tasks of the LM Evaluation Harness instead: names, or paths of task files.
+        limit: items per task; None for all.
 
     Raises:
-        DataError: the model was calibrated on the evaluation text and `options.allow_leak` is not set.
+        DataError: the model was calibrated on the evaluation text and `options.allow_leak` is not set, or a task cannot
+            be read. KnobError: an unknown task. MissingDependencyError: tasks without lm-eval.
     """
     options = options or RunOptions()
+    if tasks is not None:
+        return _evaluate_tasks(model, against, options, tasks, limit)
+    if limit is not None:
+        raise KnobError("--limit counts the items of tasks: give --tasks as well, or use --evaluation-windows")
     device = choose_device(options.device)
     subject, tokenizer, dtype, limits = _open(model, options, device)
     data = load_evaluation(
@@ -65,6 +80,34 @@ def evaluate(
     fields = {"dtype": str(dtype).removeprefix("torch.")}
     record, _ = evaluate_model(subject, data, original=original, device=device, protocol_fields=fields)
     return dataclasses.replace(record, leak=leak, sample=sample_record(subject, tokenizer, PROMPT, data))
+
+
+def _evaluate_tasks(
+    model: str | Path | None,
+    against: str | Path | None,
+    options: RunOptions,
+    tasks: Sequence[str],
+    limit: int | None,
+) -> EvaluationRecord:
+    if limit is not None and limit < 1:
+        raise KnobError(f"limit must be at least 1, got {limit}")
+    device = choose_device(options.device)
+    with TaskRun(tasks, limit) as run:
+        leak = check_recorded_leak(model, run.provenance, allow=options.allow_leak)
+        subject, tokenizer, dtype, _ = _open(model, options, device)
+        name = str(dtype).removeprefix("torch.")
+        original = original_tokenizer = None
+        if against is not None:
+            original, original_tokenizer, _, _ = _open(against, dataclasses.replace(options, dtype=name), device)
+        record = run.record(
+            subject,
+            tokenizer,
+            original=original,
+            original_tokenizer=original_tokenizer,
+            batch_size=options.batch_size,
+            fields={"dtype": name},
+        )
+    return dataclasses.replace(record, leak=leak)
 
 
 def generate(

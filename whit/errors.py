@@ -51,6 +51,12 @@ class MissingDependencyError(WhitError, ImportError):
     exit_code = 7
 
 
+class ExportError(WhitError):
+    """An export target cannot represent the model; the message names the layer and the targets that can."""
+
+    exit_code = 8
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """Return `"; did you mean 'x'?"` for the known word closest to `word`, or an empty string."""
     match = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)

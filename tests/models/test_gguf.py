@@ -13,7 +13,8 @@ from torch import Tensor
 
 from tests.models.conftest import example_inputs, random_model
 from whit.errors import ModelError
-from whit.models.gguf import ARCHITECTURES, GGUFSource, open_gguf, unpermute_rotary
+from whit.models.gguf import GGUFSource, open_gguf
+from whit.models.gguf_architectures import ARCHITECTURES, permute_rotary, unpermute_rotary
 from whit.models.resolve import resolve_model
 from whit.models.skeleton import load_dense
 
@@ -182,6 +183,19 @@ def test_unpermute_inverts_the_interleaving():
     weight = torch.arange(24 * 3.0).reshape(24, 3)
     assert torch.equal(unpermute_rotary(interleave(weight, 3), 3), weight)
     assert torch.equal(unpermute_rotary(interleave(weight[:, 0], 2), 2), weight[:, 0])
+    assert torch.equal(permute_rotary(weight, 3), interleave(weight, 3))
+
+
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+def test_names_of_the_model_lead_back_to_names_of_the_file(architecture: str):
+    known = ARCHITECTURES[architecture]
+    stored = [f"blk.11.{part}.{kind}" for part in known.block for kind in ("weight", "bias")]
+    for name in [*stored, "token_embd.weight", "output_norm.weight", "output.weight"]:
+        model_name = known.name(name)
+        assert model_name is not None
+        assert known.stored_name(model_name) == name
+    assert known.stored_name("model.layers.0.self_attn.rotary_emb.inv_freq") is None
+    assert known.stored_name("model.layers.x.self_attn.q_proj.weight") is None
 
 
 @pytest.fixture

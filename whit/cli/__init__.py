@@ -1,4 +1,4 @@
-"""The command line: `whit compress`, `evaluate`, `generate`, `inspect`, `methods`."""
+"""The command line: `whit compress`, `evaluate`, `export`, `generate`, `inspect`, `methods`."""
 
 from whit.cli.main import main
 

@@ -25,7 +25,7 @@ from whit.cli.options import (
     run_parameters,
     with_signature,
 )
-from whit.cli.tables import evaluation_view, layers_view, method_view, methods_view
+from whit.cli.tables import evaluation_view, export_view, layers_view, method_view, methods_view
 from whit.errors import KnobError
 from whit.methods.base import available_methods, knobs, method_class
 from whit.models.loading import saved_dtype
@@ -60,6 +60,7 @@ def build(argv: Sequence[str]) -> typer.Typer:
     app.callback(invoke_without_command=True)(_root)
     app.command("compress")(_compress_command(argv))
     app.command("evaluate")(_evaluate_command())
+    app.command("export")(_export)
     app.command("generate")(_generate)
     app.command("inspect")(_inspect)
     app.command("methods")(_methods)
@@ -148,16 +149,24 @@ def _evaluate_command() -> Callable[..., Action]:
     parameters = [
         argument("model", str, REQUIRED, metavar="MODEL", help="compressed directory, or any model"),
         option("against", str | None, None, "--against", help="the original, for KL divergence", metavar="MODEL"),
+        option(
+            "tasks", str | None, None, "--tasks", metavar="NAME|FILE,...",
+            help="score tasks of lm-eval instead: names, or paths of task files (.yaml)", panel="Tasks",
+        ),
+        option("limit", int | None, None, "--limit", help="items per task; default: all", panel="Tasks"),
         *_output_options(),
         *run_parameters(EVALUATION_OPTIONS),
-    ]
+    ]  # fmt: skip
 
     def evaluate(**values: Any) -> Action:
         options = run_options(values)
 
         def action(engine: Callable[[], Engine]) -> None:
             display = make_display(as_json=values["as_json"], quiet=values["quiet"])
-            record = engine().evaluate(values["model"], against=values["against"], options=options)
+            tasks = None if values["tasks"] is None else [name.strip() for name in values["tasks"].split(",")]
+            record = engine().evaluate(
+                values["model"], against=values["against"], options=options, tasks=tasks, limit=values["limit"]
+            )
             display.show(evaluation_view(record), dataclasses.asdict(record))
 
         return action
@@ -165,6 +174,31 @@ def _evaluate_command() -> Callable[..., Action]:
     return with_signature(
         evaluate, parameters, "Measure a model: perplexity with its interval, beside another if given."
     )
+
+
+def _export(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="compressed directory")],
+    target: Annotated[str, typer.Option("--to", metavar="TARGET", help="compressed-tensors or gguf")],
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output", "-o", metavar="OUT", help="new directory; for gguf also a new file that ends in .gguf"
+        ),
+    ],
+    prefer: Annotated[
+        str | None, typer.Option("--prefer", metavar="TYPE", help="gguf: block type to take where exact, as TQ2_0")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON value on standard output")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="print errors only")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
+) -> Action:
+    """Write a compressed model, exactly, in the format of another tool."""
+
+    def action(engine: Callable[[], Engine]) -> None:
+        record = engine().export(directory, target, output, prefer=prefer)
+        make_display(as_json=as_json, quiet=quiet).show(export_view(record), dataclasses.asdict(record))
+
+    return action
 
 
 def _generate(

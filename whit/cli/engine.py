@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
 
 from whit.pipeline.events import Listener, Plan
 from whit.pipeline.options import RunOptions
 from whit.pipeline.recipe import Recipe
-from whit.report.record import EvaluationRecord, Result
+from whit.report.record import EvaluationRecord, ExportRecord, Result
 
 
 class Engine(Protocol):
@@ -30,9 +31,19 @@ class Engine(Protocol):
         ...
 
     def evaluate(
-        self, model: str, *, against: str | None = None, options: RunOptions | None = None
+        self,
+        model: str,
+        *,
+        against: str | None = None,
+        options: RunOptions | None = None,
+        tasks: Sequence[str] | None = None,
+        limit: int | None = None,
     ) -> EvaluationRecord:
         """Measure a model, beside another if given."""
+        ...
+
+    def export(self, directory: Path, target: str, output: Path, *, prefer: str | None = None) -> ExportRecord:
+        """Write a compressed model in the format of another tool."""
         ...
 
     def generate(self, directory: str, prompt: str, *, new_tokens: int = 64, device: str = "auto") -> str:

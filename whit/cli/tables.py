@@ -30,7 +30,7 @@ from whit.report.figures import (
     remarks,
     size_rows,
 )
-from whit.report.record import EvaluationRecord, Result
+from whit.report.record import EvaluationRecord, ExportRecord, Result
 
 NAMES_SHOWN = 3
 
@@ -96,6 +96,18 @@ def evaluation_view(record: EvaluationRecord) -> RenderableType:
     if record.leak:
         parts.append(Text("note: the calibration text is part of the evaluation text", style="yellow"))
     return Group(*parts)
+
+
+def export_view(record: ExportRecord) -> RenderableType:
+    """Where the model was written, how its packed weights are stored there, bytes before and after, remarks."""
+    grid = _facts()
+    grid.add_row("written", f"{record.path} ({record.target})")
+    stored = ", ".join(f"{count} {_plural('weight', count)} as {kind}" for kind, count in record.stored.items())
+    grid.add_row("packed", stored)
+    grid.add_row("size", f"{format_bytes(record.bytes_before)} -> {format_bytes(record.bytes_after)}")
+    for note in record.notes:
+        grid.add_row("note", Text(note))
+    return grid
 
 
 def layers_view(result: Result, kernels: Mapping[str, str]) -> RenderableType:

@@ -1,10 +1,6 @@
 """Reading GGUF files: config from the metadata, weights tensor by tensor, tokenizer through transformers.
 
-GGUF names and layouts differ from transformers' in a few ways per architecture, kept here as data:
-
-- `llama` files store the rows of the query and key projections in interleaved rotary order (pairs 2i, 2i+1);
-  transformers rotates halves (pairs i, i + d/2), so the rows of each head are put back.
-- `gemma3` files store the weights of norms as 1 + w, transformers stores w.
+Where names and layouts differ from transformers' is said by `gguf_architectures.py`.
 """
 
 from __future__ import annotations
@@ -15,7 +11,7 @@ import io
 import logging
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,129 +21,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
 
 from whit.errors import MissingDependencyError, ModelError, nearest
+from whit.models.gguf_architectures import ARCHITECTURES, CONFIG_KEYS, TOKEN_KEYS, GGUFArchitecture
 from whit.models.gguf_header import MAGIC, GGUFTensor, read_gguf_header
 from whit.models.source import describe, hash_file, hash_lines, read_bytes
-
-Transform = Callable[[Tensor, Any], Tensor]
-
-
-def unpermute_rotary(weight: Tensor, heads: int) -> Tensor:
-    """Rows of each head from interleaved rotary order (pairs 2i, 2i+1) to half-split order (pairs i, i + d/2).
-
-    Args:
-        weight: (heads * d, ...), d even.
-        heads: number of heads in the rows.
-
-    Returns:
-        The same rows reordered, contiguous.
-    """
-    pairs = weight.reshape(heads, weight.shape[0] // heads // 2, 2, *weight.shape[1:])
-    return pairs.transpose(1, 2).reshape(weight.shape).contiguous()
-
-
-def _query(weight: Tensor, config: Any) -> Tensor:
-    return unpermute_rotary(weight, config.num_attention_heads)
-
-
-def _key(weight: Tensor, config: Any) -> Tensor:
-    return unpermute_rotary(weight, config.num_key_value_heads)
-
-
-def _minus_one(weight: Tensor, config: Any) -> Tensor:
-    return weight - 1.0
-
-
-_OUTER = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
-_ATTENTION = {f"attn_{letter}": f"self_attn.{letter}_proj" for letter in "qkv"} | {"attn_output": "self_attn.o_proj"}
-_GATED = {"ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj", "ffn_down": "mlp.down_proj"}
-_NORMS = {"attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm"}
-_HEAD_NORMS = {"attn_q_norm": "self_attn.q_norm", "attn_k_norm": "self_attn.k_norm"}
-_SANDWICH_NORMS = {
-    "attn_norm": "input_layernorm",
-    "post_attention_norm": "post_attention_layernorm",
-    "ffn_norm": "pre_feedforward_layernorm",
-    "post_ffw_norm": "post_feedforward_layernorm",
-}
-
-# Metadata keys (after the architecture's prefix) -> config fields.
-_CONFIG = (
-    ("context_length", "max_position_embeddings"),
-    ("block_count", "num_hidden_layers"),
-    ("embedding_length", "hidden_size"),
-    ("feed_forward_length", "intermediate_size"),
-    ("attention.head_count", "num_attention_heads"),
-    ("attention.head_count_kv", "num_key_value_heads"),
-    ("attention.layer_norm_rms_epsilon", "rms_norm_eps"),
-    ("attention.key_length", "head_dim"),
-    ("rope.freq_base", "rope_theta"),
-)
-_TOKENS = {"bos": "bos_token_id", "eos": "eos_token_id", "padding": "pad_token_id"}
-
-
-@dataclass(frozen=True)
-class GGUFArchitecture:
-    """How one GGUF architecture becomes a transformers model.
-
-    Attributes:
-        model_type, model_class: of transformers.
-        dtype: in which the architecture is known to compute well and untouched tensors are saved.
-        block: "blk.N." parts -> "model.layers.N." parts (weights and biases alike).
-        transforms: name part (in a block or outside) -> what to do with the dequantised tensor.
-        config: metadata keys beyond the common ones -> config fields.
-        defaults: config fields that the metadata does not state.
-    """
-
-    model_type: str
-    model_class: str
-    dtype: torch.dtype
-    block: Mapping[str, str]
-    transforms: Mapping[str, Transform] = field(default_factory=dict)
-    config: tuple[tuple[str, str], ...] = ()
-    defaults: Mapping[str, Any] = field(default_factory=dict)
-
-    def name(self, stored: str) -> str | None:
-        """Model name of a stored tensor, or None if the architecture has no such tensor."""
-        if stored in _OUTER:
-            return _OUTER[stored]
-        head, _, rest = stored.partition(".")
-        index, _, rest = rest.partition(".")
-        part, _, kind = rest.partition(".")
-        if head != "blk" or not index.isdigit() or part not in self.block or kind not in ("weight", "bias"):
-            return None
-        return f"model.layers.{index}.{self.block[part]}.{kind}"
-
-    def transform(self, stored: str, value: Tensor, config: Any) -> Tensor:
-        """Apply the transform of a stored tensor, if it has one."""
-        part = stored.split(".")[-2]
-        return self.transforms[part](value, config) if part in self.transforms else value
-
-
-# float16 keeps 11 significant bits of a scale (float16) times an integer; bfloat16 would keep 8. The families whose
-# activations are known to overflow float16 are saved in bfloat16, which is what they were trained in.
-ARCHITECTURES: dict[str, GGUFArchitecture] = {
-    "llama": GGUFArchitecture(
-        "llama",
-        "LlamaForCausalLM",
-        torch.float16,
-        _NORMS | _ATTENTION | _GATED,
-        {"attn_q": _query, "attn_k": _key},
-    ),
-    "qwen2": GGUFArchitecture("qwen2", "Qwen2ForCausalLM", torch.bfloat16, _NORMS | _ATTENTION | _GATED),
-    "qwen3": GGUFArchitecture("qwen3", "Qwen3ForCausalLM", torch.bfloat16, _NORMS | _HEAD_NORMS | _ATTENTION | _GATED),
-    "gemma3": GGUFArchitecture(
-        "gemma3_text",
-        "Gemma3ForCausalLM",
-        torch.bfloat16,
-        _SANDWICH_NORMS | _HEAD_NORMS | _ATTENTION | _GATED,
-        dict.fromkeys((*_SANDWICH_NORMS, *_HEAD_NORMS, "output_norm"), _minus_one),
-        (("attention.sliding_window", "sliding_window"), ("attention.key_length", "query_pre_attn_scalar")),
-        {"rope_local_base_freq": 10000.0},
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -201,7 +77,8 @@ class GGUFSource:
         rows = math.prod(tensor.shape[:-1])
         values = gguf.dequantize(raw.reshape(rows, -1), kind)
         value = torch.from_numpy(np.array(values, dtype=np.float32)).reshape(tensor.shape)
-        return self._architecture.transform(tensor.name, value, self._config)
+        transform = self._architecture.transform(tensor.name)
+        return value if transform is None else transform.read(value, self._config)
 
     def quantization(self, name: str) -> str:
         """Name of the stored type, for example "Q4_1"."""
@@ -309,11 +186,11 @@ def _config(path: Path, name: str, metadata: Mapping[str, Any], tensors: Mapping
     if "model.embed_tokens.weight" not in tensors:
         raise ModelError(f"{str(path)!r} has no tensor 'token_embd.weight': download it again")
     fields = dict(architecture.defaults)
-    for key, target in (*_CONFIG, *architecture.config):
+    for key, target in (*CONFIG_KEYS, *architecture.config):
         value = metadata.get(f"{name}.{key}")
         if value is not None:
             fields[target] = _shortest(value) if isinstance(value, float) else value
-    for key, target in _TOKENS.items():
+    for key, target in TOKEN_KEYS.items():
         if f"tokenizer.ggml.{key}_token_id" in metadata:
             fields[target] = metadata[f"tokenizer.ggml.{key}_token_id"]
     try:

@@ -44,7 +44,7 @@ def load_directory(
         ModelError: not a directory compressed by whit, or its files are damaged.
     """
     path = Path(directory)
-    _require_compressed(path)
+    require_compressed(path)
     try:
         config = AutoConfig.from_pretrained(path, **_LOCAL)
         model_class: Any = getattr(transformers, config.architectures[0])
@@ -69,13 +69,18 @@ def saved_dtype(directory: str | Path) -> torch.dtype:
     Raises:
         ModelError: not a directory compressed by whit.
     """
-    _require_compressed(Path(directory))
+    require_compressed(Path(directory))
     fields = json.loads((Path(directory) / "config.json").read_text(encoding="utf-8"))
     dtype = getattr(torch, str(fields.get("dtype")), None)
     return dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
-def _require_compressed(path: Path) -> None:
+def require_compressed(path: Path) -> None:
+    """Refuse what is not a directory compressed by whit.
+
+    Raises:
+        ModelError: says how to make one.
+    """
     if not is_compressed(path):
         raise ModelError(f"{str(path)!r} is not a model compressed by whit (make one with: whit compress MODEL -o DIR)")
 

@@ -126,6 +126,27 @@ class EvaluationRecord:
 
 
 @dataclass(frozen=True)
+class ExportRecord:
+    """What an export wrote.
+
+    Attributes:
+        target: name of the target.
+        path: directory or file that was written.
+        stored: how packed weights are stored now -> how many of them, for example {"Q4_0": 210, "Q8_0": 1}.
+        bytes_before: weight files and config of the compressed directory.
+        bytes_after: weight files and config that were written (GGUF: the file).
+        notes: remarks the user should read, for example what became larger and why.
+    """
+
+    target: str
+    path: str
+    stored: dict[str, int]
+    bytes_before: int
+    bytes_after: int
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
 class Result:
     """Everything a run found: written to `result.json`.
 
