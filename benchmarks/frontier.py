@@ -127,6 +127,7 @@ def main() -> None:
     """Read the command line and run."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", required=True)
+    parser.add_argument("--label", help="name of the model in the report; default: the last part of --model")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--calibration")
     parser.add_argument("--evaluation")
@@ -162,8 +163,8 @@ def save(arguments: argparse.Namespace, report: dict[str, Any]) -> None:
     ordered = {name: report["rows"][name] for name in CONFIGURATIONS if name in report["rows"]}
     report["rows"].clear()  # in place: the caller goes on filling this dict
     report["rows"].update(ordered)
-    hidden = ("child", "only", "family", "work", "output", "jobs", "model")
-    report["model"] = Path(arguments.model).name
+    hidden = ("child", "only", "family", "work", "output", "jobs", "model", "label")
+    report["model"] = arguments.label or Path(arguments.model).name
     report["setting"] = {key: value for key, value in vars(arguments).items() if key not in hidden}
     report["setting"]["seed"] = whit.RunOptions().seed
     for key in ("calibration", "evaluation"):
