@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from whit.formats.base import Format, Packed
 from whit.kernels import packed_embedding, packed_linear
+from whit.models.convolution import Window
 
 
 class PackedModule(nn.Module):
@@ -77,6 +78,38 @@ class PackedLinear(PackedModule):
     def forward(self, x: Tensor) -> Tensor:
         """(..., columns) -> (..., rows), in the dtype of x."""
         return packed_linear(x, self.packed, self.bias)
+
+
+class PackedConv2d(PackedModule):
+    """Replaces `nn.Conv2d` (of one group): the matrix meets every window of the image."""
+
+    def __init__(
+        self, layout: Format, rows: int, channels: int, window: Window, bias_dtype: torch.dtype | None
+    ) -> None:
+        super().__init__(layout, rows, channels * window.kernel[0] * window.kernel[1])
+        self.in_channels, self.out_channels = channels, rows
+        self.window = window
+        self.bias = None if bias_dtype is None else nn.Parameter(torch.empty(rows, dtype=bias_dtype))
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight, float32 (out channels, in channels, *kernel), unpacked anew at each access."""
+        return self.packed.unpack().view(self.out_channels, self.in_channels, *self.window.kernel)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(n, in channels, height, width), or one image without n -> the same of the output, in the dtype of images.
+
+        A format that only stores the weight is unpacked into torch's convolution, which needs no copy of the windows;
+        one that does something to its inputs must be given them.
+        """
+        if self.format.changes_inputs or type(self.format).transform is not Format.transform:
+            return self.window.fold(packed_linear(self.window.unfold(images), self.packed, self.bias), images)
+        bias = None if self.bias is None else self.bias.to(images.dtype)
+        return self.window.convolve(images, self.weight.to(images.dtype), bias)
+
+    def extra_repr(self) -> str:
+        """As for every packed module, and the window."""
+        return f"{super().extra_repr()}, {self.window}"
 
 
 class PackedEmbedding(PackedModule):

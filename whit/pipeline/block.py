@@ -208,7 +208,7 @@ def compress_layer(
     error = layer_error(weight, quantised, result.packed, statistics)
     if not bool(torch.isfinite(quantised).all()) or math.isnan(error):
         raise ModelError(f"method {layer.method.name!r} produced NaN or Inf for {layer.name!r}: raise its damping")
-    target.data.copy_(layer.kind.matrix(quantised))
+    target.data.copy_(layer.kind.stored(quantised, target.shape))
     if result.packed.format.changes_inputs:
         swaps.put(layer, result.packed)
     record = LayerRecord(
@@ -256,7 +256,7 @@ def restore_layers(
         target = block.get_submodule(name.removeprefix(prefix + ".") if prefix else name).weight
         assert isinstance(target, Tensor)
         packed = packed_from(tensors, by_name[name]).to(target.device)
-        target.data.copy_(layer.kind.matrix(packed.unpack()))
+        target.data.copy_(layer.kind.stored(packed.unpack(), target.shape))
         if packed.format.changes_inputs:
             swaps.put(layer, packed)
 
