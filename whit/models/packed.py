@@ -49,6 +49,10 @@ class PackedModule(nn.Module):
         for name, tensor in packed.tensors.items():
             setattr(self, name, tensor)
 
+    def take_place_of(self, module: nn.Module) -> None:
+        """Take over bias, training mode and forward hooks (the user's handles go on working) of the original."""
+        _take_place(self, module)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         stored = set(self._stored)
 
@@ -67,6 +71,39 @@ class PackedModule(nn.Module):
         return f"{self.columns} -> {self.rows}, {self.format}, {bits:.3f} stored bits"
 
 
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+)
+
+
+def _take_place(new: nn.Module, original: nn.Module) -> None:
+    bias = getattr(original, "bias", None)
+    if isinstance(bias, nn.Parameter):
+        new.bias = bias
+    new.training = original.training
+    for name in _HOOKS:
+        hooks = getattr(original, name)
+        hooks.update(getattr(new, name))
+        setattr(new, name, hooks)
+
+
+def tied_linear(source: PackedModule, original: nn.Module) -> TiedPackedLinear:
+    """The packed form of a linear layer that shares its weight with the module that became `source`."""
+    bias = getattr(original, "bias", None)
+    out = TiedPackedLinear(source, bias.dtype if isinstance(bias, nn.Parameter) else None)
+    _take_place(out, original)
+    return out
+
+
+def _must_be_called(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+    """A hook that does nothing: torch's fused encoder layer, which would read `weight` instead of calling the layer
+    (and so unpack a copy, in another dtype perhaps, without the rounding of inputs), keeps away from hooked modules."""
+
+
 class PackedLinear(PackedModule):
     """Replaces `nn.Linear` and transformers' `Conv1D`: y = transform(x) W^T + b."""
 
@@ -74,9 +111,12 @@ class PackedLinear(PackedModule):
         super().__init__(layout, rows, columns)
         self.in_features, self.out_features = columns, rows
         self.bias = None if bias_dtype is None else nn.Parameter(torch.empty(rows, dtype=bias_dtype))
+        self.register_forward_pre_hook(_must_be_called)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., columns) -> (..., rows), in the dtype of x."""
+        """(..., columns) -> (..., rows), in the dtype of x. Nested tensors (torch's encoder) go piece by piece."""
+        if x.is_nested:
+            return torch.nested.as_nested_tensor([packed_linear(part, self.packed, self.bias) for part in x.unbind()])
         return packed_linear(x, self.packed, self.bias)
 
 
@@ -133,18 +173,27 @@ class PackedEmbedding(PackedModule):
 
 
 class TiedPackedLinear(nn.Module):
-    """An output head that shares the packed matrix of an embedding; it stores nothing but an optional bias."""
+    """A linear layer that shares the packed matrix of another module, as an output head that of the embedding.
 
-    def __init__(self, source: PackedEmbedding, bias_dtype: torch.dtype | None) -> None:
+    It stores nothing but an optional bias.
+    """
+
+    def __init__(self, source: PackedModule, bias_dtype: torch.dtype | None) -> None:
         super().__init__()
         # A tuple hides the shared module from registration, so its tensors are stored, moved and counted once.
         self._source = (source,)
         self.in_features, self.out_features = source.columns, source.rows
         self.bias = None if bias_dtype is None else nn.Parameter(torch.empty(source.rows, dtype=bias_dtype))
+        self.register_forward_pre_hook(_must_be_called)
 
     @property
-    def source(self) -> PackedEmbedding:
-        """The embedding whose matrix is used."""
+    def weight(self) -> Tensor:
+        """As `PackedModule.weight`, of the source."""
+        return self.source.weight
+
+    @property
+    def source(self) -> PackedModule:
+        """The module whose matrix is used."""
         return self._source[0]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -156,6 +205,12 @@ def replace_module(root: nn.Module, name: str, module: nn.Module) -> None:
     """Put `module` at the dotted `name` under `root`."""
     parent, _, child = name.rpartition(".")
     setattr(root.get_submodule(parent) if parent else root, child, module)
+
+
+def places_of(root: nn.Module, name: str) -> list[str]:
+    """Every dotted name under `root` of the module at `name`: more than one if the module is used in several places."""
+    wanted = root.get_submodule(name)
+    return [place for place, module in root.named_modules(remove_duplicate=False) if module is wanted]
 
 
 def packed_modules(root: nn.Module) -> dict[str, PackedModule]:

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,14 +14,21 @@ from torch import Tensor, nn
 from whit.errors import ModelError
 from whit.formats.base import Packed, format_from_json
 from whit.methods.statistics import LayerStatistics, Statistic, relative_output_error
-from whit.models.packed import PackedModule, replace_module
+from whit.models.packed import PackedModule, places_of, replace_module
 from whit.models.source import TensorSource, check_finite
 from whit.pipeline.assign import AssignedLayer
-from whit.pipeline.catch import Call
 from whit.pipeline.gather import find_groups, gathering
 from whit.report.record import LayerRecord
 
 UNREACHED = "the calibration inputs never reached this layer: compressed without data"
+
+
+class Runnable(Protocol):
+    """One call of a block, as `Call` is: everything but the hidden states is known."""
+
+    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        """Call the block on `hidden`; returns the new hidden states."""
+        ...
 
 
 @dataclass
@@ -28,7 +36,7 @@ class Streams:
     """Hidden states entering a block and its calls, one entry per batch; `propagate` replaces `hidden`."""
 
     hidden: list[Tensor]
-    calls: list[list[Call]]
+    calls: Sequence[Sequence[Runnable]]
 
 
 class Swaps:
@@ -41,16 +49,16 @@ class Swaps:
         self._originals: dict[str, nn.Module] = {}
 
     def put(self, layer: AssignedLayer, packed: Packed) -> None:
-        """Let the block run `packed` (on the block's device) in place of a layer."""
+        """Let the block run `packed` (on the block's device) in place of a layer, wherever it is used."""
         name = layer.name.removeprefix(self._prefix + ".") if self._prefix else layer.name
-        module = self._originals.setdefault(name, self._block.get_submodule(name))
+        module = self._block.get_submodule(name)
         running = layer.kind.build(module, packed.format)
         assert isinstance(running, PackedModule)
         running.set_packed(packed)
-        bias = getattr(module, "bias", None)
-        if isinstance(bias, nn.Parameter):
-            running.bias = bias
-        replace_module(self._block, name, running)
+        running.take_place_of(module)
+        for place in places_of(self._block, name):
+            self._originals.setdefault(place, module)
+            replace_module(self._block, place, running)
 
     def undo(self) -> None:
         """Put every replaced module back."""
@@ -88,15 +96,14 @@ def compress_block(
             earlier ones compressed; otherwise once for all, as the published BiLLM code does.
         done: told about each layer.
         swaps: holds the modules that run packed until it is undone.
-        gradients: G of the dense model by full module name, float32 (rows, columns), for methods that need it; a layer
-            without one took part in no forward pass of the dense model and is compressed without data.
+        gradients: of the loss with respect to the weights, float32 (rows, columns), by full module name.
 
     Returns:
         packed weights by full module name, and their records.
     """
     modules = {name: block.get_submodule(name.removeprefix(prefix + ".")) for name in layers}
 
-    groups = group_layers(block, modules, streams)
+    groups = groups_by_inputs(block, modules, streams)
     reached = {name for group in groups for name in group}
     unreached = [name for name in layers if name not in reached or not _has_gradient(layers[name], gradients or {})]
     packed: dict[str, Packed] = {}
@@ -106,22 +113,18 @@ def compress_block(
         calls = sum(len(item) for item in streams.calls)
         with gathering(part, modules, needs, calls) as statistics:
             if any(needs.values()):
-                _run_copies(block, streams)
+                run_copies(block, streams)
         for group in part:
             for name in group:
-                if name in unreached:
-                    continue
-                mine = statistics[group]
-                if Statistic.GRADIENT in layers[name].method.required() and gradients:
-                    mine = mine.with_gradient(gradients[name].to(_device(modules[name])))
-                packed[name], record = compress_layer(layers[name], modules[name], source, mine, swaps)
+                known = statistics[group].with_gradient((gradients or {}).get(name))
+                packed[name], record = compress_layer(layers[name], modules[name], source, known, swaps)
                 records.append(record)
                 done(record)
             statistics[group].release()
     for name in unreached:
-        noise = data_free(layers[name], modules[name])
+        nothing = data_free(layers[name], modules[name]).with_gradient((gradients or {}).get(name))
         notes = (UNREACHED,) if layers[name].method.required() else ()
-        packed[name], record = compress_layer(layers[name], modules[name], source, noise, swaps, notes)
+        packed[name], record = compress_layer(layers[name], modules[name], source, nothing, swaps, notes)
         records.append(record)
         done(record)
     return packed, records
@@ -138,13 +141,13 @@ def _needs(layers: Iterable[AssignedLayer]) -> frozenset[Statistic]:
     return out
 
 
-def group_layers(block: nn.Module, modules: dict[str, nn.Module], streams: Streams) -> list[tuple[str, ...]]:
+def groups_by_inputs(block: nn.Module, modules: dict[str, nn.Module], streams: Streams) -> list[tuple[str, ...]]:
     """Layers by shared inputs; batches are tried until every layer was reached, for blocks that route their inputs."""
     groups: list[tuple[str, ...]] = []
     waiting = dict(modules)
     for hidden, calls in zip(streams.hidden, streams.calls, strict=True):
 
-        def run_once(call: Call = calls[0], hidden: Tensor = hidden) -> None:
+        def run_once(call: Runnable = calls[0], hidden: Tensor = hidden) -> None:
             with torch.no_grad():
                 call.run(block, hidden)
 
@@ -157,7 +160,7 @@ def group_layers(block: nn.Module, modules: dict[str, nn.Module], streams: Strea
     return groups
 
 
-def _run_copies(block: nn.Module, streams: Streams) -> None:
+def run_copies(block: nn.Module, streams: Streams) -> None:
     """Run all batches through the block without changing the streams."""
     with torch.no_grad():
         for hidden, calls in zip(streams.hidden, streams.calls, strict=True):
@@ -166,17 +169,9 @@ def _run_copies(block: nn.Module, streams: Streams) -> None:
                 out = call.run(block, out)
 
 
-def _has_gradient(layer: AssignedLayer, gradients: Mapping[str, Tensor]) -> bool:
-    return layer.name in gradients or Statistic.GRADIENT not in layer.method.required()
-
-
-def _device(module: nn.Module) -> torch.device:
-    return next(module.parameters()).device
-
-
 def data_free(layer: AssignedLayer, module: nn.Module) -> LayerStatistics:
-    """Statistics of a layer that no input reaches: as if its inputs were white noise, and no gradient."""
-    device = _device(module)
+    """Statistics that favour no input, for a layer that no calibration input reaches."""
+    device = next(module.parameters()).device
     ones = torch.ones(layer.columns, device=device)
     return LayerStatistics(
         layer.columns,
