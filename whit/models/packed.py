@@ -113,11 +113,15 @@ class PackedLinear(PackedModule):
         self.bias = None if bias_dtype is None else nn.Parameter(torch.empty(rows, dtype=bias_dtype))
         self.register_forward_pre_hook(_must_be_called)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., columns) -> (..., rows), in the dtype of x. Nested tensors (torch's encoder) go piece by piece."""
-        if x.is_nested:
-            return torch.nested.as_nested_tensor([packed_linear(part, self.packed, self.bias) for part in x.unbind()])
-        return packed_linear(x, self.packed, self.bias)
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., columns) -> (..., rows), in the dtype of the input. Nested tensors (torch's encoder) go part by part.
+
+        The argument is called what torch calls it, here and below, for callers that give it by keyword.
+        """
+        if input.is_nested:
+            parts = [packed_linear(part, self.packed, self.bias) for part in input.unbind()]
+            return torch.nested.as_nested_tensor(parts)
+        return packed_linear(input, self.packed, self.bias)
 
 
 class PackedConv2d(PackedModule):
@@ -136,16 +140,16 @@ class PackedConv2d(PackedModule):
         """The weight, float32 (out channels, in channels, *kernel), unpacked anew at each access."""
         return self.packed.unpack().view(self.out_channels, self.in_channels, *self.window.kernel)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """(n, in channels, height, width), or one image without n -> the same of the output, in the dtype of images.
+    def forward(self, input: Tensor) -> Tensor:
+        """(n, in channels, height, width), or one image without n -> the same of the output, in the input's dtype.
 
         A format that only stores the weight is unpacked into torch's convolution, which needs no copy of the windows;
         one that does something to its inputs must be given them.
         """
         if self.format.changes_inputs or type(self.format).transform is not Format.transform:
-            return self.window.fold(packed_linear(self.window.unfold(images), self.packed, self.bias), images)
-        bias = None if self.bias is None else self.bias.to(images.dtype)
-        return self.window.convolve(images, self.weight.to(images.dtype), bias)
+            return self.window.fold(packed_linear(self.window.unfold(input), self.packed, self.bias), input)
+        bias = None if self.bias is None else self.bias.to(input.dtype)
+        return self.window.convolve(input, self.weight.to(input.dtype), bias)
 
     def extra_repr(self) -> str:
         """As for every packed module, and the window."""
@@ -166,9 +170,9 @@ class PackedEmbedding(PackedModule):
         self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype)).dtype
         return self
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Integer ids (...) -> (..., columns)."""
-        out = packed_embedding(ids, self.packed, self.compute_dtype)
+        out = packed_embedding(input, self.packed, self.compute_dtype)
         return out if self.scale == 1.0 else out * torch.tensor(self.scale, dtype=out.dtype, device=out.device)
 
 
@@ -196,9 +200,9 @@ class TiedPackedLinear(nn.Module):
         """The module whose matrix is used."""
         return self._source[0]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """(..., columns) -> (..., rows)."""
-        return packed_linear(x, self.source.packed, self.bias)
+        return packed_linear(input, self.source.packed, self.bias)
 
 
 def replace_module(root: nn.Module, name: str, module: nn.Module) -> None:

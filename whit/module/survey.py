@@ -10,7 +10,7 @@ from whit.methods.base import Method, SurveyedBlock
 from whit.methods.statistics import LayerStatistics
 from whit.module.assign import NOT_SMALLER, is_smaller
 from whit.pipeline.assign import AssignedLayer, Assignment
-from whit.pipeline.block import Streams, data_free, groups_by_inputs, run_copies
+from whit.pipeline.block import Streams, data_free, group_layers, propagate
 from whit.pipeline.gather import gathering
 
 
@@ -48,10 +48,10 @@ def divide_budgets(
 
 def _look(module: nn.Module, layers: Mapping[str, AssignedLayer], streams: Streams) -> dict[str, LayerStatistics]:
     modules = {name: module.get_submodule(name) for name in layers}
-    groups = groups_by_inputs(module, modules, streams)
+    groups = group_layers(module, modules, streams)
     needs = {group: frozenset().union(*(layers[name].method.survey_required() for name in group)) for group in groups}
     with gathering(groups, modules, needs, len(streams.calls)) as gathered:
-        run_copies(module, streams)
+        propagate(module, streams)
     out = {name: gathered[group] for group in groups for name in group}
     return {name: out.get(name) or data_free(layer, modules[name]) for name, layer in layers.items()}
 

@@ -103,7 +103,7 @@ def compress_block(
     """
     modules = {name: block.get_submodule(name.removeprefix(prefix + ".")) for name in layers}
 
-    groups = groups_by_inputs(block, modules, streams)
+    groups = group_layers(block, modules, streams)
     reached = {name for group in groups for name in group}
     unreached = [name for name in layers if name not in reached or not _has_gradient(layers[name], gradients or {})]
     packed: dict[str, Packed] = {}
@@ -113,7 +113,7 @@ def compress_block(
         calls = sum(len(item) for item in streams.calls)
         with gathering(part, modules, needs, calls) as statistics:
             if any(needs.values()):
-                run_copies(block, streams)
+                _run_copies(block, streams)
         for group in part:
             for name in group:
                 known = statistics[group].with_gradient((gradients or {}).get(name))
@@ -141,7 +141,7 @@ def _needs(layers: Iterable[AssignedLayer]) -> frozenset[Statistic]:
     return out
 
 
-def groups_by_inputs(block: nn.Module, modules: dict[str, nn.Module], streams: Streams) -> list[tuple[str, ...]]:
+def group_layers(block: nn.Module, modules: dict[str, nn.Module], streams: Streams) -> list[tuple[str, ...]]:
     """Layers by shared inputs; batches are tried until every layer was reached, for blocks that route their inputs."""
     groups: list[tuple[str, ...]] = []
     waiting = dict(modules)
@@ -160,7 +160,7 @@ def groups_by_inputs(block: nn.Module, modules: dict[str, nn.Module], streams: S
     return groups
 
 
-def run_copies(block: nn.Module, streams: Streams) -> None:
+def _run_copies(block: nn.Module, streams: Streams) -> None:
     """Run all batches through the block without changing the streams."""
     with torch.no_grad():
         for hidden, calls in zip(streams.hidden, streams.calls, strict=True):
