@@ -152,6 +152,25 @@ def test_an_input_changed_in_place_is_another_input() -> None:
     assert result.layers[1].error == alone.layers[0].error
 
 
+def test_convolutions_that_see_one_image_through_different_windows_have_statistics_of_their_own() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.wide = nn.Conv2d(3, 8, 3, padding=1)
+            self.other = nn.Conv2d(3, 8, 3, padding=1)
+            self.strided = nn.Conv2d(3, 8, 3, stride=2)
+            self.pixel = nn.Conv2d(3, 8, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.wide(x) + self.other(x) + self.pixel(x) + self.strided(x).mean()
+
+    module, inputs = seeded(Block), images()
+    options: dict[str, Any] = {"calibration": inputs, "bits": 3, "group_size": 0}
+    for record in whit.compress(module, "gptq", **options).layers:
+        alone = whit.compress(nn.Sequential(module.get_submodule(record.name)), "gptq", **options).layers[0]
+        assert record.error == alone.error
+
+
 def test_the_encoder_of_torch_calls_its_packed_layers() -> None:
     layer = nn.TransformerEncoderLayer(WIDTH, 4, 64, batch_first=True)
     with torch.random.fork_rng():

@@ -23,8 +23,8 @@ from whit.models.convolution import Window
 from whit.models.packed import PackedConv2d, PackedEmbedding, PackedLinear
 
 
-def _as_they_are(_: nn.Module, inputs: Tensor) -> Tensor:
-    return inputs
+def _no_window(_: nn.Module) -> Window | None:
+    return None
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,18 @@ class LayerKind:
         name: for the plan and `whit inspect`.
         transposed: the stored weight is (columns, rows).
         build: (module, format) -> empty packed replacement on the meta device.
-        inputs: (module, argument of its forward) -> the vectors (..., columns) that meet the matrix.
+        window: the window through which a module sees its input, or None if that is vectors already.
     """
 
     name: str
     transposed: bool
     build: Callable[[nn.Module, Format], nn.Module]
-    inputs: Callable[[nn.Module, Tensor], Tensor] = _as_they_are
+    window: Callable[[nn.Module], Window | None] = _no_window
+
+    def inputs(self, module: nn.Module, given: Tensor) -> Tensor:
+        """What a module was given -> the vectors (..., columns) that meet its matrix."""
+        window = self.window(module)
+        return given if window is None else window.unfold(given)
 
     def matrix(self, stored: Tensor) -> Tensor:
         """Stored weight (or its gradient) -> (rows, columns)."""
@@ -78,9 +83,9 @@ def _conv2d(module: nn.Module, layout: Format) -> nn.Module:
     return PackedConv2d(layout, module.out_channels, module.in_channels, Window.of(module), _bias_dtype(module))
 
 
-def _windows(module: nn.Module, images: Tensor) -> Tensor:
+def _window(module: nn.Module) -> Window | None:
     assert isinstance(module, nn.Conv2d)
-    return Window.of(module).unfold(images)
+    return Window.of(module)
 
 
 def _embedding(module: nn.Module, layout: Format) -> nn.Module:
@@ -99,7 +104,7 @@ def _bias_dtype(module: nn.Module) -> torch.dtype | None:
 _KINDS: dict[type[nn.Module], LayerKind] = {
     nn.Linear: LayerKind("linear", False, _linear),
     Conv1D: LayerKind("conv1d", True, _conv1d),
-    nn.Conv2d: LayerKind("convolution", False, _conv2d, _windows),
+    nn.Conv2d: LayerKind("convolution", False, _conv2d, _window),
     nn.Embedding: LayerKind("embedding", False, _embedding),
 }
 

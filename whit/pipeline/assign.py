@@ -220,7 +220,7 @@ def ends_of(model: nn.Module) -> tuple[set[str], dict[str, str]]:
     names = {id(module): name for name, module in model.named_modules()}
     ends: dict[str, nn.Module] = {}
     for getter in ("get_input_embeddings", "get_output_embeddings"):
-        module = getattr(model, getter)() if hasattr(model, getter) else None
+        module = _declared(model, getter)
         if isinstance(module, nn.Module) and id(module) in names and layer_kind(module) is not None:
             ends[names[id(module)]] = module
     tied: dict[str, str] = {}
@@ -233,6 +233,14 @@ def ends_of(model: nn.Module) -> tuple[set[str], dict[str, str]]:
             tied[head] = embedding
             ends.setdefault(embedding, model.get_submodule(embedding))
     return set(ends), tied
+
+
+def _declared(model: nn.Module, getter: str) -> object:
+    """What a transformers model says of itself; those without an embedding raise instead of saying None."""
+    try:
+        return getattr(model, getter)() if hasattr(model, getter) else None
+    except NotImplementedError:
+        return None
 
 
 def _check_patterns(patterns: Sequence[str], used: set[str], names: Sequence[str]) -> None:

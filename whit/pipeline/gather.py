@@ -20,7 +20,7 @@ INPUT_STATISTICS = frozenset({Statistic.SECOND_MOMENT, Statistic.SQUARE_SUMS, St
 
 
 def find_groups(run: Callable[[], object], layers: dict[str, nn.Module]) -> list[tuple[str, ...]]:
-    """Layers of a block in order of execution, those that receive the very same input tensors together.
+    """Layers of a block in order of execution, those that receive the very same inputs together.
 
     Args:
         run: runs the block once.
@@ -45,9 +45,10 @@ def find_groups(run: Callable[[], object], layers: dict[str, nn.Module]) -> list
     finally:
         for handle in handles:
             handle.remove()
-    groups: dict[tuple[tuple[int, int], ...], list[str]] = {}
-    for name, given in inputs.items():
-        groups.setdefault(tuple(given), []).append(name)
+    groups: dict[object, list[str]] = {}
+    for name, given in inputs.items():  # two convolutions may look at one image through different windows
+        window = _kind(layers[name]).window(layers[name])
+        groups.setdefault((window, *given), []).append(name)
     return [tuple(names) for names in groups.values()]
 
 
