@@ -310,6 +310,21 @@ def test_a_recipe_names_layers_and_ends_of_stacks() -> None:
     assert {layer.name: layer.block for layer in result.layers}["body.2.gate"] == "body.2"
 
 
+def test_pruning_then_rounding_and_budgets_by_outliers() -> None:
+    wanda = whit.make_method("wanda", {"pattern": "2:4"})
+    gptq = whit.make_method("gptq", {"bits": 4, "group_size": 0})
+    module = seeded(Residual)
+    result = whit.compress(module, Recipe((Step(wanda), Step(gptq))), calibration=vectors())
+    for record in result.layers:
+        weight = result.module.get_submodule(record.name).weight
+        assert bool(((weight.view(len(weight), -1, 4) != 0).sum(-1) <= 2).all())
+    owl = whit.compress(module, "wanda", calibration=vectors(), sparsity=0.6, allocation="owl", owl_multiple=2.0)
+    kept = {record.name: record.method["sparsity"] for record in owl.layers}
+    assert len(set(kept.values())) > 1
+    weights = {record.name: record.parameters for record in owl.layers}
+    assert sum(kept[name] * weights[name] for name in kept) / sum(weights.values()) == pytest.approx(0.6, abs=0.01)
+
+
 def test_a_transformers_model_in_memory_is_saved_and_loaded_by_transformers(tmp_path: Any) -> None:
     from tests import tiny
 

@@ -51,7 +51,7 @@ def run(family: str, folder: Path, method: str, **knobs: object) -> tuple[PreTra
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_stages_are_compressed_saved_and_loaded(family: str, tmp_path: Path) -> None:
-    model, fed_back = run(family, tmp_path, "gptq", bits=3, group_size=0)
+    model, fed_back = run(family, tmp_path, "gptq", bits=8, group_size=0)
     assert len(fed_back.layers) == FAMILIES[family][1]
     loaded = whit.load(tmp_path / "gptq")
     packed = packed_modules(loaded)
@@ -63,7 +63,7 @@ def test_stages_are_compressed_saved_and_loaded(family: str, tmp_path: Path) -> 
     with torch.no_grad():
         assert torch.equal(again(pixels).logits, loaded(pixels).logits)
         exact = model(pixels).logits
-        assert (loaded(pixels).logits - exact).norm() < 0.5 * exact.norm()
+        assert (loaded(pixels).logits - exact).norm() < 0.05 * exact.norm()
 
 
 def test_feedback_beats_rounding_on_convolutions(tmp_path: Path) -> None:

@@ -10,7 +10,16 @@ from whit.errors import KnobError, ModelError, nearest
 from whit.methods.base import Method
 from whit.models.layers import LayerKind, embedding_scale, layer_kind, why_not
 from whit.models.stacks import Stack, find_stacks
-from whit.pipeline.assign import AssignedLayer, Assignment, block_of, combine, ends_of, explain_the_rest, first_match
+from whit.pipeline.assign import (
+    AssignedLayer,
+    Assignment,
+    block_of,
+    combine,
+    ends_of,
+    explain_the_rest,
+    first_match,
+    packed_bytes,
+)
 from whit.pipeline.recipe import Place, Recipe, steps_for
 
 NOT_SMALLER = "would not become smaller"
@@ -66,10 +75,14 @@ def assign_module(module: nn.Module, recipe: Recipe, skip: Sequence[str]) -> Ass
 
 
 def is_smaller(layer: AssignedLayer, module: nn.Module) -> bool:
-    """Whether the packed layer takes fewer bytes than the weight it replaces."""
+    """Whether the packed layer takes fewer bytes than the weight it replaces.
+
+    Raises:
+        KnobError: the method cannot take a weight of this shape; names the layer.
+    """
     weight = module.get_parameter(f"{layer.name}.weight")
-    layout = layer.method.format(layer.rows, layer.columns)
-    return layout.bytes(layer.rows, layer.columns) < weight.numel() * weight.element_size()
+    stored = packed_bytes(layer.name, layer.method, layer.rows, layer.columns)
+    return stored < weight.numel() * weight.element_size()
 
 
 def first_match_of(pattern: str, names: Mapping[str, LayerKind]) -> str | None:
