@@ -118,6 +118,24 @@ def test_statistics_of_a_convolution_are_those_of_its_windows(needs: Statistic) 
         assert first is None or torch.equal(first, second)
 
 
+def test_many_windows_are_unfolded_part_by_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    module, images = convolution(kernel_size=3), pictures(7)
+    everything = frozenset({Statistic.SECOND_MOMENT, Statistic.SQUARE_SUMS, Statistic.RANGE, Statistic.SAMPLE})
+
+    def gathered() -> LayerStatistics:
+        with gathering([("c",)], {"c": module}, everything) as found:
+            module(images)
+        return found["c",]
+
+    whole = gathered()
+    monkeypatch.setattr("whit.models.convolution.PART_VALUES", 2 * 7 * 6 * 36)
+    assert [len(part) for part in Window.of(module).parts(images)] == [2, 2, 2, 1]
+    parts = gathered()
+    assert (parts.tokens, len(parts.sample)) == (whole.tokens, len(whole.sample))  # type: ignore[arg-type]
+    for name in ("second_moment", "square_sums", "absolute_maximum"):
+        torch.testing.assert_close(getattr(parts, name), getattr(whole, name), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("method", ["gptq", "billm", "kmeans"])
 def test_a_convolution_of_one_pixel_is_a_linear_layer_bit_for_bit(method: str) -> None:
     module = convolution(kernel_size=1)

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 Pair = tuple[int, int]
+# Windows overlap, so unfolded images take many times their room: this many values (64 MB in float32) at a time.
+PART_VALUES = 1 << 24
 # What `functional.pad` calls the padding modes of `nn.Conv2d`.
 _PAD_MODES = {"zeros": "constant"}
 
@@ -46,6 +48,14 @@ class Window:
         batch = images if images.dim() == 4 else images.unsqueeze(0)
         windows = functional.unfold(self._pad(batch), self.kernel, self.dilation, 0, self.stride)
         return windows.transpose(1, 2).contiguous()
+
+    def parts(self, images: Tensor) -> tuple[Tensor, ...]:
+        """The images in batches whose windows take a bounded room, though one image at least."""
+        if images.dim() < 4 or not len(images):
+            return (images,)
+        height, width = self._output_size(images.shape[-2], images.shape[-1])
+        values = height * width * images.shape[1] * self.kernel[0] * self.kernel[1]
+        return images.split(max(1, PART_VALUES // max(values, 1)))
 
     def fold(self, rows: Tensor, images: Tensor) -> Tensor:
         """Outputs by window (n, positions, channels) -> image shape, for the images that `unfold` was given."""

@@ -48,6 +48,11 @@ class LayerKind:
         window = self.window(module)
         return given if window is None else window.unfold(given)
 
+    def parts(self, module: nn.Module, given: Tensor) -> tuple[Tensor, ...]:
+        """What a module was given, in parts of which `inputs` takes a bounded room."""
+        window = self.window(module)
+        return (given,) if window is None else window.parts(given)
+
     def matrix(self, stored: Tensor) -> Tensor:
         """Stored weight (or its gradient) -> (rows, columns)."""
         return stored.T if self.transposed else stored.flatten(1)

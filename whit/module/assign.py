@@ -70,7 +70,7 @@ def assign_module(module: nn.Module, recipe: Recipe, skip: Sequence[str]) -> Ass
             out.untouched[name] = f"shares its weight with {leader!r}, which is left alone"
     explain_the_rest(module, out)
     if not out.layers:
-        raise ModelError(_nothing_left(module, out))
+        raise ModelError(nothing_left(module, out))
     return out
 
 
@@ -157,7 +157,8 @@ def _refuse_inputs(name: str, method: Method) -> None:
         )
 
 
-def _nothing_left(module: nn.Module, out: Assignment) -> str:
+def nothing_left(module: nn.Module, out: Assignment) -> str:
+    """The message for a module without a layer to compress: why of the first layers."""
     matrices = [f"{name}: {said}" for name, said in out.untouched.items() if "not a matrix" not in said]
     said = "; ".join(matrices[:3]) or "it holds no linear layer and no convolution"
     if layer_kind(module) is not None:

@@ -21,7 +21,7 @@ from whit.methods.statistics import Statistic
 from whit.models.integration import WhitConfig, untie_packed
 from whit.models.packed import PackedModule, packed_modules, places_of, replace_module, tied_linear
 from whit.models.source import InMemorySource
-from whit.module.assign import assign_module
+from whit.module.assign import assign_module, nothing_left
 from whit.module.calibration import Feed, Forward, ItemCall, calibrating, call, read_calibration
 from whit.module.gradients import Loss, loss_gradients
 from whit.module.result import CompressedModule, held_bytes
@@ -124,6 +124,8 @@ def _compress(
     calls = [[ItemCall(feed, index)] for index in range(len(feed.items))]
     streams = Streams([torch.empty(0) for _ in calls], calls)
     divide_budgets(module, assignment, streams, gradients)
+    if not assignment.layers:
+        raise ModelError(nothing_left(module, assignment))
     listener.phase("compression", len(assignment.layers))
     if not any(layer.method.required() for layer in assignment.layers.values()):
         streams = Streams([], [])

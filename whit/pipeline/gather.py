@@ -104,8 +104,8 @@ class InputAccumulator:
     sequences: int = 0
     tokens: int = 0
 
-    def update(self, x: Tensor) -> None:
-        """Add inputs (..., tokens, columns); two dimensions count as one sequence."""
+    def update(self, x: Tensor, parts: int = 1) -> None:
+        """Add inputs (..., tokens, columns), one of so many `parts` of a call; two dimensions count as one sequence."""
         sequences = x.shape[0] if x.dim() > 2 else 1
         flat = x.detach().reshape(-1, x.shape[-1])
         if Statistic.SECOND_MOMENT in self.needs:
@@ -121,7 +121,7 @@ class InputAccumulator:
             largest = flat.abs().amax(0).float()
             self.maximum = largest if self.maximum is None else torch.maximum(self.maximum, largest)
         if Statistic.SAMPLE in self.needs:
-            places = torch.linspace(0, len(flat) - 1, min(self.sample_size, len(flat)), device=x.device)
+            places = torch.linspace(0, len(flat) - 1, min(-(-self.sample_size // parts), len(flat)), device=x.device)
             self.sample.append(flat[places.round().long()].float())
         self.sequences += sequences
         self.tokens += flat.shape[0]
@@ -178,7 +178,9 @@ def gathering(
             accumulator: InputAccumulator = accumulator,
             kind: LayerKind = kinds[group],
         ) -> None:
-            accumulator.update(kind.inputs(module, _given(arguments, keywords).detach()))
+            parts = kind.parts(module, _given(arguments, keywords).detach())
+            for part in parts:
+                accumulator.update(kind.inputs(module, part), len(parts))
 
         handles.append(layers[group[0]].register_forward_pre_hook(hook, with_kwargs=True))
     try:
