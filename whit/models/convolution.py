@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -55,7 +56,7 @@ class Window:
             return (images,)
         height, width = self._output_size(images.shape[-2], images.shape[-1])
         values = height * width * images.shape[1] * self.kernel[0] * self.kernel[1]
-        return images.split(max(1, PART_VALUES // max(values, 1)))
+        return torch.split(images, max(1, PART_VALUES // max(values, 1)))
 
     def fold(self, rows: Tensor, images: Tensor) -> Tensor:
         """Outputs by window (n, positions, channels) -> image shape, for the images that `unfold` was given."""

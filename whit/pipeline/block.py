@@ -96,7 +96,8 @@ def compress_block(
             earlier ones compressed; otherwise once for all, as the published BiLLM code does.
         done: told about each layer.
         swaps: holds the modules that run packed until it is undone.
-        gradients: of the loss with respect to the weights, float32 (rows, columns), by full module name.
+        gradients: G of the dense model by full module name, float32 (rows, columns), for methods that need it; a layer
+            without one took part in no forward pass of the dense model and is compressed without data.
 
     Returns:
         packed weights by full module name, and their records.
@@ -116,15 +117,19 @@ def compress_block(
                 _run_copies(block, streams)
         for group in part:
             for name in group:
-                known = statistics[group].with_gradient((gradients or {}).get(name))
-                packed[name], record = compress_layer(layers[name], modules[name], source, known, swaps)
+                if name in unreached:
+                    continue
+                mine = statistics[group]
+                if Statistic.GRADIENT in layers[name].method.required() and gradients:
+                    mine = mine.with_gradient(gradients[name].to(_device(modules[name])))
+                packed[name], record = compress_layer(layers[name], modules[name], source, mine, swaps)
                 records.append(record)
                 done(record)
             statistics[group].release()
     for name in unreached:
-        nothing = data_free(layers[name], modules[name]).with_gradient((gradients or {}).get(name))
+        noise = data_free(layers[name], modules[name])
         notes = (UNREACHED,) if layers[name].method.required() else ()
-        packed[name], record = compress_layer(layers[name], modules[name], source, nothing, swaps, notes)
+        packed[name], record = compress_layer(layers[name], modules[name], source, noise, swaps, notes)
         records.append(record)
         done(record)
     return packed, records
@@ -169,9 +174,17 @@ def _run_copies(block: nn.Module, streams: Streams) -> None:
                 out = call.run(block, out)
 
 
+def _has_gradient(layer: AssignedLayer, gradients: Mapping[str, Tensor]) -> bool:
+    return layer.name in gradients or Statistic.GRADIENT not in layer.method.required()
+
+
+def _device(module: nn.Module) -> torch.device:
+    return next(module.parameters()).device
+
+
 def data_free(layer: AssignedLayer, module: nn.Module) -> LayerStatistics:
-    """Statistics that favour no input, for a layer that no calibration input reaches."""
-    device = next(module.parameters()).device
+    """Statistics of a layer that no input reaches: as if its inputs were white noise, and every gradient alike."""
+    device = _device(module)
     ones = torch.ones(layer.columns, device=device)
     return LayerStatistics(
         layer.columns,
@@ -179,6 +192,7 @@ def data_free(layer: AssignedLayer, module: nn.Module) -> LayerStatistics:
         torch.eye(layer.columns, device=device),
         square_sums=ones / 2,
         absolute_maximum=ones,
+        gradient=torch.ones(layer.rows, layer.columns, device=device),
     )
 
 
