@@ -183,7 +183,7 @@ def _device(module: nn.Module) -> torch.device:
 
 
 def data_free(layer: AssignedLayer, module: nn.Module) -> LayerStatistics:
-    """Statistics of a layer that no input reaches: as if its inputs were white noise, and every gradient alike."""
+    """Statistics of a layer that no input reaches: as if its inputs were white noise, and no gradient."""
     device = _device(module)
     ones = torch.ones(layer.columns, device=device)
     return LayerStatistics(
@@ -192,7 +192,6 @@ def data_free(layer: AssignedLayer, module: nn.Module) -> LayerStatistics:
         torch.eye(layer.columns, device=device),
         square_sums=ones / 2,
         absolute_maximum=ones,
-        gradient=torch.ones(layer.rows, layer.columns, device=device),
     )
 
 
