@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -13,7 +14,9 @@ from torch.nn.utils import prune
 import whit
 from tests.module.nets import WIDTH, Convolutions, Odd, Residual, images, seeded, vectors
 from whit.errors import DataError, KnobError, ModelError
-from whit.methods import available_methods
+from whit.formats.grouped_integer import GroupedInteger
+from whit.methods import Statistic, available_methods
+from whit.methods.rtn import RTN
 from whit.models.layers import layer_kind
 from whit.models.packed import PackedConv2d, PackedEmbedding, PackedLinear, PackedModule, TiedPackedLinear
 from whit.pipeline.block import UNREACHED
@@ -83,14 +86,22 @@ def test_feedback_beats_rounding_at_equal_bytes(make: type[nn.Module], inputs: A
     assert output_error(module, fed_back.module, held_out) < 0.8 * output_error(module, rounded.module, held_out)
 
 
-def test_layers_are_measured_after_those_before_them_are_compressed_unless_told_otherwise() -> None:
+def test_layers_are_measured_in_the_original_or_after_those_before_them_are_compressed() -> None:
     module, inputs = seeded(Residual), vectors()
     method = whit.make_method("gptq", {"bits": 2, "group_size": 0})
-    after = whit.compress(module, method, calibration=inputs)
-    at_once = whit.compress(module, method, calibration=inputs, true_sequential=False)
+    after = whit.compress(module, method, calibration=inputs, true_sequential=True)
+    at_once = whit.compress(module, method, calibration=inputs)
     first, second = ({layer.name: layer.error for layer in result.layers} for result in (after, at_once))
     assert first["up"] == second["up"] and first["gate"] == second["gate"]  # nothing before them
     assert first["down"] != second["down"] and first["head"] != second["head"]
+    with torch.no_grad():
+        hidden = [torch.relu(module.up(item)) * module.gate(item) for item in inputs]
+    alone = whit.compress(nn.Sequential(module.down), method, calibration=hidden).layers[0]
+    assert second["down"] == alone.error
+    with torch.no_grad():
+        hidden = [torch.relu(after.module.up(item)) * after.module.gate(item) for item in inputs]
+    alone = whit.compress(nn.Sequential(module.down), method, calibration=hidden).layers[0]
+    assert first["down"] == pytest.approx(alone.error, rel=1e-4)
 
 
 def test_layers_called_twice_never_or_in_two_places_and_layers_with_one_weight() -> None:
@@ -169,6 +180,43 @@ def test_convolutions_that_see_one_image_through_different_windows_have_statisti
     for record in whit.compress(module, "gptq", **options).layers:
         alone = whit.compress(nn.Sequential(module.get_submodule(record.name)), "gptq", **options).layers[0]
         assert record.error == alone.error
+
+
+@dataclass(frozen=True)
+class Coarse(GroupedInteger):
+    """Rounds its inputs to halves before the product."""
+
+    name: ClassVar[str] = "coarse-in-memory-for-tests"
+    changes_inputs: ClassVar[bool] = True
+
+    def linear(self, inputs: Tensor, tensors: Any, rows: int, columns: int, bias: Tensor | None = None) -> Tensor:
+        return super().linear((2 * inputs).round() / 2, tensors, rows, columns, bias)
+
+
+@dataclass(frozen=True)
+class CoarseRounding(RTN):
+    name: ClassVar[str] = "coarse-rounding-for-tests"
+    needs: ClassVar[frozenset[Statistic]] = frozenset({Statistic.SAMPLE})
+
+    def format(self, rows: int, columns: int) -> Coarse:
+        return Coarse(self.bits, self.group_size, self.symmetric)
+
+
+@pytest.mark.parametrize("true_sequential", [False, True])
+def test_layers_that_round_their_inputs_run_packed_while_later_ones_are_measured(true_sequential: bool) -> None:
+    module, inputs = seeded(Odd), vectors()
+    result = whit.compress(module, CoarseRounding(8, 0), calibration=inputs, true_sequential=true_sequential)
+    packed = result.module
+    assert packed.here is packed.there and isinstance(packed.here.format, Coarse)
+    upstream = packed if true_sequential else module
+    with torch.no_grad():
+        hidden = [torch.tanh(upstream.twice(torch.tanh(upstream.twice(item)))) for item in inputs]
+        hidden = [torch.tanh(upstream.there(torch.tanh(upstream.here(item)))) for item in hidden]
+        sample = torch.cat(hidden)
+        exact = sample @ module.first.weight.T
+        found = packed.first(sample) - packed.first.bias
+    error = {layer.name: layer.error for layer in result.layers}["first"]
+    assert error == pytest.approx(float((found - exact).square().sum() / exact.square().sum()), rel=1e-3)
 
 
 def test_the_encoder_of_torch_calls_its_packed_layers() -> None:

@@ -41,7 +41,7 @@ def compress_module(
     loss: Loss | None = None,
     forward: Forward | None = None,
     skip: Sequence[str] = (),
-    true_sequential: bool = True,
+    true_sequential: bool = False,
     in_place: bool = False,
     listener: Listener | None = None,
     **knobs: Any,
@@ -58,9 +58,9 @@ def compress_module(
         loss: (output, item) -> scalar Tensor, for methods that need gradients.
         forward: (module, item) -> output, in place of the rules for items.
         skip: patterns (fnmatch) of layer names to leave alone.
-        true_sequential: the inputs of a layer are measured with all layers before it compressed, at one pass over the
-            calibration inputs per layer (or group of layers with the same input); otherwise one pass in all, in which
-            every layer is measured in the original module.
+        true_sequential: measure a layer with all layers before it compressed, at one pass over the calibration inputs
+            for each group of layers with the same input; by default every layer is measured in the original module, in
+            one pass, which holds the statistics of all layers at a time.
         in_place: change `module` itself, without a copy. If this fails on the way, layers that were finished hold
             their compressed values.
         listener: told about each layer.
