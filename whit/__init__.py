@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 from whit.models import integration as _integration  # noqa: F401 - registers the packed formats
 
 if TYPE_CHECKING:
-    from whit.api import compress, evaluate, generate, load, load_into, save
+    from whit.api import compress, evaluate, export, generate, load, load_into, save
     from whit.errors import WhitError
     from whit.methods import Method, available_methods, make_method
     from whit.module.result import CompressedModule

@@ -1,4 +1,4 @@
-"""The public functions: compress, load, evaluate, generate; save and load_into for modules of the user's own."""
+"""The public functions: compress, load, evaluate, export, generate; save and load_into for modules in memory."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ from whit.data.load import load_evaluation
 from whit.errors import DataError, KnobError
 from whit.evaluation.measure import evaluate_model
 from whit.evaluation.sample import sample_record, sample_text
+from whit.evaluation.tasks import TaskRun
+from whit.exporters import export
 from whit.methods.base import Method
 from whit.models.loading import is_compressed, load_directory, load_tokenizer, saved_dtype
 from whit.models.resolve import resolve_model
@@ -32,7 +34,7 @@ from whit.pipeline.prepare import choose_device, compute_dtype, data_limits
 from whit.pipeline.recipe import Recipe
 from whit.report.record import EvaluationRecord, Result
 
-__all__ = ["compress", "evaluate", "generate", "load", "load_into", "save"]
+__all__ = ["compress", "evaluate", "export", "generate", "load", "load_into", "save"]
 
 Methods = str | Method | Recipe
 
