@@ -135,6 +135,18 @@ def why_not(module: nn.Module) -> str | None:
     return None if weight.is_floating_point() else f"its weight is of dtype {weight.dtype}"
 
 
+def declared_end(model: nn.Module, getter: str) -> nn.Module | None:
+    """What a transformers model says its `get_input_embeddings` or `get_output_embeddings` is, or None.
+
+    Models without an embedding (convolutional networks) raise where others say None.
+    """
+    try:
+        found = getattr(model, getter)() if hasattr(model, getter) else None
+    except NotImplementedError:
+        return None
+    return found if isinstance(found, nn.Module) else None
+
+
 def embedding_scale(module: nn.Embedding) -> float | None:
     """c if the module returns c times the rows of its weight, found by trying it on rows of ones; None otherwise."""
     if type(module) is nn.Embedding:

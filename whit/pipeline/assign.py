@@ -14,7 +14,7 @@ from whit.methods.base import Method
 from whit.methods.chain import PruneThenQuantise
 from whit.methods.pruning import Pruner
 from whit.methods.rtn import RTN
-from whit.models.layers import LayerKind, embedding_scale, layer_kind, why_not
+from whit.models.layers import LayerKind, declared_end, embedding_scale, layer_kind, why_not
 from whit.models.stacks import Stack
 from whit.pipeline.options import RunOptions
 from whit.pipeline.recipe import Place, Recipe, Step, steps_for
@@ -220,8 +220,8 @@ def ends_of(model: nn.Module) -> tuple[set[str], dict[str, str]]:
     names = {id(module): name for name, module in model.named_modules()}
     ends: dict[str, nn.Module] = {}
     for getter in ("get_input_embeddings", "get_output_embeddings"):
-        module = _declared(model, getter)
-        if isinstance(module, nn.Module) and id(module) in names and layer_kind(module) is not None:
+        module = declared_end(model, getter)
+        if module is not None and id(module) in names and layer_kind(module) is not None:
             ends[names[id(module)]] = module
     tied: dict[str, str] = {}
     links = getattr(model, "all_tied_weights_keys", None) or {}
@@ -233,14 +233,6 @@ def ends_of(model: nn.Module) -> tuple[set[str], dict[str, str]]:
             tied[head] = embedding
             ends.setdefault(embedding, model.get_submodule(embedding))
     return set(ends), tied
-
-
-def _declared(model: nn.Module, getter: str) -> object:
-    """What a transformers model says of itself; those without an embedding raise instead of saying None."""
-    try:
-        return getattr(model, getter)() if hasattr(model, getter) else None
-    except NotImplementedError:
-        return None
 
 
 def _check_patterns(patterns: Sequence[str], used: set[str], names: Sequence[str]) -> None:
