@@ -14,9 +14,10 @@ __version__ = "0.1.0"
 from whit.models import integration as _integration  # noqa: F401 - registers the packed formats
 
 if TYPE_CHECKING:
-    from whit.api import compress, evaluate, export, generate, load
+    from whit.api import compress, evaluate, export, generate, load, load_into, save
     from whit.errors import WhitError
     from whit.methods import Method, available_methods, make_method
+    from whit.module.result import CompressedModule
     from whit.pipeline.events import Listener, Plan
     from whit.pipeline.options import RunOptions
     from whit.pipeline.recipe import Recipe, Step, read_recipe
@@ -28,6 +29,9 @@ _EXPORTS = {
     "export": "whit.api",
     "generate": "whit.api",
     "load": "whit.api",
+    "load_into": "whit.api",
+    "save": "whit.api",
+    "CompressedModule": "whit.module.result",
     "Listener": "whit.pipeline.events",
     "Method": "whit.methods",
     "Plan": "whit.pipeline.events",
@@ -41,6 +45,7 @@ _EXPORTS = {
     "read_recipe": "whit.pipeline.recipe",
 }
 __all__ = [
+    "CompressedModule",
     "Listener",
     "Method",
     "Plan",
@@ -55,8 +60,10 @@ __all__ = [
     "export",
     "generate",
     "load",
+    "load_into",
     "make_method",
     "read_recipe",
+    "save",
 ]
 
 

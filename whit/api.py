@@ -1,10 +1,11 @@
-"""The public functions: compress, load, evaluate, export, generate."""
+"""The public functions: compress, load, evaluate, export, generate; save and load_into for modules in memory."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any, Literal, overload
 
 import torch
 from torch import nn
@@ -15,17 +16,108 @@ from whit.evaluation.measure import evaluate_model
 from whit.evaluation.sample import sample_record, sample_text
 from whit.evaluation.tasks import TaskRun
 from whit.exporters import export
+from whit.methods.base import Method
 from whit.models.loading import is_compressed, load_directory, load_tokenizer, saved_dtype
 from whit.models.resolve import resolve_model
 from whit.models.skeleton import load_dense
+from whit.module.calibration import Forward
+from whit.module.compress import compress_module
+from whit.module.files import load_into, save
+from whit.module.gradients import Loss
+from whit.module.result import CompressedModule
 from whit.pipeline.compare import PROMPT
-from whit.pipeline.compress import compress
+from whit.pipeline.compress import compress as compress_model
+from whit.pipeline.events import Listener, Plan
 from whit.pipeline.leak import check_recorded_leak
 from whit.pipeline.options import RunOptions
 from whit.pipeline.prepare import choose_device, compute_dtype, data_limits
-from whit.report.record import EvaluationRecord
+from whit.pipeline.recipe import Recipe
+from whit.report.record import EvaluationRecord, Result
 
-__all__ = ["compress", "evaluate", "export", "generate", "load"]
+__all__ = ["compress", "evaluate", "export", "generate", "load", "load_into", "save"]
+
+Methods = str | Method | Recipe
+
+
+@overload
+def compress(
+    model: nn.Module,
+    method: Methods = ...,
+    output: None = ...,
+    *,
+    listener: Listener | None = ...,
+    calibration: Iterable[Any] | None = ...,
+    loss: Loss | None = ...,
+    forward: Forward | None = ...,
+    skip: Sequence[str] = ...,
+    true_sequential: bool = ...,
+    in_place: bool = ...,
+    **knobs: Any,
+) -> CompressedModule: ...
+
+
+@overload
+def compress(
+    model: str | Path | None = ...,
+    method: Methods = ...,
+    output: str | Path | None = ...,
+    *,
+    options: RunOptions | None = ...,
+    listener: Listener | None = ...,
+    dry_run: Literal[False] = ...,
+    **knobs: Any,
+) -> Result: ...
+
+
+@overload
+def compress(
+    model: str | Path | None = ...,
+    method: Methods = ...,
+    output: str | Path | None = ...,
+    *,
+    options: RunOptions | None = ...,
+    listener: Listener | None = ...,
+    dry_run: bool,
+    **knobs: Any,
+) -> Result | Plan: ...
+
+
+def compress(
+    model: nn.Module | str | Path | None = None,
+    method: Methods = "billm",
+    output: str | Path | None = None,
+    **arguments: Any,
+) -> CompressedModule | Result | Plan:
+    """Compress a pretrained model into a directory, or a module held in memory.
+
+    `compress(model, method, output, options=..., listener=..., dry_run=..., **knobs)` with a directory, hub id, GGUF
+    file, catalogue name or None (the default model) streams the model block by block into `output` and measures what
+    is left: see `whit.pipeline.compress.compress` for arguments, the returned `Result` (or `Plan`) and errors.
+
+    `compress(module, method, calibration=..., loss=..., forward=..., skip=..., true_sequential=..., in_place=...,
+    **knobs)` with a `torch.nn.Module` returns a compressed copy and its records as a `CompressedModule`: see
+    `whit.module.compress.compress_module`.
+
+    Args:
+        method: name (with its `knobs`), a method value, or a recipe of several (`whit.Recipe`).
+
+    Raises:
+        WhitError: a subclass per kind of problem.
+    """
+    if not isinstance(model, nn.Module):
+        if "calibration" in arguments:
+            raise KnobError(
+                "calibration=... is for a module in memory; for a model by name give "
+                "options=whit.RunOptions(calibration=...)"
+            )
+        return compress_model(model, method, output, **arguments)
+    given = [name for name in ("options", "dry_run") if name in arguments] + ["output"] * (output is not None)
+    if given:
+        raise KnobError(
+            f"{given[0]} is for a model by name: a module in memory is compressed in memory, and saved with "
+            "whit.save(result.module, directory)"
+        )
+    return compress_module(model, method, **arguments)
 
 
 def load(

@@ -127,11 +127,11 @@ def test_config_values_the_class_refuses(llama: Path):
 
 
 def test_no_repeated_blocks(tmp_path: Path):
-    from transformers import ResNetConfig, ResNetModel
+    from transformers import UnivNetConfig, UnivNetModel
 
-    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 8], depths=[1, 1], layer_type="basic")
-    ResNetModel(config).save_pretrained(tmp_path / "resnet")
-    assert "no repeated block" in refused(tmp_path / "resnet")
+    sizes = {"model_in_channels": 4, "model_hidden_channels": 4, "kernel_predictor_hidden_channels": 4}
+    UnivNetModel(UnivNetConfig(**sizes)).save_pretrained(tmp_path / "vocoder")
+    assert "no repeated block" in refused(tmp_path / "vocoder")
 
 
 def test_truncated_weights(llama: Path):

@@ -18,7 +18,7 @@ from whit.formats.base import Format, Packed
 from whit.models.architecture import model_class_of
 from whit.models.checkpoint import open_checkpoint
 from whit.models.integration import WhitConfig
-from whit.models.layers import layer_kind
+from whit.models.layers import declared_end, layer_kind
 from whit.models.loading import require_compressed, saved_dtype
 from whit.models.packed import packed_modules
 from whit.models.skeleton import skeleton_of
@@ -138,9 +138,8 @@ class CompressedModel:
     def ends(self) -> frozenset[str]:
         """Names of the input embedding and the output head, where the model has them."""
         getters = ("get_input_embeddings", "get_output_embeddings")
-        found = [getattr(self.skeleton, getter)() for getter in getters if hasattr(self.skeleton, getter)]
-        modules = [module for module in found if isinstance(module, nn.Module)]
-        return frozenset(name for name, item in self.skeleton.named_modules() if any(item is end for end in modules))
+        ends = [declared_end(self.skeleton, getter) for getter in getters]
+        return frozenset(name for name, item in self.skeleton.named_modules() if any(item is end for end in ends))
 
     def load(self, name: str) -> Tensor:
         """A dense tensor."""

@@ -7,6 +7,7 @@ loads the stored tensors by name like any others.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -14,9 +15,16 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from whit.errors import ModelError
-from whit.formats.base import format_from_json
+from whit.formats.base import Format, format_from_json
 from whit.models.layers import layer_kind
-from whit.models.packed import PackedEmbedding, PackedModule, TiedPackedLinear, packed_modules, replace_module
+from whit.models.packed import (
+    PackedEmbedding,
+    PackedModule,
+    TiedPackedLinear,
+    packed_modules,
+    replace_module,
+    tied_linear,
+)
 
 CONFIG_VERSION = 1
 
@@ -52,6 +60,18 @@ class WhitConfig(QuantizationConfigMixin):  # type: ignore[misc]
         self.scaled = dict(scaled or {})
         self.version = version
 
+    @classmethod
+    def of(cls, formats: Mapping[str, Format], tied: Mapping[str, str], scaled: Mapping[str, float]) -> WhitConfig:
+        """The description of layers in these layouts (by module name), each distinct layout once."""
+        distinct: list[dict[str, Any]] = []
+        layers: dict[str, int] = {}
+        for name, layout in formats.items():
+            described = layout.to_json()
+            if described not in distinct:
+                distinct.append(described)
+            layers[name] = distinct.index(described)
+        return cls(distinct, layers, dict(tied), dict(scaled))
+
     def apply(self, model: nn.Module) -> None:
         """Replace the described modules of a model by empty packed ones.
 
@@ -77,11 +97,10 @@ class WhitConfig(QuantizationConfigMixin):  # type: ignore[misc]
                 packed = kind.build(module, layout)
             replace_module(model, name, packed)
         for head, source in self.tied.items():
-            embedding = model.get_submodule(source)
-            if not isinstance(embedding, PackedEmbedding):
+            shared = model.get_submodule(source)
+            if not isinstance(shared, PackedModule):
                 raise ModelError(f"config.json ties {head!r} to {source!r}, which is not packed")
-            bias = getattr(model.get_submodule(head), "bias", None)
-            replace_module(model, head, TiedPackedLinear(embedding, None if bias is None else bias.dtype))
+            replace_module(model, head, tied_linear(shared, model.get_submodule(head)))
         untie_packed(model)
 
 

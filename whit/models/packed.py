@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from whit.formats.base import Format, Packed
 from whit.kernels import packed_embedding, packed_linear
+from whit.models.convolution import Window
 
 
 class PackedModule(nn.Module):
@@ -48,6 +49,10 @@ class PackedModule(nn.Module):
         for name, tensor in packed.tensors.items():
             setattr(self, name, tensor)
 
+    def take_place_of(self, module: nn.Module) -> None:
+        """Take over bias, training mode and forward hooks (the user's handles go on working) of the original."""
+        _take_place(self, module)
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         stored = set(self._stored)
 
@@ -66,6 +71,39 @@ class PackedModule(nn.Module):
         return f"{self.columns} -> {self.rows}, {self.format}, {bits:.3f} stored bits"
 
 
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+)
+
+
+def _take_place(new: nn.Module, original: nn.Module) -> None:
+    bias = getattr(original, "bias", None)
+    if isinstance(bias, nn.Parameter):
+        new.bias = bias
+    new.training = original.training
+    for name in _HOOKS:
+        hooks = getattr(original, name)
+        hooks.update(getattr(new, name))
+        setattr(new, name, hooks)
+
+
+def tied_linear(source: PackedModule, original: nn.Module) -> TiedPackedLinear:
+    """The packed form of a linear layer that shares its weight with the module that became `source`."""
+    bias = getattr(original, "bias", None)
+    out = TiedPackedLinear(source, bias.dtype if isinstance(bias, nn.Parameter) else None)
+    _take_place(out, original)
+    return out
+
+
+def _must_be_called(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+    """A hook that does nothing: torch's fused encoder layer, which would read `weight` instead of calling the layer
+    (and so unpack a copy, in another dtype perhaps, without the rounding of inputs), keeps away from hooked modules."""
+
+
 class PackedLinear(PackedModule):
     """Replaces `nn.Linear` and transformers' `Conv1D`: y = transform(x) W^T + b."""
 
@@ -73,10 +111,49 @@ class PackedLinear(PackedModule):
         super().__init__(layout, rows, columns)
         self.in_features, self.out_features = columns, rows
         self.bias = None if bias_dtype is None else nn.Parameter(torch.empty(rows, dtype=bias_dtype))
+        self.register_forward_pre_hook(_must_be_called)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., columns) -> (..., rows), in the dtype of x."""
-        return packed_linear(x, self.packed, self.bias)
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., columns) -> (..., rows), in the dtype of the input. Nested tensors (torch's encoder) go part by part.
+
+        The argument is called what torch calls it, here and below, for callers that give it by keyword.
+        """
+        if input.is_nested:
+            parts = [packed_linear(part, self.packed, self.bias) for part in input.unbind()]
+            return torch.nested.as_nested_tensor(parts)
+        return packed_linear(input, self.packed, self.bias)
+
+
+class PackedConv2d(PackedModule):
+    """Replaces `nn.Conv2d` (of one group): the matrix meets every window of the image."""
+
+    def __init__(
+        self, layout: Format, rows: int, channels: int, window: Window, bias_dtype: torch.dtype | None
+    ) -> None:
+        super().__init__(layout, rows, channels * window.kernel[0] * window.kernel[1])
+        self.in_channels, self.out_channels = channels, rows
+        self.window = window
+        self.bias = None if bias_dtype is None else nn.Parameter(torch.empty(rows, dtype=bias_dtype))
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight, float32 (out channels, in channels, *kernel), unpacked anew at each access."""
+        return self.packed.unpack().view(self.out_channels, self.in_channels, *self.window.kernel)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(n, in channels, height, width), or one image without n -> the same of the output, in the input's dtype.
+
+        A format that only stores the weight is unpacked into torch's convolution, which needs no copy of the windows;
+        one that does something to its inputs must be given them.
+        """
+        if self.format.changes_inputs or type(self.format).transform is not Format.transform:
+            return self.window.fold(packed_linear(self.window.unfold(input), self.packed, self.bias), input)
+        bias = None if self.bias is None else self.bias.to(input.dtype)
+        return self.window.convolve(input, self.weight.to(input.dtype), bias)
+
+    def extra_repr(self) -> str:
+        """As for every packed module, and the window."""
+        return f"{super().extra_repr()}, {self.window}"
 
 
 class PackedEmbedding(PackedModule):
@@ -93,36 +170,51 @@ class PackedEmbedding(PackedModule):
         self.compute_dtype = fn(torch.empty(0, dtype=self.compute_dtype)).dtype
         return self
 
-    def forward(self, ids: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Integer ids (...) -> (..., columns)."""
-        out = packed_embedding(ids, self.packed, self.compute_dtype)
+        out = packed_embedding(input, self.packed, self.compute_dtype)
         return out if self.scale == 1.0 else out * torch.tensor(self.scale, dtype=out.dtype, device=out.device)
 
 
 class TiedPackedLinear(nn.Module):
-    """An output head that shares the packed matrix of an embedding; it stores nothing but an optional bias."""
+    """A linear layer that shares the packed matrix of another module, as an output head that of the embedding.
 
-    def __init__(self, source: PackedEmbedding, bias_dtype: torch.dtype | None) -> None:
+    It stores nothing but an optional bias.
+    """
+
+    def __init__(self, source: PackedModule, bias_dtype: torch.dtype | None) -> None:
         super().__init__()
         # A tuple hides the shared module from registration, so its tensors are stored, moved and counted once.
         self._source = (source,)
         self.in_features, self.out_features = source.columns, source.rows
         self.bias = None if bias_dtype is None else nn.Parameter(torch.empty(source.rows, dtype=bias_dtype))
+        self.register_forward_pre_hook(_must_be_called)
 
     @property
-    def source(self) -> PackedEmbedding:
-        """The embedding whose matrix is used."""
+    def weight(self) -> Tensor:
+        """As `PackedModule.weight`, of the source."""
+        return self.source.weight
+
+    @property
+    def source(self) -> PackedModule:
+        """The module whose matrix is used."""
         return self._source[0]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """(..., columns) -> (..., rows)."""
-        return packed_linear(x, self.source.packed, self.bias)
+        return packed_linear(input, self.source.packed, self.bias)
 
 
 def replace_module(root: nn.Module, name: str, module: nn.Module) -> None:
     """Put `module` at the dotted `name` under `root`."""
     parent, _, child = name.rpartition(".")
     setattr(root.get_submodule(parent) if parent else root, child, module)
+
+
+def places_of(root: nn.Module, name: str) -> list[str]:
+    """Every dotted name under `root` of the module at `name`: more than one if the module is used in several places."""
+    wanted = root.get_submodule(name)
+    return [place for place, module in root.named_modules(remove_duplicate=False) if module is wanted]
 
 
 def packed_modules(root: nn.Module) -> dict[str, PackedModule]:

@@ -37,8 +37,9 @@ def find_stacks(model: nn.Module) -> list[Stack]:
     stacks = list(_search("", model))
     if not stacks:
         raise ModelError(
-            f"{type(model).__name__} has no repeated block (no ModuleList or Sequential of blocks with linear layers), "
-            "so there is nothing to compress block by block: give a transformer-like model"
+            f"{type(model).__name__} has no repeated block (no ModuleList or Sequential of blocks with linear layers "
+            "or convolutions), so there is nothing to compress block by block: from Python, "
+            "whit.compress(module, method, calibration=...) takes any module in memory"
         )
     return stacks
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from whit.formats.base import TensorSpec
 
 # Names and ranks of the dtypes in the file format; tensors are written by descending rank, as the library does.
-_DTYPES: dict[torch.dtype, tuple[str, int]] = {
+DTYPES: dict[torch.dtype, tuple[str, int]] = {
     torch.bool: ("BOOL", 0),
     torch.uint8: ("U8", 1),
     torch.int8: ("I8", 2),
@@ -50,14 +50,14 @@ class LazyTensor:
 
 def encode_header(specs: Mapping[str, TensorSpec]) -> tuple[list[str], bytes]:
     """Names in the order of the file, and the bytes that precede the data (length field included)."""
-    order = sorted(specs, key=lambda name: (-_DTYPES[specs[name].dtype][1], name))
+    order = sorted(specs, key=lambda name: (-DTYPES[specs[name].dtype][1], name))
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name in order:
         spec = specs[name]
         end = offset + spec.bytes
         header[name] = {
-            "dtype": _DTYPES[spec.dtype][0],
+            "dtype": DTYPES[spec.dtype][0],
             "shape": list(spec.shape),
             "data_offsets": [offset, end],
         }

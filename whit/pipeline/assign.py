@@ -14,7 +14,7 @@ from whit.methods.base import Method
 from whit.methods.chain import PruneThenQuantise
 from whit.methods.pruning import Pruner
 from whit.methods.rtn import RTN
-from whit.models.layers import LayerKind, embedding_scale, layer_kind
+from whit.models.layers import LayerKind, declared_end, embedding_scale, layer_kind, why_not
 from whit.models.stacks import Stack
 from whit.pipeline.options import RunOptions
 from whit.pipeline.recipe import Place, Recipe, Step, steps_for
@@ -71,11 +71,11 @@ def assign(
             or a method that needs calibration inputs is meant for a layer outside the blocks.
         ModelError: nothing is left to compress.
     """
-    ends, tied = _ends(model)
+    ends, tied = ends_of(model)
     kinds = {name: kind for name, module in model.named_modules() if (kind := layer_kind(module)) is not None}
-    blocks = {name: _block_of(name, stacks) for name in kinds}
+    blocks = {name: block_of(name, stacks) for name in kinds}
     out = Assignment()
-    skipped = {name: pattern for name in kinds if (pattern := _first_match(name, options.skip)) is not None}
+    skipped = {name: pattern for name in kinds if (pattern := first_match(name, options.skip)) is not None}
     _check_patterns(options.skip, set(skipped.values()), list(kinds))
     named = steps_for(recipe, _places(kinds, blocks, stacks, ends, tied))
     for name, kind in kinds.items():
@@ -101,7 +101,7 @@ def assign(
                 f"method {chosen.name!r} needs calibration inputs, but {name!r} lies outside the blocks, where none "
                 "are caught: give it a method that needs none, such as rtn"
             )
-        if _packed_bytes(name, chosen, rows, columns) >= rows * columns * dtype.itemsize:
+        if packed_bytes(name, chosen, rows, columns) >= rows * columns * dtype.itemsize:
             out.untouched[name] = "would not become smaller"
         else:
             out.layers[name] = AssignedLayer(name, block, kind, rows, columns, chosen)
@@ -114,7 +114,7 @@ def assign(
         elif source in out.layers:
             del out.layers[source]
             out.untouched[source] = f"shares its weight with {head!r}, which is skipped"
-    _explain_the_rest(model, out)
+    explain_the_rest(model, out)
     if not any(layer.block for layer in out.layers.values()):
         raise ModelError("no layer is left to compress: check --skip, or choose a method with fewer stored bits")
     return out
@@ -142,7 +142,7 @@ def combine(name: str, steps: Sequence[Step]) -> Method | None:
     )
 
 
-def _packed_bytes(name: str, method: Method, rows: int, columns: int) -> int:
+def packed_bytes(name: str, method: Method, rows: int, columns: int) -> int:
     """Stored bytes of a layer.
 
     Raises:
@@ -154,12 +154,14 @@ def _packed_bytes(name: str, method: Method, rows: int, columns: int) -> int:
         raise KnobError(f"{name!r}: {error}") from None
 
 
-def _block_of(name: str, stacks: Sequence[Stack]) -> str:
+def block_of(name: str, stacks: Sequence[Stack]) -> str:
+    """The block that a module lies in, or ""."""
     blocks = (block for stack in stacks for block in stack.blocks)
     return next((block for block in blocks if name.startswith(block + ".")), "")
 
 
-def _first_match(name: str, patterns: Sequence[str]) -> str | None:
+def first_match(name: str, patterns: Sequence[str]) -> str | None:
+    """The first of some patterns that a name matches."""
     return next((pattern for pattern in patterns if fnmatchcase(name, pattern)), None)
 
 
@@ -195,29 +197,31 @@ def _places(
     return out
 
 
-def _explain_the_rest(model: nn.Module, out: Assignment) -> None:
+def explain_the_rest(model: nn.Module, out: Assignment) -> None:
     """Say of every other parameter why it stays dense, so that plan and report account for all of them."""
     spoken_for = {f"{name}.weight" for name in [*out.layers, *out.tied, *out.untouched]}
     shared = set(getattr(model, "all_tied_weights_keys", None) or {})
     for name, parameter in model.named_parameters():
         if name in spoken_for or name in shared:
             continue
-        owner = type(model.get_submodule(name.rpartition(".")[0])).__name__
+        owner = model.get_submodule(name.rpartition(".")[0])
         if name.endswith(".bias"):
             out.untouched[name] = "a bias, not a matrix"
         elif parameter.dim() < 2:
             out.untouched[name] = "a vector (norms, scales), not a matrix"
         else:
-            out.untouched[name] = f"a parameter of {owner}, which is no linear layer or embedding"
+            out.untouched[name] = (
+                why_not(owner) or f"a parameter of {type(owner).__name__}, which holds no known matrix"
+            )
 
 
-def _ends(model: nn.Module) -> tuple[set[str], dict[str, str]]:
+def ends_of(model: nn.Module) -> tuple[set[str], dict[str, str]]:
     """Names of the input embedding and output head, and {head: embedding} when they share one weight."""
     names = {id(module): name for name, module in model.named_modules()}
     ends: dict[str, nn.Module] = {}
     for getter in ("get_input_embeddings", "get_output_embeddings"):
-        module = getattr(model, getter)() if hasattr(model, getter) else None
-        if isinstance(module, nn.Module) and id(module) in names and layer_kind(module) is not None:
+        module = declared_end(model, getter)
+        if module is not None and id(module) in names and layer_kind(module) is not None:
             ends[names[id(module)]] = module
     tied: dict[str, str] = {}
     links = getattr(model, "all_tied_weights_keys", None) or {}

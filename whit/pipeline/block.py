@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,14 +14,21 @@ from torch import Tensor, nn
 from whit.errors import ModelError
 from whit.formats.base import Packed, format_from_json
 from whit.methods.statistics import LayerStatistics, Statistic, relative_output_error
-from whit.models.packed import PackedModule, replace_module
+from whit.models.packed import PackedModule, places_of, replace_module
 from whit.models.source import TensorSource, check_finite
 from whit.pipeline.assign import AssignedLayer
-from whit.pipeline.catch import Call
 from whit.pipeline.gather import find_groups, gathering
 from whit.report.record import LayerRecord
 
 UNREACHED = "the calibration inputs never reached this layer: compressed without data"
+
+
+class Runnable(Protocol):
+    """One call of a block, as `Call` is: everything but the hidden states is known."""
+
+    def run(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        """Call the block on `hidden`; returns the new hidden states."""
+        ...
 
 
 @dataclass
@@ -28,7 +36,7 @@ class Streams:
     """Hidden states entering a block and its calls, one entry per batch; `propagate` replaces `hidden`."""
 
     hidden: list[Tensor]
-    calls: list[list[Call]]
+    calls: Sequence[Sequence[Runnable]]
 
 
 class Swaps:
@@ -41,16 +49,16 @@ class Swaps:
         self._originals: dict[str, nn.Module] = {}
 
     def put(self, layer: AssignedLayer, packed: Packed) -> None:
-        """Let the block run `packed` (on the block's device) in place of a layer."""
+        """Let the block run `packed` (on the block's device) in place of a layer, wherever it is used."""
         name = layer.name.removeprefix(self._prefix + ".") if self._prefix else layer.name
-        module = self._originals.setdefault(name, self._block.get_submodule(name))
+        module = self._block.get_submodule(name)
         running = layer.kind.build(module, packed.format)
         assert isinstance(running, PackedModule)
         running.set_packed(packed)
-        bias = getattr(module, "bias", None)
-        if isinstance(bias, nn.Parameter):
-            running.bias = bias
-        replace_module(self._block, name, running)
+        running.take_place_of(module)
+        for place in places_of(self._block, name):
+            self._originals.setdefault(place, module)
+            replace_module(self._block, place, running)
 
     def undo(self) -> None:
         """Put every replaced module back."""
@@ -144,7 +152,7 @@ def group_layers(block: nn.Module, modules: dict[str, nn.Module], streams: Strea
     waiting = dict(modules)
     for hidden, calls in zip(streams.hidden, streams.calls, strict=True):
 
-        def run_once(call: Call = calls[0], hidden: Tensor = hidden) -> None:
+        def run_once(call: Runnable = calls[0], hidden: Tensor = hidden) -> None:
             with torch.no_grad():
                 call.run(block, hidden)
 
@@ -208,7 +216,7 @@ def compress_layer(
     error = layer_error(weight, quantised, result.packed, statistics)
     if not bool(torch.isfinite(quantised).all()) or math.isnan(error):
         raise ModelError(f"method {layer.method.name!r} produced NaN or Inf for {layer.name!r}: raise its damping")
-    target.data.copy_(layer.kind.matrix(quantised))
+    target.data.copy_(layer.kind.stored(quantised, target.shape))
     if result.packed.format.changes_inputs:
         swaps.put(layer, result.packed)
     record = LayerRecord(
@@ -256,7 +264,7 @@ def restore_layers(
         target = block.get_submodule(name.removeprefix(prefix + ".") if prefix else name).weight
         assert isinstance(target, Tensor)
         packed = packed_from(tensors, by_name[name]).to(target.device)
-        target.data.copy_(layer.kind.matrix(packed.unpack()))
+        target.data.copy_(layer.kind.stored(packed.unpack(), target.shape))
         if packed.format.changes_inputs:
             swaps.put(layer, packed)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -230,8 +230,16 @@ class CallCatcher:
         }
         stand_ins |= _replays(self._model, self._finished, index)
         stand_ins |= {name: _Halt() for name in self._later}
-        with _standing_in(self._model, stand_ins), torch.no_grad(), suppress(_Stop):
-            self._model(**batch, **without_cache(self._model))
+        with _standing_in(self._model, stand_ins), torch.no_grad():
+            try:
+                self._model(**batch, **without_cache(self._model))
+            except _Stop:
+                pass
+            except Exception:
+                # Blocks may change the shape of what they hand on (the stages of a convolutional network), which their
+                # stand-ins do not: what follows the last of them cannot run then, and need not.
+                if {call.block for call in log.calls} != set(self._blocks):
+                    raise
         return log
 
     def _deduplicate(self, calls: list[Call]) -> list[Call]:

@@ -33,13 +33,6 @@ def saved_config(
         formats: layout of each assigned layer.
         dense_dtype: of what is not packed.
     """
-    distinct: list[dict[str, Any]] = []
-    layers: dict[str, int] = {}
-    for name in assignment.layers:
-        described = formats[name].to_json()
-        if described not in distinct:
-            distinct.append(described)
-        layers[name] = distinct.index(described)
     config = copy.deepcopy(reference.config)
     config.architectures = [reference.model_class.__name__]
     if hasattr(config, "auto_map"):  # points at code that is neither used nor copied
@@ -47,7 +40,9 @@ def saved_config(
     parts = [getattr(config, key, None) for key in getattr(config, "sub_configs", {})]
     for part in [config, *(item for item in parts if item is not None)]:  # as transformers does when it loads
         part.dtype = str(dense_dtype).removeprefix("torch.")
-    config.quantization_config = WhitConfig(distinct, layers, assignment.tied, assignment.scaled)
+    config.quantization_config = WhitConfig.of(
+        {name: formats[name] for name in assignment.layers}, assignment.tied, assignment.scaled
+    )
     return config
 
 

@@ -6,47 +6,57 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from whit.errors import ModelError
 from whit.methods.statistics import LayerStatistics, Statistic
+from whit.models.layers import LayerKind, layer_kind
 
 SAMPLE_VECTORS = 1024
 INPUT_STATISTICS = frozenset({Statistic.SECOND_MOMENT, Statistic.SQUARE_SUMS, Statistic.RANGE, Statistic.SAMPLE})
 
 
 def find_groups(run: Callable[[], object], layers: dict[str, nn.Module]) -> list[tuple[str, ...]]:
-    """Layers of a block in order of execution, those that receive the very same input tensor together.
+    """Layers of a block in order of execution, those that receive the very same inputs together.
 
     Args:
         run: runs the block once.
         layers: name -> module; modules that are never called are left out of the answer.
     """
-    seen: list[tuple[Tensor, list[str]]] = []  # holds the tensors, so that identities stay unique
-    called: set[str] = set()
+    inputs: dict[str, list[tuple[int, int]]] = {}  # what each layer was given, call by call
+    held: list[Tensor] = []  # so that identities stay unique
 
-    def watch(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def hook(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            if name in called:
-                return
-            called.add(name)
-            for tensor, names in seen:
-                if tensor is arguments[0]:
-                    names.append(name)
-                    return
-            seen.append((arguments[0], [name]))
+    def watch(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+        def hook(_: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> None:
+            tensor = _given(arguments, keywords)
+            held.append(tensor)
+            # A tensor that was changed in place since is another input.
+            version = 0 if tensor.is_inference() else tensor._version
+            inputs.setdefault(name, []).append((id(tensor), version))
 
         return hook
 
-    handles = [module.register_forward_pre_hook(watch(name)) for name, module in layers.items()]
+    handles = [module.register_forward_pre_hook(watch(name), with_kwargs=True) for name, module in layers.items()]
     try:
         run()
     finally:
         for handle in handles:
             handle.remove()
-    return [tuple(names) for _, names in seen]
+    groups: dict[object, list[str]] = {}
+    for name, given in inputs.items():  # two convolutions may look at one image through different windows
+        window = _kind(layers[name]).window(layers[name])
+        groups.setdefault((window, *given), []).append(name)
+    return [tuple(names) for names in groups.values()]
+
+
+def _given(arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Tensor:
+    """The input of a layer, which has only one."""
+    given = arguments[0] if arguments else next(iter(keywords.values()))
+    assert isinstance(given, Tensor)
+    return given
 
 
 @dataclass
@@ -94,8 +104,8 @@ class InputAccumulator:
     sequences: int = 0
     tokens: int = 0
 
-    def update(self, x: Tensor) -> None:
-        """Add inputs (..., tokens, columns); two dimensions count as one sequence."""
+    def update(self, x: Tensor, parts: int = 1) -> None:
+        """Add inputs (..., tokens, columns), one of so many `parts` of a call; two dimensions count as one sequence."""
         sequences = x.shape[0] if x.dim() > 2 else 1
         flat = x.detach().reshape(-1, x.shape[-1])
         if Statistic.SECOND_MOMENT in self.needs:
@@ -111,7 +121,7 @@ class InputAccumulator:
             largest = flat.abs().amax(0).float()
             self.maximum = largest if self.maximum is None else torch.maximum(self.maximum, largest)
         if Statistic.SAMPLE in self.needs:
-            places = torch.linspace(0, len(flat) - 1, min(self.sample_size, len(flat)), device=x.device)
+            places = torch.linspace(0, len(flat) - 1, min(-(-self.sample_size // parts), len(flat)), device=x.device)
             self.sample.append(flat[places.round().long()].float())
         self.sequences += sequences
         self.tokens += flat.shape[0]
@@ -150,7 +160,8 @@ def gathering(
     Raises:
         ModelError: an input holds NaN or Inf (checked once per group, at the end).
     """
-    statistics = {group: LayerStatistics(_columns(layers[group[0]])) for group in groups}
+    kinds = {group: _kind(layers[group[0]]) for group in groups}
+    statistics = {group: LayerStatistics(kinds[group].shape(layers[group[0]])[1]) for group in groups}
     accumulators: dict[tuple[str, ...], InputAccumulator] = {}
     handles = []
     for group in groups:
@@ -160,10 +171,18 @@ def gathering(
         size = -(-SAMPLE_VECTORS // calls)
         accumulators[group] = accumulator = InputAccumulator(statistics[group].columns, wanted, size)
 
-        def hook(_: nn.Module, arguments: tuple[Tensor, ...], accumulator: InputAccumulator = accumulator) -> None:
-            accumulator.update(arguments[0])
+        def hook(
+            module: nn.Module,
+            arguments: tuple[Any, ...],
+            keywords: dict[str, Any],
+            accumulator: InputAccumulator = accumulator,
+            kind: LayerKind = kinds[group],
+        ) -> None:
+            parts = kind.parts(module, _given(arguments, keywords).detach())
+            for part in parts:
+                accumulator.update(kind.inputs(module, part), len(parts))
 
-        handles.append(layers[group[0]].register_forward_pre_hook(hook))
+        handles.append(layers[group[0]].register_forward_pre_hook(hook, with_kwargs=True))
     try:
         yield statistics
     finally:
@@ -173,10 +192,7 @@ def gathering(
         accumulator.write(statistics[group], group[0])
 
 
-def _columns(module: nn.Module) -> int:
-    columns = getattr(module, "in_features", None)
-    if isinstance(columns, int):
-        return columns
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return int(weight.shape[0])  # Conv1D stores (inputs, outputs)
+def _kind(module: nn.Module) -> LayerKind:
+    kind = layer_kind(module)
+    assert kind is not None, f"{type(module).__name__} holds no matrix"
+    return kind

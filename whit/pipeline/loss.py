@@ -13,6 +13,7 @@ from whit.errors import ModelError
 from whit.evaluation.tokens import IGNORED
 from whit.methods.base import available_methods
 from whit.methods.statistics import Statistic
+from whit.models.layers import declared_end
 
 
 def loss_labels(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
@@ -29,7 +30,7 @@ def loss_labels(model: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
         raise ModelError(f"{type(model).__name__} computes no loss, so it has no gradient: {without_gradients()}")
     if "labels" in batch:
         return batch["labels"]
-    head = getattr(model, "get_output_embeddings", lambda: None)()
+    head = declared_end(model, "get_output_embeddings")
     if "decoder_input_ids" in batch:
         ids = batch["decoder_input_ids"]
         return torch.cat([ids[:, 1:], ids.new_full((len(ids), 1), IGNORED)], 1)

@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from whit.models.layers import declared_end
 from whit.pipeline.assign import Assignment
 from whit.pipeline.gradient_task import BOUNDARY_SHARE, gradient_layers
 from whit.pipeline.prepare import Job
@@ -144,7 +145,7 @@ def gradient_sizes(job: Job) -> GradientSizes:
     tokens = job.calibration.tokens
     positions = tokens // len(job.calibration.batches)
     width = hidden_width(job.assignment)
-    head = getattr(job.skeleton, "get_output_embeddings", lambda: None)()
+    head = declared_end(job.skeleton, "get_output_embeddings")
     layers = [layer for inside in gradient_layers(job.assignment).values() for layer in inside.values()]
     return GradientSizes(
         outside=4 * (total - sum(counts)),
@@ -154,7 +155,7 @@ def gradient_sizes(job: Job) -> GradientSizes:
         flowing=4 * tokens * width,
         boundaries=4 * tokens * width * (len(blocks) + 1),
         activations=4 * positions * _widest_sum(job.assignment),
-        logits=4 * positions * (width if head is None else head.weight.shape[0]),
+        logits=4 * positions * (width if head is None else head.get_parameter("weight").shape[0]),
         whole=_reaches_several_stacks(job),
     )
 
@@ -210,8 +211,8 @@ def _widest_sum(assignment: Assignment) -> int:
 def _answer_bytes(job: Job, item: int) -> int:
     if job.evaluation is None:
         return 0
-    head = getattr(job.skeleton, "get_output_embeddings", lambda: None)()
-    width = head.weight.shape[0] if head is not None else hidden_width(job.assignment)
+    head = declared_end(job.skeleton, "get_output_embeddings")
+    width = head.get_parameter("weight").shape[0] if head is not None else hidden_width(job.assignment)
     return int(job.evaluation.tokens // len(job.evaluation.batches) * width * item)
 
 
