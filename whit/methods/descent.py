@@ -1,7 +1,7 @@
 """Joint refinement after rounding: coordinate descent over codes and least squares of scalars, under the full H.
 
-Both lower tr(D H D^T), D = W - Q, for any quantiser of columns. Everything is held transposed, so a column of the weight
-is one contiguous row.
+Both lower tr(D H D^T), D = W - Q, for any quantiser of columns. Everything is held transposed, so a column of the
+weight is one contiguous row.
 """
 
 from __future__ import annotations
