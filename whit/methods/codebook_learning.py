@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 # Entries of the largest intermediate: vectors x words of one batch of groups.
-BATCH_ENTRIES = 2**22
+BATCH_ENTRIES = 2**19
 # Learning looks at about so many vectors; more hardly change a codebook of at most 256 words.
-LEARNING_VECTORS = 2**18
+LEARNING_VECTORS = 2**16
 WIDEST_TERNARY = 8
 # Ternary words start from real ones, divided by this multiple of the row's root mean square.
 TERNARY_UNIT = 1.3

@@ -1,14 +1,15 @@
 """STBLLM's representation, fitted with its mask kept: three magnitudes per row, marked columns with two sign planes.
 
 As in `whit.methods.billm_refined`, a column's mark chooses between two codebooks of its row: three symmetric magnitudes
-on ordinary columns, a1 - a2 and a1 + a2 on marked ones. (With two magnitudes and nothing pruned it is that very method.) The mask is fixed beforehand and never touched:
+on ordinary columns, a1 - a2 and a1 + a2 on marked ones. (With two magnitudes and nothing pruned it is that very
+method.) The mask is fixed beforehand and never touched:
 
 1. Marks and codebooks minimise sum over kept weights of (w - q)^2 / U_jj^2 by turns (`whit.methods.three_magnitudes`,
    `two_magnitudes`).
-2. Columns are rounded in descending order of diag(H). A pruned weight becomes zero whatever feedback has made of it, and
-   that error moves on to later columns like any other; so the kept weights make up for the pruned ones.
+2. Columns are rounded in descending order of diag(H). A pruned weight becomes zero whatever feedback has made of it,
+   and that error moves on to later columns like any other; so the kept weights make up for the pruned ones.
 3. By turns, all scalars of a row are refitted by least squares under the full H, and the code of every kept weight is
-   chosen anew given all others. No step can raise tr(D H D^T).
+   chosen anew given all others. Apart from the rounding of scalars to float16, no step can raise tr(D H D^T).
 
 Internally everything is transposed and in rounding order: a column of the weight is one contiguous row.
 """
@@ -66,7 +67,7 @@ class Magnitudes:
         return ordinary.permute(2, 0, 1)
 
     def thresholds(self) -> Tensor:
-        """Magnitudes above which the second and the third level are nearest, if there are such: (codebooks, 2, rows)."""
+        """Magnitudes above which the second and third level are nearest, if there are such: (codebooks, 2, rows)."""
         middle = (self.levels[:, 1:] + self.levels[:, :-1]) / 2
         middle[0::2, self.regions - 1 :] = torch.inf
         middle[1::2, MARKED - 1 :] = torch.inf
@@ -171,8 +172,9 @@ def refit(
 ) -> Magnitudes:
     """Least squares of the five magnitudes of each block of a row under the full H, codes fixed.
 
-    With one or two regions there are fewer. A row whose solution is not ascending and non-negative keeps its scalars. Arguments as in
-    `whit.methods.billm_refined.refit`, and kept (columns, rows); `values` and `gradient` are updated in place.
+    With one or two regions there are fewer. A row whose solution is not ascending and non-negative keeps its scalars.
+    Arguments as in `whit.methods.billm_refined.refit`, and kept (columns, rows); `values` and `gradient` are updated in
+    place, the new magnitudes returned.
     """
     levels, regions = magnitudes.levels.clone(), magnitudes.regions
     counts = [regions] if regions == 1 else [regions, MARKED]

@@ -27,7 +27,7 @@ def split_candidates(magnitude: Tensor) -> Tensor:
 
 
 def regions_at(saliency: Tensor, salient: Tensor, split: Tensor) -> list[Tensor]:
-    """Masks {|S| < p}, {p <= |S| < 2 p}, {|S| >= 2 p} without the salient columns (columns,): three bool (rows, columns)."""
+    """Masks {|S| < p}, {p <= |S| < 2 p}, {|S| >= 2 p}, bool (rows, columns), all without the salient columns."""
     rest = ~salient.expand_as(saliency)
     magnitude = (saliency * rest).abs()
     low, high = magnitude < split, magnitude >= 2 * split

@@ -2,7 +2,8 @@
 
 The paper of STBLLM (Dong et al. 2024, arXiv 2408.01803) splits weights at p1 and p2 = 2 p1 ("tied"). Here both forms
 are solved per row on the weights themselves: prefix sums over sorted magnitudes give the error of every split. On a
-Gaussian the tied optimum is p1 = 0.712 sigma with relative error 0.05879, the free one (0.660, 1.450) sigma with 0.05798.
+Gaussian the tied optimum is p1 = 0.712 sigma with relative error 0.05879, the free one (0.660, 1.450) sigma with
+0.05798: freeing the limits buys 1.4 %.
 """
 
 from __future__ import annotations
