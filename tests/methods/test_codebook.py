@@ -1,6 +1,7 @@
 """The codebook method: exact feedback for groups, monotone refinement, learning, bits, and its place among others."""
 
 import itertools
+import json
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from torch import Tensor
 
 import whit
 from tests import tiny
+from whit.cli import main
 from whit.errors import KnobError, ModelError
 from whit.methods import LayerStatistics, make_method, relative_output_error
 from whit.methods.codebook import storable
@@ -279,15 +281,25 @@ def test_nonsense_is_refused(knobs: dict[str, object], message: str) -> None:
         make_method("codebook", knobs)
 
 
-def test_a_tiny_model_is_compressed_saved_and_reloaded(tmp_path: Path) -> None:
+def test_a_tiny_model_is_compressed_by_the_command_and_reloaded(tmp_path: Path) -> None:
     model = tiny.save_model("llama", tmp_path / "model")
     data = tiny.save_inputs("llama", tmp_path / "calibration.safetensors")
-    options = whit.RunOptions(calibration=str(data), evaluate=False, device="cpu", dtype="float32")
-    result = whit.compress(model, "codebook", tmp_path / "out", options=options, codes=16, width=8)
-    assert isinstance(result, whit.Result)
-    inside = [item for item in result.layers if item.block]
+    arguments = [
+        "compress",
+        str(model),
+        "--method",
+        "codebook",
+        "-o",
+        str(tmp_path / "out"),
+        "--calibration",
+        str(data),
+    ]
+    arguments += ["--no-evaluate", "--device", "cpu", "--dtype", "float32", "--codes", "16", "--width", "8"]
+    assert main(arguments) == 0
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    inside = [item for item in result["layers"] if item["block"]]
     assert len(inside) == 21
-    assert all(item.error < 0.9 and item.format["format"] == "vector-codebook" for item in inside)
+    assert all(item["error"] < 0.9 and item["format"]["format"] == "vector-codebook" for item in inside)
     loaded = whit.load(tmp_path / "out", device="cpu")
     with torch.no_grad():
         logits = loaded(input_ids=tiny.inputs("llama")["input_ids"]).logits

@@ -2,6 +2,7 @@
 promises, and the flaw of the released code."""
 
 import itertools
+import json
 import math
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 import whit
 from tests import tiny
+from whit.cli import main
 from whit.errors import KnobError, ModelError
 from whit.formats.nm_index import decode_mask
 from whit.methods import LayerStatistics, make_method, relative_output_error
@@ -411,15 +413,29 @@ def test_small_shapes_and_dead_inputs(variant: str, rows: int, columns: int) -> 
     assert all(torch.equal(packed.tensors[name], again.tensors[name]) for name in packed.tensors)
 
 
-def test_a_tiny_model_is_compressed_saved_and_reloaded(tmp_path: Path) -> None:
+def test_a_tiny_model_is_compressed_by_the_command_with_its_budget_shared(tmp_path: Path) -> None:
     model = tiny.save_model("llama", tmp_path / "model")
     data = tiny.save_inputs("llama", tmp_path / "calibration.safetensors")
-    options = whit.RunOptions(calibration=str(data), evaluate=False, device="cpu", dtype="float32")
-    result = whit.compress(model, "stbllm", tmp_path / "out", options=options, pattern="4:8")
-    assert isinstance(result, whit.Result)
-    inside = [item for item in result.layers if item.block]
+    arguments = ["compress", str(model), "--method", "stbllm", "-o", str(tmp_path / "out"), "--calibration", str(data)]
+    arguments += [
+        "--no-evaluate",
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
+        "--pattern",
+        "4:8",
+        "--allocation",
+        "repaired",
+    ]
+    assert main(arguments) == 0
+    result = json.loads((tmp_path / "out" / "result.json").read_text())
+    inside = [item for item in result["layers"] if item["block"]]
     assert len(inside) == 21
-    assert all(item.error < 0.7 and item.format["format"] == "structured-binary" for item in inside)
+    assert all(item["error"] < 0.8 and item["format"]["format"] == "structured-binary" for item in inside)
+    kept = [item["rows"] * item["columns"] * item["format"]["n"] / item["format"]["m"] for item in inside]
+    assert sum(kept) <= 0.5 * sum(item["rows"] * item["columns"] for item in inside)
+    assert len({item["format"]["n"] for item in inside}) > 1
     loaded = whit.load(tmp_path / "out", device="cpu")
     with torch.no_grad():
         logits = loaded(input_ids=tiny.inputs("llama")["input_ids"]).logits
