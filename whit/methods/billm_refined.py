@@ -24,15 +24,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from whit.kernels import columns as column_kernels
 from whit.methods.billm_planes import BinaryPlanes
+from whit.methods.descent import descend_columns, least_squares_step
 from whit.methods.feedback import round_with_feedback
 from whit.methods.rounders import LevelRounder
 
 MARK_ROUNDS = 3
 INITIAL_SHARE = 0.1
 SAMPLED_ROWS = 1024
-LAZY_COLUMNS = 128
 
 
 @dataclass(frozen=True)
@@ -157,11 +156,7 @@ def round_columns(weight: Tensor, upper: Tensor, books: Codebooks, book: Tensor)
 
 
 def descend(codes: Tensor, values: Tensor, gradient: Tensor, moment: Tensor, books: Codebooks, book: Tensor) -> None:
-    """One pass of coordinate descent over all columns, in place: each code becomes the best one given all others.
-
-    Row by row the loss is d^T H d with d = w - q. With g = H d, the minimum over q_j alone lies at q_j + g_j / H_jj,
-    and the best code is the one nearest to it. The gradient is kept exact: within a block by looking back at the
-    block's own changes, across blocks by one matrix product.
+    """One pass of coordinate descent over all columns, in place (`whit.methods.descent`).
 
     Args:
         codes: uint8 (columns, rows).
@@ -171,47 +166,9 @@ def descend(codes: Tensor, values: Tensor, gradient: Tensor, moment: Tensor, boo
         books: codebooks.
         book: codebook of each column, (columns,).
     """
-    if column_kernels.available(values.device):
-        _descend_on_device(codes, values, gradient, moment, _levels(books), book.to(torch.int32))
-        return
-    middle = (books.low + books.high) / 2
-    number, diagonal = book.tolist(), torch.diagonal(moment).tolist()
-    columns = len(number)
-    for start in range(0, columns, LAZY_COLUMNS):
-        stop = min(start + LAZY_COLUMNS, columns)
-        inner = moment[start:stop, start:stop].contiguous()
-        change = torch.empty_like(values[start:stop])
-        for j in range(stop - start):
-            column = start + j
-            slope = gradient[column]
-            if j:
-                slope = torch.addmv(slope, change[:j].T, inner[j, :j], alpha=-1)
-            best = torch.add(values[column], slope, alpha=1 / diagonal[column])
-            chosen = number[column]
-            positive, large = best >= 0, best.abs() > middle[chosen]
-            magnitude = torch.where(large, books.high[chosen], books.low[chosen])
-            rounded = torch.where(positive, magnitude, -magnitude)
-            torch.sub(rounded, values[column], out=change[j])
-            values[column] = rounded
-            codes[column] = positive + 2 * large.to(torch.uint8)
-        gradient.addmm_(moment[:, start:stop], change, alpha=-1)
-
-
-def _descend_on_device(
-    codes: Tensor, values: Tensor, gradient: Tensor, moment: Tensor, levels: Tensor, book: Tensor
-) -> None:
-    """`descend` with one kernel per block of columns."""
-    chosen = torch.empty_like(codes)
-    for start in range(0, len(values), LAZY_COLUMNS):
-        stop = min(start + LAZY_COLUMNS, len(values))
-        inner = moment[start:stop, start:stop].contiguous()
-        change = torch.empty_like(values[start:stop])
-        column_kernels.descend_levels(
-            values[start:stop], gradient[start:stop], inner, levels, book[start:stop], chosen[start:stop], change
-        )
-        values[start:stop] += change
-        gradient.addmm_(moment[:, start:stop], change, alpha=-1)
-    codes.copy_(_code_of_level(chosen))
+    levels = torch.empty_like(codes)
+    descend_columns(levels, values, gradient, moment, LevelRounder(_levels(books), book.to(torch.int32)))
+    codes.copy_(_code_of_level(levels))
 
 
 def refit(codes: Tensor, values: Tensor, gradient: Tensor, moment: Tensor, books: Codebooks, book: Tensor) -> Codebooks:
@@ -231,15 +188,7 @@ def refit(codes: Tensor, values: Tensor, gradient: Tensor, moment: Tensor, books
         patterns = [
             sign * ((code > 1) == large) * (marked == mark) for mark in (False, True) for large in (False, True)
         ]
-        right = torch.stack([(pattern * gradient[columns]).sum(0) for pattern in patterns], 1)
-        normal = torch.zeros(*right.shape, 4, dtype=right.dtype, device=right.device)
-        for i, pattern in enumerate(patterns):
-            product = inner @ pattern
-            for j in range(i + 1):
-                normal[:, i, j] = normal[:, j, i] = (patterns[j] * product).sum(0)
-        diagonal = torch.diagonal(normal, dim1=1, dim2=2)
-        diagonal += 1e-6 * diagonal.mean(1, keepdim=True) + 1e-30
-        step = torch.linalg.solve(normal, right)
+        step = least_squares_step(patterns, gradient[columns], inner)
         old = torch.stack([low[2 * block], high[2 * block], low[2 * block + 1], high[2 * block + 1]], 1)
         new = old + step
         sound = ((new[:, 0::2] >= 0) & (new[:, 1::2] >= new[:, 0::2])).all(1, keepdim=True)

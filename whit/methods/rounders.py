@@ -77,6 +77,12 @@ class LevelRounder(BlockRounder):
         """A block of columns on the device."""
         columns.feedback_levels(values, inner, self.table, self.books(first, len(values)), codes, errors)
 
+    def descend_block(
+        self, first: int, values: Tensor, gradient: Tensor, inner: Tensor, codes: Tensor, change: Tensor
+    ) -> None:
+        """Coordinate descent over columns `first`, ... on the device; arguments as in `whit.kernels.columns`."""
+        columns.descend_levels(values, gradient, inner, self.table, self.books(first, len(values)), codes, change)
+
 
 @dataclass(frozen=True, eq=False)
 class GridRounder(BlockRounder):

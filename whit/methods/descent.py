@@ -1,0 +1,81 @@
+"""Joint refinement after rounding: coordinate descent over codes and least squares of scalars, under the full H.
+
+Both lower tr(D H D^T), D = W - Q, for any quantiser of columns. Everything is held transposed, so a column of the
+weight is one contiguous row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from whit.methods.feedback import Rounder
+from whit.methods.rounders import LevelRounder
+
+LAZY_COLUMNS = 128
+
+
+def descend_columns(codes: Tensor, values: Tensor, gradient: Tensor, moment: Tensor, rounder: Rounder) -> None:
+    """One pass of coordinate descent over all columns, in place: each code becomes the best one given all others.
+
+    Row by row the loss is d^T H d with d = w - q. With g = H d, the minimum over q_j alone lies at q_j + g_j / H_jj,
+    and the best code is the one nearest to it. The gradient is kept exact: within a block by looking back at the
+    block's own changes, across blocks by one matrix product.
+
+    Args:
+        codes: uint8 (columns, rows).
+        values: float32 (columns, rows), what the codes stand for.
+        gradient: H (w - q), float32 (columns, rows).
+        moment: H, float32 (columns, columns), positive diagonal.
+        rounder: (column, targets (rows,)) -> codes and values nearest to them.
+    """
+    fast = rounder if isinstance(rounder, LevelRounder) and rounder.fast(values) else None
+    diagonal = [] if fast else torch.diagonal(moment).tolist()
+    columns = len(values)
+    for start in range(0, columns, LAZY_COLUMNS):
+        stop = min(start + LAZY_COLUMNS, columns)
+        inner = moment[start:stop, start:stop].contiguous()
+        change = torch.empty_like(values[start:stop])
+        if fast is not None:
+            part = slice(start, stop)
+            fast.descend_block(start, values[part], gradient[part], inner, codes[part], change)
+            values[part] += change
+            gradient.addmm_(moment[:, part], change, alpha=-1)
+            continue
+        for j in range(stop - start):
+            column = start + j
+            slope = gradient[column]
+            if j:
+                slope = torch.addmv(slope, change[:j].T, inner[j, :j], alpha=-1)
+            best = torch.add(values[column], slope, alpha=1 / diagonal[column])
+            codes[column], rounded = rounder(column, best)
+            torch.sub(rounded, values[column], out=change[j])
+            values[column] = rounded
+        gradient.addmm_(moment[:, start:stop], change, alpha=-1)
+
+
+def least_squares_step(patterns: Sequence[Tensor], gradient: Tensor, moment: Tensor) -> Tensor:
+    """The change of scalars a that minimises the loss of each row when q = sum_i a_i pattern_i, all codes fixed.
+
+    It solves (B^T H B) x = B^T H (w - q), B = the patterns of a row side by side.
+
+    Args:
+        patterns: p of (columns, rows).
+        gradient: H (w - q), (columns, rows), of the same columns.
+        moment: H of these columns, (columns, columns).
+
+    Returns:
+        (rows, p).
+    """
+    right = torch.stack([(pattern * gradient).sum(0) for pattern in patterns], 1)
+    normal = torch.zeros(*right.shape, len(patterns), dtype=right.dtype, device=right.device)
+    for i, pattern in enumerate(patterns):
+        product = moment @ pattern
+        for j in range(i + 1):
+            normal[:, i, j] = normal[:, j, i] = (patterns[j] * product).sum(0)
+    diagonal = torch.diagonal(normal, dim1=1, dim2=2)
+    diagonal += 1e-6 * diagonal.mean(1, keepdim=True) + 1e-30
+    step: Tensor = torch.linalg.solve(normal, right)
+    return step
