@@ -89,7 +89,8 @@ def _folder(arguments: argparse.Namespace, name: str) -> Path:
 
 
 def _row_file(arguments: argparse.Namespace, name: str) -> Path:
-    return _folder(arguments, name).with_suffix(".row.json")
+    folder = _folder(arguments, name)
+    return folder.with_name(folder.name + ".row.json")
 
 
 def measure_all(arguments: argparse.Namespace, names: list[str], report: dict[str, Any]) -> None:
