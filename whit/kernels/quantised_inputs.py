@@ -142,7 +142,7 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 
 def _scales_by_row(device: torch.device) -> bool:
-    return device.type == "cpu" or _capability(device) >= (9, 0)
+    return device.type == "cuda" and _capability(device) >= (9, 0)
 
 
 register_implementation(QuantisedInputs.name, Implementation("int8", _int8_supported, int8_linear))
