@@ -3,7 +3,7 @@
     python benchmarks/frontier.py --model smollm2-135m --output benchmarks/results/frontier-smollm2-135m.json
 
 Each configuration (`configurations.py`) is compressed by `whit.compress`, reloaded from disk and measured beside the
-original under one protocol, in a process of its own (--jobs at a time). Configurations already in the output file are
+original under one protocol (by --jobs worker processes). Configurations already in the output file are
 kept, so the script can be stopped and started again; --only NAME repeats one.
 """
 
@@ -34,52 +34,76 @@ from whit.models.skeleton import load_dense
 from whit.pipeline.recipe import recipe_from_json
 
 
-def measure_one(arguments: argparse.Namespace, name: str) -> None:
-    """Child process: compress one configuration, reload it, measure it, leave its row as JSON beside the others."""
+class Bench:
+    """What all configurations share, loaded once per process: the original model and the evaluation data."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments = arguments
+        self.device = torch.device(arguments.device)
+        reference = resolve_model(arguments.model)
+        limits = data_limits(reference.config)
+        self.data = load_evaluation(
+            arguments.evaluation,
+            reference.load_tokenizer(),
+            windows=arguments.evaluation_windows,
+            window=arguments.window or min(2048, limits["max_positions"] or 2048),
+            **limits,
+        )
+        self.original = load_dense(reference, torch.float32, self.device)
+
+    def measure(self, name: str) -> None:
+        """Compress one configuration, reload it, measure it, leave its row as JSON beside the folders."""
+        arguments = self.arguments
+        folder = _folder(arguments, name)
+        options = whit.RunOptions(
+            calibration=arguments.calibration,
+            samples=arguments.samples,
+            sequence_length=arguments.sequence_length,
+            embedding_bits=arguments.embedding_bits,
+            true_sequential=arguments.true_sequential,
+            batch_size=arguments.batch_size,
+            device=arguments.device,
+            evaluate=False,
+        )
+        recipe = recipe_from_json({"step": CONFIGURATIONS[name].steps})
+        stored = whit.compress(arguments.model, recipe, folder, options=options)
+        assert isinstance(stored, whit.Result)
+        model = load_directory(folder, dtype=torch.float32, device=self.device)
+        started = time.perf_counter()
+        after, before = evaluate_model(
+            model, self.data, original=self.original, device=self.device, protocol_fields={"dtype": "float32"}
+        )
+        assert before is not None
+        errors = [layer.error for layer in stored.layers if layer.block]
+        row = {
+            "family": CONFIGURATIONS[name].family,
+            "method": stored.run["method"],
+            "stored_bits_layers": stored.size.compressed_bits,
+            "stored_bits_file": stored.size.file_bits,
+            "file_bytes": stored.size.file_bytes,
+            "mean_layer_error": sum(errors) / len(errors),
+            "method_seconds": sum(layer.seconds for layer in stored.layers),
+            "compression_seconds": stored.timings["compression"],
+            "evaluation_seconds": time.perf_counter() - started,
+            "device": str(stored.run["device_name"]),
+            "metrics": {item.name: asdict(item) for item in after.metrics},
+            "original": {item.name: asdict(item) for item in before.metrics},
+        }
+        shutil.rmtree(folder)
+        path = _row_file(arguments, name)
+        path.with_suffix(".partial").write_text(json.dumps(row), encoding="utf-8")
+        path.with_suffix(".partial").replace(path)
+
+
+def measure_share(arguments: argparse.Namespace, names: list[str]) -> None:
+    """A worker process: its share of the configurations, one after another; one that fails does not stop the others."""
     torch.set_num_threads(arguments.threads)
-    folder = _folder(arguments, name)
-    options = whit.RunOptions(
-        calibration=arguments.calibration,
-        samples=arguments.samples,
-        sequence_length=arguments.sequence_length,
-        embedding_bits=arguments.embedding_bits,
-        true_sequential=arguments.true_sequential,
-        batch_size=arguments.batch_size,
-        device=arguments.device,
-        evaluate=False,
-    )
-    recipe = recipe_from_json({"step": CONFIGURATIONS[name].steps})
-    stored = whit.compress(arguments.model, recipe, folder, options=options)
-    assert isinstance(stored, whit.Result)
-    device = torch.device(arguments.device)
-    reference = resolve_model(arguments.model)
-    limits = data_limits(reference.config)
-    data = load_evaluation(
-        arguments.evaluation,
-        reference.load_tokenizer(),
-        windows=arguments.evaluation_windows,
-        window=arguments.window or min(2048, limits["max_positions"] or 2048),
-        **limits,
-    )
-    original = load_dense(reference, torch.float32, device)
-    model = load_directory(folder, dtype=torch.float32, device=device)
-    after, before = evaluate_model(model, data, original=original, device=device, protocol_fields={"dtype": "float32"})
-    assert before is not None
-    errors = [layer.error for layer in stored.layers if layer.block]
-    row = {
-        "family": CONFIGURATIONS[name].family,
-        "method": stored.run["method"],
-        "stored_bits_layers": stored.size.compressed_bits,
-        "stored_bits_file": stored.size.file_bits,
-        "file_bytes": stored.size.file_bytes,
-        "mean_layer_error": sum(errors) / len(errors),
-        "method_seconds": sum(layer.seconds for layer in stored.layers),
-        "compression_seconds": stored.timings["compression"],
-        "metrics": {item.name: asdict(item) for item in after.metrics},
-        "original": {item.name: asdict(item) for item in before.metrics},
-    }
-    shutil.rmtree(folder)
-    _row_file(arguments, name).write_text(json.dumps(row), encoding="utf-8")
+    bench = Bench(arguments)
+    for name in names:
+        try:
+            bench.measure(name)
+        except whit.WhitError as error:
+            print(f"{name}: {error}", flush=True)
 
 
 def _folder(arguments: argparse.Namespace, name: str) -> Path:
@@ -94,23 +118,17 @@ def _row_file(arguments: argparse.Namespace, name: str) -> Path:
 
 
 def measure_all(arguments: argparse.Namespace, names: list[str], report: dict[str, Any]) -> None:
-    """Run child processes, `--jobs` at a time; the report is saved after each."""
+    """Deal the configurations out to `--jobs` worker processes; the report is saved after each row."""
     arguments.work.mkdir(parents=True, exist_ok=True)
-    waiting, running = list(names), {}
-    while waiting or running:
-        while waiting and len(running) < arguments.jobs:
-            name = waiting.pop(0)
-            command = [sys.executable, __file__, *sys.argv[1:], "--child", name]
-            running[name] = (subprocess.Popen(command), time.perf_counter())
+    shares = [share for number in range(arguments.jobs) if (share := names[number :: arguments.jobs])]
+    workers = [subprocess.Popen([sys.executable, __file__, *sys.argv[1:], "--share", *share]) for share in shares]
+    running = True
+    while running:
         time.sleep(0.5)
-        for name, (process, start) in list(running.items()):
-            if process.poll() is None:
-                continue
-            del running[name]
-            if process.returncode:
-                print(f"{name}: exit {process.returncode} after {time.perf_counter() - start:.0f} s", flush=True)
-                continue
-            _add_row(arguments, name, report)
+        running = any(worker.poll() is None for worker in workers)
+        for name in names:
+            if _row_file(arguments, name).is_file():
+                _add_row(arguments, name, report)
 
 
 def _add_row(arguments: argparse.Namespace, name: str, report: dict[str, Any]) -> None:
@@ -145,11 +163,13 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("frontier-work"))
     parser.add_argument("--only", nargs="+", choices=CONFIGURATIONS)
     parser.add_argument("--family", nargs="+", help="only configurations of these families")
-    parser.add_argument("--child", choices=CONFIGURATIONS)
+    parser.add_argument("--share", nargs="+", choices=CONFIGURATIONS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.child:
-        measure_one(arguments, arguments.child)
+    if arguments.share:
+        measure_share(arguments, arguments.share)
         return
+    if arguments.jobs < 1:
+        parser.error("--jobs must be at least 1")
     report = json.loads(arguments.output.read_text()) if arguments.output.is_file() else {"rows": {}}
     names = arguments.only or [
         name
@@ -164,7 +184,7 @@ def save(arguments: argparse.Namespace, report: dict[str, Any]) -> None:
     ordered = {name: report["rows"][name] for name in CONFIGURATIONS if name in report["rows"]}
     report["rows"].clear()  # in place: the caller goes on filling this dict
     report["rows"].update(ordered)
-    hidden = ("child", "only", "family", "work", "output", "jobs", "model", "label")
+    hidden = ("share", "only", "family", "work", "output", "jobs", "model", "label")
     report["model"] = arguments.label or Path(arguments.model).name
     report["setting"] = {key: value for key, value in vars(arguments).items() if key not in hidden}
     report["setting"]["seed"] = whit.RunOptions().seed
