@@ -65,6 +65,16 @@ def int8_planted_table(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def int8_memory_table(report: dict[str, Any]) -> str:
+    """Bytes of tensors and process in 16 bit and as LLM.int8(), as Markdown."""
+    head = ("tensor_bytes", "resident_bytes")
+    lines = ["| model in memory | tensors | process, above an empty one |", "|---|---|---|"]
+    for name, row in report["rows"].items():
+        lines.append(f"| {name} | " + " | ".join(f"{row[key] / 1e6:.1f} MB" for key in head) + " |")
+    lines.append("| ratio | " + " | ".join(f"{report['ratios'][key]:.2f}" for key in head) + " |")
+    return "\n".join(lines) + "\n"
+
+
 def run_table(report: dict[str, Any]) -> str:
     """Time, memory and bytes of `random_llama.py` runs, as Markdown."""
     lines = [
@@ -105,6 +115,8 @@ def main() -> None:
     (GENERATED / "random-llama-7b.md").write_text(run_table(run), encoding="utf-8")
     int8 = json.loads((RESULTS / "llm_int8.json").read_text(encoding="utf-8"))
     (GENERATED / "llm-int8-layer.md").write_text(int8_layer_table(int8), encoding="utf-8")
+    memory = json.loads((RESULTS / "int8_memory.json").read_text(encoding="utf-8"))
+    (GENERATED / "llm-int8-memory.md").write_text(int8_memory_table(memory), encoding="utf-8")
     (GENERATED / "llm-int8-planted.md").write_text(int8_planted_table(int8), encoding="utf-8")
     for model, report in frontiers().items():
         for name, content in sections(report).items():

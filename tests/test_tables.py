@@ -36,6 +36,12 @@ def test_tables_of_llm_int8_are_up_to_date(tables: ModuleType) -> None:
         assert written == make(report), f"{name}: run python benchmarks/tables.py"
 
 
+def test_the_memory_table_is_up_to_date(tables: ModuleType) -> None:
+    report = json.loads((ROOT / "benchmarks" / "results" / "int8_memory.json").read_text(encoding="utf-8"))
+    written = (ROOT / "docs" / "generated" / "llm-int8-memory.md").read_text(encoding="utf-8")
+    assert written == tables.int8_memory_table(report)
+
+
 def test_readme_shows_the_committed_numbers(tables: ModuleType) -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     report = tables.frontiers()[tables.README_MODEL]
