@@ -73,7 +73,9 @@ def expected_memory(job: Job, file_bytes: int, available: int) -> Memory:
     if job.device.type == "cpu":
         return Memory(RUNTIME_BYTES + peak, 0)
     # The host stages one tensor at a time, in the file's dtype and in float32.
-    return Memory(RUNTIME_BYTES + CUDA_BYTES + 2 * max(sizes.end, sizes.matrix), peak)
+    # Rows of the output are compared more at a time on a device (`whit.evaluation.tokens`): about one answer in all.
+    compared = sizes.answer if job.evaluation is not None else 0
+    return Memory(RUNTIME_BYTES + CUDA_BYTES + 2 * max(sizes.end, sizes.matrix), peak + compared)
 
 
 def compression_bytes(sizes: Sizes) -> int:
