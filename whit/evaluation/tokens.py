@@ -1,8 +1,8 @@
 """Sums over the tokens of one window: negative log-likelihood, KL divergence, top-1 agreement.
 
 Logits of one window are large (2048 x 49152 float32 is 403 MB), so rows are taken a few at a time: the workspace stays
-at a few times `ROWS` x vocabulary, whatever the window, and no float32 copy of all logits is made. A GPU takes more rows,
-because many small steps cost it more.
+at a few times `ROWS` x vocabulary, whatever the window, and no float32 copy of all logits is made. A GPU takes more
+rows, because many small steps cost it more.
 """
 
 from __future__ import annotations

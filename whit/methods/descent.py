@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from whit.kernels.split_product import SplitMatrix
 from whit.methods.feedback import Rounder
 from whit.methods.rounders import LevelRounder
 
@@ -62,7 +63,7 @@ def least_squares_step(patterns: Sequence[Tensor], gradient: Tensor, moment: Ten
     It solves (B^T H B) x = B^T H (w - q), B = the patterns of a row side by side.
 
     Args:
-        patterns: p of (columns, rows).
+        patterns: p of (columns, rows), of signs and zeros.
         gradient: H (w - q), (columns, rows), of the same columns.
         moment: H of these columns, (columns, columns).
 
@@ -71,8 +72,9 @@ def least_squares_step(patterns: Sequence[Tensor], gradient: Tensor, moment: Ten
     """
     right = torch.stack([(pattern * gradient).sum(0) for pattern in patterns], 1)
     normal = torch.zeros(*right.shape, len(patterns), dtype=right.dtype, device=right.device)
+    matrix = SplitMatrix(moment)
     for i, pattern in enumerate(patterns):
-        product = moment @ pattern
+        product = matrix.times(pattern)
         for j in range(i + 1):
             normal[:, i, j] = normal[:, j, i] = (patterns[j] * product).sum(0)
     diagonal = torch.diagonal(normal, dim1=1, dim2=2)
