@@ -1,8 +1,8 @@
 """Float32 products with matrices of small whole numbers, on tensor cores and without loss.
 
-A float32 number is the sum of three bfloat16 numbers (8 bits of significand each), and a product of bfloat16 numbers is
-exact in float32. So with B of entries that bfloat16 holds (signs, zeros), A B = A_1 B + A_2 B + A_3 B, three products on
-tensor cores with float32 sums, differs from the float32 product by the order of summation alone.
+A float32 number is the sum of three bfloat16 numbers (8 bits of significand each), and products of bfloat16 numbers are
+exact in float32. So with B of entries that bfloat16 holds (signs, zeros), A B = A_1 B + A_2 B + A_3 B, three products
+on tensor cores with float32 sums, differs from the float32 product by the order of summation alone.
 """
 
 from __future__ import annotations

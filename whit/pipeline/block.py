@@ -206,8 +206,8 @@ def compress_layer(
     """Compress one matrix read from `source` at full precision and let `module` (or its stand-in) compute with it."""
     target = module.weight
     assert isinstance(target, Tensor)
-    stored = source.load(f"{layer.name}.weight")
-    weight = layer.kind.matrix(stored.to(target.device, torch.float32)).contiguous()
+    stored = source.load(f"{layer.name}.weight")  # moved as it is stored, widened there: half the way
+    weight = layer.kind.matrix(stored.to(target.device).to(torch.float32)).contiguous()
     check_finite(f"{layer.name}.weight", weight)
     start = time.perf_counter()
     result = layer.method.compress(weight, statistics)

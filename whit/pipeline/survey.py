@@ -241,6 +241,6 @@ def _statistics(task: SurveyTask, block: nn.Module, name: str, streams: Streams)
 
 def _weight(layer: AssignedLayer, source: TensorSource, device: torch.device) -> Tensor:
     name = f"{layer.name}.weight"
-    weight = layer.kind.matrix(source.load(name).to(device, torch.float32)).contiguous()
+    weight = layer.kind.matrix(source.load(name).to(device).to(torch.float32)).contiguous()
     check_finite(name, weight)
     return weight
