@@ -127,7 +127,8 @@ def materialise_tensors(
             found = next((alias for alias in (name, *names) if alias in stored), None)
             if found is None:
                 raise ModelError(f"the checkpoint has no tensor for parameter {name!r}")
-            value = _load(source, found, tuple(parameter.shape))
+            value = _load(source, found, tuple(parameter.shape)).to(device)
+            check_finite(found, value)  # there, where it is quick
         else:
             value = parameter.detach()
         _replace(aliases, parameter, _cast(value, wanted, device))
@@ -137,6 +138,7 @@ def materialise_tensors(
         buffer = value = model.get_buffer(name)
         if name in persistent and name in stored:
             value = _load(source, name, tuple(buffer.shape)).to(buffer.dtype)
+            check_finite(name, value)
         elif buffer.is_meta:
             raise ModelError(f"the checkpoint has no tensor for buffer {name!r}")
         model.get_submodule(path)._buffers[key] = value.to(device)
@@ -181,7 +183,6 @@ def _load(source: TensorSource, name: str, shape: tuple[int, ...]) -> Tensor:
     value = source.load(name)
     if tuple(value.shape) != shape:
         raise ModelError(f"tensor {name!r} has shape {tuple(value.shape)} in the checkpoint, {shape} in the model")
-    check_finite(name, value)
     return value
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
@@ -19,6 +20,7 @@ from whit.errors import ModelError, nearest
 from whit.models.safetensors_header import Entry, read_header
 
 _CHUNK = 1 << 22
+HASHED_AT_A_TIME = 8
 
 
 class TensorSource(Protocol):
@@ -138,7 +140,9 @@ class SafetensorsSource:
     def fingerprint(self) -> str:
         """sha256 over names, shapes, dtypes and the files."""
         if self._fingerprint is None:
-            self._fingerprint = hash_lines([*describe(self), *map(hash_file, self._files)])
+            # Hashing a file leaves the interpreter free, so the files of a large model are read side by side.
+            with ThreadPoolExecutor(max_workers=HASHED_AT_A_TIME) as pool:
+                self._fingerprint = hash_lines([*describe(self), *pool.map(hash_file, self._files)])
         return self._fingerprint
 
     def file_of(self, name: str) -> Path:

@@ -195,6 +195,16 @@ def data_free(layer: AssignedLayer, module: nn.Module) -> LayerStatistics:
     )
 
 
+def _full_precision(layer: AssignedLayer, loaded: Tensor, source: TensorSource) -> Tensor:
+    """The weight as the source stores it, in float32; read again only if the module was loaded in another dtype."""
+    name = f"{layer.name}.weight"
+    if source.dtype(name) == loaded.dtype:
+        return loaded.detach().to(torch.float32, copy=True)  # the module gets the compressed values later
+    weight = source.load(name).to(loaded.device)  # as it is stored, widened there: half the way
+    check_finite(name, weight)
+    return weight.float()
+
+
 def compress_layer(
     layer: AssignedLayer,
     module: nn.Module,
@@ -206,9 +216,7 @@ def compress_layer(
     """Compress one matrix read from `source` at full precision and let `module` (or its stand-in) compute with it."""
     target = module.weight
     assert isinstance(target, Tensor)
-    stored = source.load(f"{layer.name}.weight")  # moved as it is stored, widened there: half the way
-    weight = layer.kind.matrix(stored.to(target.device).to(torch.float32)).contiguous()
-    check_finite(f"{layer.name}.weight", weight)
+    weight = layer.kind.matrix(_full_precision(layer, target, source)).contiguous()
     start = time.perf_counter()
     result = layer.method.compress(weight, statistics)
     seconds = time.perf_counter() - start
