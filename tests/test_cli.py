@@ -19,7 +19,7 @@ from tests.report.example import example_evaluations, example_plan, example_resu
 from whit import errors
 from whit.cli import main
 from whit.cli.commands import build, output_directory
-from whit.cli.options import RUN_HELP, explain_unknown, requested_method
+from whit.cli.options import RECIPE, RUN_HELP, explain_unknown, requested_method
 from whit.methods.base import available_methods, knobs
 from whit.pipeline.events import Listener, Plan
 from whit.pipeline.options import RunOptions
@@ -307,6 +307,7 @@ def test_a_knob_of_another_method_says_whose_it_is() -> None:
     assert "'--no-symmetric' is a knob of" in text
     assert "rtn" in text
     assert "not of billm: add --method" in text
+    assert "write it into its step" in explain_unknown("--bits", ["--device"], RECIPE)
     assert explain_unknown("--bits", ["--device"], None) == "no option '--bits' (--help lists the options)"
 
 

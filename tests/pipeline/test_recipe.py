@@ -123,6 +123,7 @@ def test_a_tied_head_is_its_embedding(case_of: Callable[[str], Case], tmp_path: 
         ((Step(GPTQ()), Step(RTN(), ("*.q_proj",))), "more than one step of the recipe (gptq and rtn)"),
         ((Step(GPTQ(), ("model.layers.7.*",)),), "'model.layers.7.*' names no layer"),
         ((Step(GPTQ(), exclude=("@blocks",)),), "takes all of them away"),
+        ((Step(RTN(), ("lm_head",)),), "names embedding and head alone"),
         ((Step(GPTQ()), Step(GPTQ(), ("lm_head",))), "needs calibration inputs, but 'lm_head'"),
     ],
 )
@@ -144,6 +145,7 @@ def test_recipes_that_cannot_be_meant(
         ('[[step]]\nmethod = "gptq"\nbit = 4', "has no knob 'bit'; did you mean 'bits'"),
         ('[[step]]\nmethod = "gptq"\nbits = 40', "must be at most 8, got 40"),
         ('[[step]]\nmethod = "gptq"\nlayers = ["@frist"]', "unknown word '@frist' in layers"),
+        ('[[step]]\nmethod = "gptq"\nlayer = "x"', "unknown key 'layer'; did you mean 'layers'"),
         ('[[step]]\nmethod = "gptq"\nlayers = []', "names no layer"),
         ('[[step]]\nmethod = "gptq"\nlayers = 3', "got 3"),
         ('stage = 3\n[[step]]\nmethod = "gptq"', "unknown key 'stage'"),

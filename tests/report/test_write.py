@@ -12,6 +12,7 @@ import pytest
 
 from tests.report.example import example_result
 from whit.report.card import model_card
+from whit.report.figures import recipe_lines
 from whit.report.page import report_page
 from whit.report.record import Result
 from whit.report.write import write_reports
@@ -209,3 +210,25 @@ def test_card_of_another_family_loads_with_whit() -> None:
     assert 'whit.load("DIR")' in card
     assert "AutoModelForCausalLM" not in card
     assert "license:" not in card
+
+
+def test_a_recipe_is_listed_step_by_step_everywhere() -> None:
+    steps = [
+        {"method": "wanda", "pattern": "2:4", "exclude": ["@first"]},
+        {"method": "gptq", "bits": 4, "exclude": ["@first"]},
+        {"method": "rtn", "bits": 8, "layers": ["lm_head"]},
+    ]
+    result = example_result(2)
+    result = dataclasses.replace(result, run={**result.run, "method": {"method": "recipe", "step": steps}})
+    lines = [
+        "@blocks but @first: wanda (pattern=2:4)",
+        "@blocks but @first: gptq (bits=4)",
+        "lm_head: rtn (bits=8)",
+    ]
+    assert recipe_lines(result) == lines
+    card, page = model_card(result), report_page(result)
+    for index, line in enumerate(lines, 1):
+        assert f"\n{index}. `{line}`\n" in card
+        assert f"<li>{line}</li>" in page
+    assert 'tags: ["whit", "quantized", "wanda", "gptq", "rtn"]' in card
+    assert recipe_lines(example_result(2)) == []

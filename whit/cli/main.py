@@ -12,7 +12,7 @@ import typer
 from whit.cli.commands import build
 from whit.cli.engine import Engine, default_engine
 from whit.cli.failures import BROKEN_PIPE, report_failure
-from whit.cli.options import requested_method
+from whit.cli.options import RECIPE, requested_method, requested_recipe
 
 
 def main(argv: Sequence[str] | None = None, engine: Engine | None = None) -> int:
@@ -37,7 +37,13 @@ def main(argv: Sequence[str] | None = None, engine: Engine | None = None) -> int
     except (Exception, KeyboardInterrupt) as error:
         if debug:
             traceback.print_exc()
-        code = report_failure(error, requested_method(arguments) if "compress" in arguments else None)
+        code = report_failure(error, _method(arguments))
         if code == BROKEN_PIPE:  # nobody reads on: keep Python from complaining again when it closes the stream
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return code
+
+
+def _method(arguments: Sequence[str]) -> str | None:
+    if "compress" not in arguments:
+        return None
+    return RECIPE if requested_recipe(arguments) else requested_method(arguments)

@@ -61,6 +61,10 @@ def requested_method(argv: Sequence[str]) -> str:
     return found
 
 
+RECIPE = "recipe"
+"""Stands for the method of a command that gives a recipe file."""
+
+
 def requested_recipe(argv: Sequence[str]) -> bool:
     """Whether raw arguments give a recipe file; there are no knobs beside one."""
     before = argv[: argv.index("--")] if "--" in argv else argv
@@ -116,9 +120,11 @@ def explain_unknown(option: str, known: Sequence[str], method: str | None) -> st
     Args:
         option: as typed.
         known: options that the command has.
-        method: the method of a `compress` command, None for other commands.
+        method: the method of a `compress` command, `RECIPE` if it has a recipe, None for other commands.
     """
     owners = methods_with_knob(option) if method is not None else []
+    if owners and method == RECIPE:
+        return f"option {option!r} is a knob, and with --recipe the recipe holds all knobs: write it into its step"
     if owners:
         return f"option {option!r} is a knob of {', '.join(owners)}, not of {method}: add --method {owners[0]}"
     return f"no option {option!r}{nearest(option, known)} (--help lists the options)"

@@ -27,6 +27,7 @@ from whit.report.figures import (
     metric_label,
     metric_rows,
     model_label,
+    recipe_lines,
     remarks,
     size_rows,
 )
@@ -69,13 +70,13 @@ def plan_view(plan: Plan) -> RenderableType:
 
 def result_view(result: Result) -> RenderableType:
     """The table before/after, the sample of both models and the remarks."""
-    table = Table(title=f"{model_label(result)}: {method_line(result)}", title_justify="left", title_style="bold")
+    table = Table()
     table.add_column("")
     table.add_column("original", justify="right")
     table.add_column("compressed", justify="right", style="bold")
     for rows in (size_rows(result), metric_rows(result), cost_rows(result)):
         _add_rows(table, rows)
-    parts: list[RenderableType] = [table]
+    parts: list[RenderableType] = [*_title(result), table]
     for name, record in (("original", result.original), ("compressed", result.compressed)):
         if record is not None and record.sample:
             parts.append(_sample(f"sample, {name}", record))
@@ -117,7 +118,7 @@ def layers_view(result: Result, kernels: Mapping[str, str]) -> RenderableType:
         result: of the run.
         kernels: layer name -> implementation that computes its product.
     """
-    table = Table(title=f"{model_label(result)}: {method_line(result)}", title_justify="left", title_style="bold")
+    table = Table()
     for name in ("layer", "format"):
         table.add_column(name, overflow="fold")
     for name in ("shape", "bits", "error", "kernel"):
@@ -140,7 +141,12 @@ def layers_view(result: Result, kernels: Mapping[str, str]) -> RenderableType:
         Text(f"left alone: {len(reason.names)} {_plural('weight', len(reason.names))}: {reason.text}")
         for reason in group_reasons(result.untouched)
     ]
-    return Group(table, Text(totals), *left)
+    return Group(*_title(result), table, Text(totals), *left)
+
+
+def _title(result: Result) -> list[RenderableType]:
+    steps = [Text(f"  {index}. {step}") for index, step in enumerate(recipe_lines(result), 1)]
+    return [Text(f"{model_label(result)}: {method_line(result)}", style="bold"), *steps]
 
 
 def methods_view(methods: Mapping[str, type[Method]]) -> RenderableType:

@@ -116,6 +116,11 @@ def assign(
             out.untouched[source] = f"shares its weight with {head!r}, which is skipped"
     explain_the_rest(model, out)
     if not any(layer.block for layer in out.layers.values()):
+        if not any(named[name] for name, block in blocks.items() if block):
+            raise KnobError(
+                "the recipe names embedding and head alone: add a step for layers in the blocks, which are what a run "
+                "compresses (for example method rtn with bits 8)"
+            )
         raise ModelError("no layer is left to compress: check --skip, or choose a method with fewer stored bits")
     return out
 

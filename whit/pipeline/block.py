@@ -223,7 +223,10 @@ def compress_layer(
     quantised = result.packed.unpack()
     error = layer_error(weight, quantised, result.packed, statistics)
     if not bool(torch.isfinite(quantised).all()) or math.isnan(error):
-        raise ModelError(f"method {layer.method.name!r} produced NaN or Inf for {layer.name!r}: raise its damping")
+        raise ModelError(
+            f"method {layer.method.name!r} produced NaN or Inf for {layer.name!r}: raise its damping, if any, and "
+            "check the model's weights and the calibration inputs for very large values"
+        )
     target.data.copy_(layer.kind.stored(quantised, target.shape))
     if result.packed.format.changes_inputs:
         swaps.put(layer, result.packed)

@@ -24,6 +24,7 @@ import json
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,8 @@ from whit.methods.base import Method, make_method, method_from_json
 
 WORDS = ("@blocks", "@first", "@last", "@embedding", "@head")
 RECIPE_FILE = "recipe.json"
+STEP_KEYS = ("layers", "exclude")
+"""Keys of a step beside its method and that method's knobs; no knob is called nearly so."""
 
 
 @dataclass(frozen=True)
@@ -161,8 +164,11 @@ def recipe_from_json(data: Any, where: str = "recipe") -> Recipe:
 def _step(data: Any, where: str) -> Step:
     if not isinstance(data, Mapping) or not isinstance(data.get("method"), str):
         raise KnobError(f"{where} has no 'method': name one (see whit methods)")
-    fields = {key: value for key, value in data.items() if key not in ("layers", "exclude")}
+    fields = {key: value for key, value in data.items() if key not in STEP_KEYS}
     try:
+        for key in sorted(fields):
+            if guess := get_close_matches(key, STEP_KEYS, n=1, cutoff=0.8):
+                raise KnobError(f"unknown key {key!r}; did you mean {guess[0]!r}?")
         method = method_from_json(fields)
         return Step(method, _patterns(data, "layers", ("@blocks",)), _patterns(data, "exclude", ()))
     except KnobError as error:

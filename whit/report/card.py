@@ -13,9 +13,11 @@ from whit.report.figures import (
     group_reasons,
     method_line,
     method_name,
+    method_names,
     metric_rows,
     model_label,
     protocols,
+    recipe_lines,
     remarks,
     size_rows,
 )
@@ -27,8 +29,7 @@ def model_card(result: Result) -> str:
     parts = [
         _front_matter(result),
         f"# {_inline(model_label(result))}, compressed by {_inline(method_name(result))}",
-        f"Made with whit: `{_code(method_line(result))}`. "
-        "Bits are stored bytes x 8 / weights; scales, masks, indices and headers are counted.",
+        _method(result),
         _table([*size_rows(result), *metric_rows(result), *cost_rows(result)]),
         *_remarks(result),
         _loading(result),
@@ -38,13 +39,21 @@ def model_card(result: Result) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def _method(result: Result) -> str:
+    line, steps = method_line(result), recipe_lines(result)
+    made = f"Made with whit: {line}, in `recipe.json`:" if steps else f"Made with whit: `{_code(line)}`."
+    listed = "\n".join(f"{index}. `{_code(step)}`" for index, step in enumerate(steps, 1))
+    counted = "Bits are stored bytes x 8 / weights; scales, masks, indices and headers are counted."
+    return "\n\n".join([made, listed, counted]) if steps else f"{made} {counted}"
+
+
 def _front_matter(result: Result) -> str:
     fields: dict[str, Any] = {"base_model": model_label(result), "base_model_relation": "quantized"}
     licence = result.model.get("license")
     if licence:
         fields["license"] = str(licence)
     fields["library_name"] = "transformers"
-    fields["tags"] = ["whit", "quantized", method_name(result).partition(",")[0]]
+    fields["tags"] = ["whit", "quantized", *method_names(result)]
     lines = [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in fields.items()]
     return "\n".join(["---", *lines, "---"])
 

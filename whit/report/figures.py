@@ -74,7 +74,7 @@ def metric_label(name: str) -> str:
 
 def describe_fields(fields: Mapping[str, Any], key: str) -> str:
     """JSON of a format or method as one line: `grouped-integer (bits=4, group_size=64)`, nested ones likewise."""
-    given = {name: value for name, value in fields.items() if name != key and value is not None}
+    given = {name: value for name, value in fields.items() if name != key and value is not None and value != ""}
     shown = {
         name: describe_fields(value, key) if isinstance(value, Mapping) else value for name, value in given.items()
     }
@@ -86,15 +86,34 @@ def method_name(result: Result) -> str:
     """Name of the method of a run, with its variant: "billm, variant whit" is not the published method."""
     method = _method_json(result)
     if _steps(method):
-        return "recipe of " + ", ".join(dict.fromkeys(str(step["method"]) for step in _steps(method)))
+        return "a recipe of " + ", ".join(method_names(result))
     variant = f", variant {method['variant']}" if method.get("variant") else ""
     return f"{method.get('method', 'unknown')}{variant}"
 
 
-def method_line(result: Result) -> str:
-    """The method with its knobs on one line; the steps of a recipe one after another."""
+def method_names(result: Result) -> list[str]:
+    """Names of the methods of a run, each once."""
     method = _method_json(result)
-    return "; then ".join(describe_fields(step, "method") for step in _steps(method) or [method])
+    return _unique(str(step.get("method", "unknown")) for step in _steps(method) or [method])
+
+
+def method_line(result: Result) -> str:
+    """The method with its knobs on one line; for a recipe how many steps it has, which `recipe_lines` tells."""
+    method = _method_json(result)
+    steps = _steps(method)
+    return f"a recipe of {len(steps)} steps" if steps else describe_fields(method, "method")
+
+
+def recipe_lines(result: Result) -> list[str]:
+    """Each step of a recipe on one line, `@blocks but @first: wanda (pattern=2:4)`; none for a method given alone."""
+    return [_step_line(step) for step in _steps(_method_json(result))]
+
+
+def _step_line(step: Mapping[str, Any]) -> str:
+    layers = ", ".join(map(str, step.get("layers", ["@blocks"])))
+    without = ", ".join(map(str, step.get("exclude", [])))
+    knobs = {name: value for name, value in step.items() if name not in ("layers", "exclude")}
+    return f"{layers}{f' but {without}' if without else ''}: {describe_fields(knobs, 'method')}"
 
 
 def _steps(method: Mapping[str, Any]) -> list[Mapping[str, Any]]:

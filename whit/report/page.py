@@ -27,6 +27,7 @@ from whit.report.figures import (
     metric_rows,
     model_label,
     protocols,
+    recipe_lines,
     remarks,
     size_rows,
 )
@@ -86,11 +87,13 @@ def _header(result: Result) -> Html:
         beside = f"from {format_number(before.value)}" if before else after.better + " is better"
         tiles.append(_tile(metric_label(name).partition(" to ")[0], format_number(after.value), beside))
     subtitle = f"{result.model.get('architecture', '')} · {size.parameters:,} parameters · {method_line(result)}"
+    steps = recipe_lines(result)
     return element(
         "header",
         element("p", element("span", "whit", class_="mark"), " compression report", class_="eyebrow"),
         element("h1", model_label(result)),
         element("p", subtitle, class_="subtitle"),
+        element("ol", *(element("li", step) for step in steps), class_="subtitle") if steps else None,
         element("div", *tiles, class_="tiles"),
     )
 
