@@ -8,6 +8,7 @@ No number in the documentation is typed by hand: a test runs this script's funct
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,89 @@ def int8_memory_table(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+STBLLM_ROWS = (
+    "GPTQ 2 bits, group 64",
+    "BiLLM official",
+    "BiLLM whit",
+    "STBLLM released 4:8",
+    "STBLLM whit 6:8",
+    "STBLLM whit 5:8",
+    "STBLLM whit 4:8",
+    "STBLLM whit 4:8, tied, no passes",
+    "STBLLM whit 4:8, free, no passes",
+    "STBLLM whit 4:8, scalars per 128",
+    "STBLLM whit 4:8, Wanda",
+    "STBLLM whit 4:8, magnitude",
+    "STBLLM whit 4:8, paper-literal",
+    "STBLLM whit 6:8, two magnitudes",
+    "STBLLM whit 4:8, two magnitudes",
+    "STBLLM whit 2:8",
+    "STBLLM whit 2:8, two magnitudes",
+    "STBLLM whit 4:8, sign and row scale",
+    "STBLLM whit 1:2, sign and row scale",
+    "STBLLM whit 2:8, sign and row scale",
+    "STBLLM whit 1:4, sign and row scale",
+    "codebook 256 of width 4",
+    "codebook 256 of width 6",
+    "codebook 256 of width 8",
+    "codebook 64 of width 8",
+    "codebook 256 of width 12",
+)
+CODEBOOK_ROWS = (
+    "codebook 256 of width 4",
+    "codebook 256 of width 6",
+    "codebook 256 of width 8",
+    "codebook 64 of width 8",
+    "codebook 256 of width 12",
+    "codebook 256 of width 16",
+    "codebook 16 of width 8",
+    "ternary 256 of width 8",
+    "ternary 64 of width 8",
+    "codebook 256 of width 8, one round",
+    "codebook 256 of width 8, one round, no passes",
+    "GPTQ 2 bits, group 64",
+    "BiLLM whit",
+    "STBLLM whit 2:8",
+    "STBLLM whit 1:2, sign and row scale",
+    "STBLLM whit 2:8, sign and row scale",
+    "STBLLM whit 1:4, sign and row scale",
+)
+LAYER_TABLES = {
+    "billm": ("billm_layers.json", None),
+    "stbllm": ("stbllm_layers.json", STBLLM_ROWS),
+    "codebook": ("stbllm_layers.json", CODEBOOK_ROWS),
+}
+"""Page -> committed layer errors and its rows in order (None: all)."""
+
+
+def layer_table(report: dict[str, Any], rows: tuple[str, ...] | None = None) -> str:
+    """Errors on single layers (`billm_layers.py`, `stbllm_layers.py`), as Markdown: held out, but where it is said."""
+    real, synthetic = report["real"], report["synthetic"]
+    head = ["method", "stored bits", *real, "geometric mean", "calibration", "synthetic"]
+    lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
+    for label in rows or [row["label"] for row in report["rows"]]:
+        bits = statistics.fmean(layer[label]["stored_bits"] for layer in real.values())
+        held_out = [layer[label]["held_out_error"] for layer in real.values()]
+        means = [
+            statistics.geometric_mean(errors)
+            for errors in (
+                held_out,
+                [layer[label]["error"] for layer in real.values()],
+                [layer[label]["error"] for layer in synthetic.values()],
+            )
+        ]
+        lines.append(f"| {label} | {bits:.3f} | " + " | ".join(f"{error:.4f}" for error in [*held_out, *means]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def layer_tables() -> dict[str, str]:
+    """Content of each generated file of layer errors, by name."""
+    return {
+        f"{page}-layers.md": layer_table(json.loads((RESULTS / file).read_text(encoding="utf-8")), rows)
+        for page, (file, rows) in LAYER_TABLES.items()
+    }
+
+
 def run_table(report: dict[str, Any]) -> str:
     """Time, memory and bytes of `random_llama.py` runs, as Markdown."""
     lines = [
@@ -118,6 +202,8 @@ def main() -> None:
     memory = json.loads((RESULTS / "int8_memory.json").read_text(encoding="utf-8"))
     (GENERATED / "llm-int8-memory.md").write_text(int8_memory_table(memory), encoding="utf-8")
     (GENERATED / "llm-int8-planted.md").write_text(int8_planted_table(int8), encoding="utf-8")
+    for name, content in layer_tables().items():
+        (GENERATED / name).write_text(content, encoding="utf-8")
     for model, report in frontiers().items():
         for name, content in sections(report).items():
             (GENERATED / f"{name}-{model}.md").write_text(content, encoding="utf-8")
