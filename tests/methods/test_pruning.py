@@ -65,7 +65,7 @@ def test_gradients_are_scaled_over_the_whole_matrix():
 )
 def test_gradients_that_rank_nothing_are_errors(gradient, message):
     with pytest.raises(ModelError, match=message):
-        make_method("pruner-zero").compress(torch.ones(2, 4), LayerStatistics(4, gradient=gradient))
+        make_method("pruner-zero").compress(torch.ones(2, 4), LayerStatistics(4, tokens=8, gradient=gradient))
 
 
 @pytest.mark.parametrize("sparsity", [0.3, 0.5, 0.75])

@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import Cache, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import whit
 from tests import tiny
 from tests.pipeline.conftest import Recorder
 from tests.pipeline.needy import Budgeted, Sensitive
+from whit.methods.pruner_zero import BLIND
 from whit.models.stacks import find_stacks
 from whit.pipeline.block import UNREACHED
 from whit.pipeline.catch import CallCatcher
@@ -78,6 +79,24 @@ def test_layers_without_inputs_have_no_gradient(vision_language: Path, tmp_path:
     (entry,) = result.run["allocation"]
     assert len(entry["blocks"]) == 2
     assert not [block for block in entry["blocks"] if "vision" in block]
+
+
+def test_pruner_zero_goes_by_magnitude_where_there_is_no_gradient(vision_language: Path, tmp_path: Path) -> None:
+    options = whit.RunOptions(
+        calibration=str(vision_language / "calibration.safetensors"), evaluate=False, device="cpu"
+    )
+    results = {}
+    for method in ("pruner-zero", "magnitude"):
+        out = tmp_path / method
+        result = whit.compress(vision_language / "model", method, out, options=options, comparison="row")
+        assert isinstance(result, whit.Result)
+        results[method] = result
+    tensors = {name: load_file(tmp_path / name / "model.safetensors") for name in results}
+    for layer in (layer for layer in results["pruner-zero"].layers if layer.block):
+        blind = "vision" in layer.block
+        assert (BLIND in layer.notes) == blind
+        mask = next(key for key in tensors["magnitude"] if key.startswith(layer.name) and key.endswith("mask"))
+        assert torch.equal(tensors["pruner-zero"][mask], tensors["magnitude"][mask]) == blind, layer.name
 
 
 def test_a_stack_that_text_never_reaches(vision_language: Path, tmp_path: Path) -> None:

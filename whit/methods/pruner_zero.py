@@ -6,15 +6,17 @@ Language Models", ICML 2024, arXiv 2406.02924; the formula is the tree that its 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from torch import Tensor
 
 from whit.methods.base import register_method
-from whit.methods.pruning import ScorePruner
+from whit.methods.pruning import Pruned, ScorePruner
 from whit.methods.scores import pruner_zero_score
 from whit.methods.statistics import LayerStatistics, Statistic
+
+BLIND = "no gradient: pruned by magnitude"
 
 
 @register_method
@@ -26,10 +28,21 @@ class PrunerZero(ScorePruner):
     summary: ClassVar[str] = "prune by squared weight times scaled gradient of the loss (Dong et al. 2024)"
     needs: ClassVar[frozenset[Statistic]] = frozenset({Statistic.GRADIENT})
 
+    def prune(self, weight: Tensor, statistics: LayerStatistics) -> Pruned:
+        """As of every method that scores; a layer that no input reaches is pruned by magnitude, and a note says so."""
+        pruned = super().prune(weight, statistics)
+        return replace(pruned, notes=(*pruned.notes, BLIND)) if _unreached(statistics) else pruned
+
     def score(self, weight: Tensor, statistics: LayerStatistics) -> Tensor:
         """The metric with `statistics.gradient`: float32 (rows, columns).
 
+        Where no input is known the gradient is taken to be the same for every weight, which leaves the magnitude.
+
         Raises:
-            ModelError: there is no gradient, or it is not finite, all zero or the same for every weight.
+            ModelError: inputs but no gradient, or it is not finite, all zero or the same for every weight.
         """
-        return pruner_zero_score(weight, statistics.gradient)
+        return weight.abs() if _unreached(statistics) else pruner_zero_score(weight, statistics.gradient)
+
+
+def _unreached(statistics: LayerStatistics) -> bool:
+    return statistics.gradient is None and statistics.tokens == 0
