@@ -18,6 +18,7 @@ ROWS: list[Row] = [
     ("STBLLM whit 6:8", "stbllm", {"pattern": "6:8"}),
     ("STBLLM whit 5:8", "stbllm", {"pattern": "5:8"}),
     ("STBLLM whit 4:8", "stbllm", {}),
+    ("STBLLM whit 4:8, tied", "stbllm", {"trisection": "tied"}),
     ("STBLLM whit 4:8, tied, no passes", "stbllm", {"trisection": "tied", "passes": 0}),
     ("STBLLM whit 4:8, free, no passes", "stbllm", {"passes": 0}),
     ("STBLLM whit 4:8, scalars per 128", "stbllm", {"block_size": 128}),

@@ -84,6 +84,7 @@ STBLLM_ROWS = (
     "STBLLM whit 6:8",
     "STBLLM whit 5:8",
     "STBLLM whit 4:8",
+    "STBLLM whit 4:8, tied",
     "STBLLM whit 4:8, tied, no passes",
     "STBLLM whit 4:8, free, no passes",
     "STBLLM whit 4:8, scalars per 128",

@@ -19,6 +19,8 @@ from whit.errors import ExportError
 from whit.formats.base import Packed
 from whit.formats.grouped_integer import GroupedInteger
 from whit.formats.level_table import LevelTable
+from whit.methods.magnitude import Magnitude
+from whit.methods.statistics import LayerStatistics
 from whit.models.resolve import resolve_model
 from whit.models.skeleton import load_dense
 
@@ -207,3 +209,20 @@ def test_an_embedding_without_an_exact_type_is_written_dense_and_said(tmp_path: 
     ours, theirs = whit.load(directory, dtype=torch.float32), by_transformers(file)
     assert torch.equal(theirs.model.embed_tokens.weight, ours.model.embed_tokens.weight.half().float())
     assert theirs.lm_head.weight is theirs.model.embed_tokens.weight
+
+
+def halved(name: str, weight: Tensor) -> Packed:
+    return Magnitude(pattern="2:4").compress(weight, LayerStatistics(weight.shape[1])).packed
+
+
+def test_pruned_layers_are_dense_halves_and_it_is_said(tmp_path: Path) -> None:
+    directory = models.save_packed(models.model("llama"), tmp_path / "packed", halved)
+    record = whit.export(directory, "gguf", tmp_path / "out")
+    assert record.stored["F16"] == 14
+    assert "14 layers are written as F16" in " ".join(record.notes)
+    ours, theirs = whit.load(directory, dtype=torch.float32), by_transformers(tmp_path / "out" / "model.gguf")
+    ids = torch.arange(9).unsqueeze(0)
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(input_ids=ids).logits, ours(input_ids=ids).logits, rtol=1e-4, atol=1e-5)
+    weight = theirs.model.layers[0].mlp.up_proj.weight
+    assert torch.equal((weight.reshape(-1, 4) != 0).sum(1), torch.full((weight.numel() // 4,), 2))

@@ -1,8 +1,9 @@
 """The GGUF target: one file for llama.cpp and transformers, in the block types that hold the weights exactly.
 
-Layers take the smallest exact type (`gguf_blocks.py`). An embedding or head that fits none is written dense in the
-model's dtype; what the model holds dense stays in its dtype, vectors in float32, as readers expect. The config goes
-into the metadata, and is read back and compared before the file gets its name (`gguf_check.py`).
+Layers take the smallest exact type (`gguf_blocks.py`), pruned ones F16 where their values are. An embedding or head
+that fits none is written dense in the model's dtype; what the model holds dense stays in its dtype, vectors in
+float32, as readers expect. The config goes into the metadata, and is read back and compared before the file gets its
+name (`gguf_check.py`).
 """
 
 from __future__ import annotations
@@ -22,10 +23,11 @@ from torch import Tensor
 from whit import __version__
 from whit.errors import MissingDependencyError
 from whit.exporters.base import CannotHoldError, Target, Written, register_target
-from whit.exporters.gguf_blocks import BLOCK_TYPES, Bytes, exact_blocks, why_not
+from whit.exporters.gguf_blocks import BLOCK_TYPES, Bytes, exact_blocks, exact_halves, why_not
 from whit.exporters.gguf_check import check_config, differences_in_transformers, head_dim
 from whit.exporters.gguf_tokenizer import tokenizer_metadata
 from whit.exporters.source import CompressedModel, PackedLayer
+from whit.formats.base import Packed
 from whit.models.gguf_architectures import ARCHITECTURES, CONFIG_KEYS, GGUFArchitecture
 from whit.report.figures import format_bytes
 
@@ -71,9 +73,9 @@ class GGUF(Target):
             raise MissingDependencyError("writing GGUF needs the gguf package: pip install 'gguf>=0.17'")
         architecture = _architecture(model)
         known = ARCHITECTURES[architecture]
-        items, notes = [], []
+        items, notes, dense = [], [], []
         for layer in model.layers.values():
-            found = exact_blocks(model.packed(layer), self.prefer)
+            found = _exact(model.packed(layer), self.prefer)
             if found is None and layer.name not in model.ends:
                 raise CannotHoldError(layer.name, why_not(layer.format, layer.columns))
             kind = _DENSE[model.dtype] if found is None else found[0]
@@ -81,7 +83,13 @@ class GGUF(Target):
                 before = format_bytes(layer.format.bytes(layer.rows, layer.columns))
                 after = format_bytes(layer.rows * layer.columns * model.dtype.itemsize)
                 notes.append(f"{layer.name} is written as {kind} ({before} -> {after}): no block type holds it exactly")
+            elif kind == "F16":
+                dense.append(layer)
             items.append(_packed_item(model, known, layer, kind, self.prefer))
+        if dense:
+            before = format_bytes(sum(layer.format.bytes(layer.rows, layer.columns) for layer in dense))
+            after = format_bytes(sum(layer.rows * layer.columns * 2 for layer in dense))
+            notes.append(f"{len(dense)} layers are written as F16 ({before} -> {after}): GGUF has no sparse type")
         items += [_dense_item(model, known, name) for name in model.dense]
         return Plan(architecture, items, notes)
 
@@ -138,6 +146,15 @@ def _stored_name(known: GGUFArchitecture, name: str) -> str:
     return stored
 
 
+def _exact(packed: Packed, prefer: str | None) -> tuple[str, Bytes] | None:
+    """The type that holds a packed weight exactly, and its bytes."""
+    blocks = exact_blocks(packed, prefer)
+    if blocks is not None:
+        return blocks
+    halves = exact_halves(packed)
+    return None if halves is None else ("F16", halves)
+
+
 def _packed_item(
     model: CompressedModel, known: GGUFArchitecture, layer: PackedLayer, kind: str, prefer: str | None
 ) -> Item:
@@ -146,7 +163,7 @@ def _packed_item(
     assert transform is None or transform.moves_rows  # what changes values is a norm
 
     def load() -> Bytes:
-        found = exact_blocks(model.packed(layer), prefer)
+        found = _exact(model.packed(layer), prefer)
         rows = _bytes_of(model.packed(layer).unpack().to(model.dtype)) if found is None else found[1]
         return rows if transform is None else transform.write(torch.from_numpy(rows), model.config).numpy()
 

@@ -182,6 +182,21 @@ def exact_blocks(packed: Packed, prefer: str | None = None) -> tuple[str, Bytes]
     return None
 
 
+def exact_halves(packed: Packed) -> Bytes | None:
+    """A packed weight as F16, uint8 (rows, bytes), if that is exact and takes at most twice what is stored.
+
+    That is for pruned weights: GGUF has no sparse type. What is smaller by more is not blown up behind one's back.
+    """
+    if packed.format.changes_inputs or packed.stored_bytes() < packed.rows * packed.columns:
+        return None
+    values = packed.unpack()
+    halves = values.half()
+    if not torch.equal(halves.float(), values):
+        return None
+    dense: Bytes = halves.contiguous().view(torch.uint8).numpy()
+    return dense
+
+
 def why_not(layout: Format, columns: int) -> str:
     """Why no block type is exact for a layer, for one line of text."""
     if layout.changes_inputs:
