@@ -47,6 +47,18 @@ def test_continuation_is_greedy_whatever_the_checkpoint_prefers() -> None:
     assert first == second == Letters().decode(ids[0, 3:], True)
 
 
+class Words(Letters):
+    """A tokenizer that drops the space before the first token it decodes, as many do."""
+
+    def decode(self, ids: torch.Tensor, skip_special_tokens: bool) -> str:
+        return "".join(f" {letter}" for letter in super().decode(ids, skip_special_tokens)).removeprefix(" ")
+
+
+def test_the_space_after_the_prompt_is_kept() -> None:
+    text, letters = sample_text(model("llama"), Words(), "abc", 4), sample_text(model("llama"), Letters(), "abc", 4)
+    assert text == "".join(f" {letter}" for letter in letters)
+
+
 def test_continuation_stops_at_the_end_token() -> None:
     llama = model("llama")
     full = sample_text(llama, Letters(), "abc", 6)

@@ -39,7 +39,12 @@ def sample_text(model: nn.Module, tokenizer: Any, prompt: str, new_tokens: int) 
     generate: Any = model.generate
     with torch.inference_mode():
         ids = generate(**inputs, generation_config=settings)
-    return str(tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+    start = inputs["input_ids"].shape[1]
+    # Many tokenizers drop the space before the first token of what they decode: so both are decoded from the start.
+    before, whole = (str(tokenizer.decode(part, skip_special_tokens=True)) for part in (ids[0, :start], ids[0]))
+    if whole.startswith(before):
+        return whole[len(before) :]
+    return str(tokenizer.decode(ids[0, start:], skip_special_tokens=True))
 
 
 def transcribe(model: nn.Module, tokenizer: Any, batch: dict[str, Tensor], new_tokens: int) -> str:
