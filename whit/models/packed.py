@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Self
+from typing import Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,14 +26,19 @@ class PackedModule(nn.Module):
         self.rows = rows
         self.columns = columns
         self._stored = tuple(layout.specs(rows, columns))
+        self._packed: Packed | None = None
         for name, spec in layout.specs(rows, columns).items():
             self.register_buffer(name, torch.empty(spec.shape, dtype=spec.dtype))
 
     @property
     def packed(self) -> Packed:
         """The compressed weight (tensors shared, not copied)."""
-        tensors = {name: self.get_buffer(name) for name in self._stored}
-        return Packed(self.format, self.rows, self.columns, tensors)
+        tensors = {name: cast(Tensor, self._buffers[name]) for name in self._stored}
+        known = self._packed
+        if known is None or any(tensors[name] is not tensor for name, tensor in known.tensors.items()):
+            # Checking shapes and dtypes costs as much as a small layer: once for the same tensors.
+            known = self._packed = Packed(self.format, self.rows, self.columns, tensors)
+        return known
 
     @property
     def weight(self) -> Tensor:
@@ -63,6 +68,7 @@ class PackedModule(nn.Module):
             return moved
 
         super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
+        self._packed = None  # or the tensors of another device would stay in memory
         return self
 
     def extra_repr(self) -> str:
