@@ -71,7 +71,7 @@ def _plan(layout: Format, columns: int) -> _Plan | None:
         return None
     size = size or columns
     if isinstance(layout, BinaryResidual):
-        return _Plan("plane_rows", ("signs", "second", "salient", "scalars"), (int(layout.means), size))
+        return _Plan("plane_rows", ("signs", "second", "scalars", "salient"), (int(layout.means), size))
     if isinstance(layout, LevelTable) and layout.bits <= TABLE_BITS:
         return _Plan("level_rows", ("codes", "levels"), (layout.bits, size))
     if isinstance(layout, GroupedInteger):
@@ -105,6 +105,10 @@ def decoded_linear(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
         stored = [None if name is NOTHING else packed.tensors[name].contiguous() for name in plan.tensors]
         addresses = [0 if tensor is None else tensor.data_ptr() for tensor in stored]
         kernel = _compiled(plan.function)
+        if isinstance(packed.format, BinaryResidual):
+            marks = torch.empty(columns, dtype=torch.int32)
+            _compiled("spread_marks")(addresses[-1], columns, marks.data_ptr())
+            addresses[-1] = marks.data_ptr()
         places = (inputs.data_ptr(), count, columns, *addresses, *plan.arguments, out.data_ptr(), rows)
         if count * rows * columns < WEIGHTS_TO_SHARE or torch.get_num_threads() == 1:
             kernel(*places, 0, rows)

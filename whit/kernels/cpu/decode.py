@@ -4,7 +4,7 @@ A row of a group of columns is a table of at most sixteen levels in one register
 a permutation gives sixteen weights, a fused multiply and add their products. Nothing is written but the sums. Groups
 and rows are whole chunks of sixteen columns, so nothing is read beyond the tensors.
 
-Every function adds rows `first` to `last` of y = W x for `count` vectors: x float32 (count, columns), y float32
+Every function adds rows `start` to `stop` of y = W x for `count` vectors: x float32 (count, columns), y float32
 (count, rows), each contiguous; arguments that are tensors are addresses. Layouts are those of `whit.formats`.
 """
 
@@ -27,29 +27,34 @@ from whit.kernels.cpu.vectors import (
     minus,
     multiply_add,
     plane_loader,
+    prefetch,
     store_float,
+    store_marks,
     sum_of,
     table_loader,
     times,
 )
 
 CHUNK = 16
+PAIR = 2 * CHUNK
+LINE = 64
+AHEAD = 4096
 INLINE = {"forceinline": True, "error_model": "numpy"}
 
 
 def _group_loop(bits):
-    """A loop over `chunks` chunks of one group of columns."""
+    """A loop over one group of columns: pairs of chunks, and one chunk if `single_left`."""
     single, low, high = code_loader(bits, 0), code_loader(bits, 0), code_loader(bits, 1)
     size = 2 * bits
 
     @njit(**INLINE)
-    def group(x, codes, chunks, table, even, odd):
-        for _ in range(chunks // 2):
+    def group(x, codes, pairs, single_left, table, even, odd):
+        for _ in range(pairs):
             even = multiply_add(look_up(table, low(codes)), load_floats(x), even)
             odd = multiply_add(look_up(table, high(codes)), load_floats(x + 4 * CHUNK), odd)
             codes += 2 * size
             x += 8 * CHUNK
-        if chunks % 2:
+        if single_left:
             even = multiply_add(look_up(table, single(codes)), load_floats(x), even)
         return even, odd
 
@@ -62,14 +67,14 @@ counting_1, counting_2, counting_3, counting_4 = (counter(bits) for bits in (1, 
 
 
 @njit(**INLINE)
-def _group(bits, x, codes, chunks, table, even, odd):
+def _group(bits, x, codes, pairs, single_left, table, even, odd):
     if bits == 1:
-        return group_1(x, codes, chunks, table, even, odd)
+        return group_1(x, codes, pairs, single_left, table, even, odd)
     if bits == 2:
-        return group_2(x, codes, chunks, table, even, odd)
+        return group_2(x, codes, pairs, single_left, table, even, odd)
     if bits == 3:
-        return group_3(x, codes, chunks, table, even, odd)
-    return group_4(x, codes, chunks, table, even, odd)
+        return group_3(x, codes, pairs, single_left, table, even, odd)
+    return group_4(x, codes, pairs, single_left, table, even, odd)
 
 
 @njit(**INLINE)
@@ -97,45 +102,62 @@ def _counting(bits):
 @njit(**INLINE)
 def _code(address, bits, index):
     place = index * bits
-    value = load_byte(address + place // 8) >> (place % 8)
-    if place % 8 + bits > 8:
-        value |= load_byte(address + place // 8 + 1) << (8 - place % 8)
+    value = load_byte(address + (place >> 3)) >> (place & 7)
+    if (place & 7) + bits > 8:
+        value |= load_byte(address + (place >> 3) + 1) << (8 - (place & 7))
     return value & ((1 << bits) - 1)
 
 
+@njit(**INLINE)
+def _ask_for(address, size):
+    """Ask for what is decoded soon: the hardware's own foresight ends at each page of memory."""
+    for line in range(0, size, LINE):
+        prefetch(address + AHEAD + line)
+
+
 @compiled
-def level_rows(x, count, columns, codes, levels, bits, size, y, rows, first, last):
+def level_rows(x, count, columns, codes, levels, bits, size, y, rows, start, stop):
     """`LevelTable`: `levels` of groups of `size` columns."""
     groups = -(-columns // size)
+    last = columns - (groups - 1) * size
     row_bytes = columns // 8 * bits
-    for row in range(first, last):
+    group_bytes = size // 8 * bits
+    for row in range(start, stop):
+        _ask_for(codes + row_bytes * row, row_bytes)
         for vector in range(count):
             even = all_equal(0.0)
             odd = all_equal(0.0)
-            inputs = x + 4 * columns * vector
+            place = x + 4 * columns * vector
             packed = codes + row_bytes * row
+            pairs, single_left = size // PAIR, size % PAIR
             for group in range(groups):
-                start = group * size
-                chunks = min(size, columns - start) // CHUNK
+                if group == groups - 1:
+                    pairs, single_left = last // PAIR, last % PAIR
                 table = _table(bits, levels + ((row * groups + group) << bits) * 2)
-                even, odd = _group(bits, inputs + 4 * start, packed + start // 8 * bits, chunks, table, even, odd)
+                even, odd = _group(bits, place, packed, pairs, single_left, table, even, odd)
+                place += 4 * size
+                packed += group_bytes
             store_float(y + 4 * (rows * vector + row), sum_of(even, odd))
 
 
 @compiled
-def integer_rows(x, count, columns, codes, scales, zeros, bits, size, y, rows, first, last):
+def integer_rows(x, count, columns, codes, scales, zeros, bits, size, y, rows, start, stop):
     """`GroupedInteger` of at most 4 bits; `zeros` is 0 if symmetric."""
     groups = -(-columns // size)
+    last = columns - (groups - 1) * size
     row_bytes = columns // 8 * bits
-    for row in range(first, last):
+    group_bytes = size // 8 * bits
+    for row in range(start, stop):
+        _ask_for(codes + row_bytes * row, row_bytes)
         for vector in range(count):
             even = all_equal(0.0)
             odd = all_equal(0.0)
-            inputs = x + 4 * columns * vector
+            place = x + 4 * columns * vector
             packed = codes + row_bytes * row
+            pairs, single_left = size // PAIR, size % PAIR
             for group in range(groups):
-                start = group * size
-                chunks = min(size, columns - start) // CHUNK
+                if group == groups - 1:
+                    pairs, single_left = last // PAIR, last % PAIR
                 number = row * groups + group
                 scale = load_half(scales + 2 * number)
                 zero = 0.5
@@ -146,37 +168,44 @@ def integer_rows(x, count, columns, codes, scales, zeros, bits, size, y, rows, f
                 else:
                     scale *= 2
                 table = times(minus(_counting(bits), all_equal(zero)), all_equal(scale))
-                even, odd = _group(bits, inputs + 4 * start, packed + start // 8 * bits, chunks, table, even, odd)
+                even, odd = _group(bits, place, packed, pairs, single_left, table, even, odd)
+                place += 4 * size
+                packed += group_bytes
             store_float(y + 4 * (rows * vector + row), sum_of(even, odd))
 
 
 @compiled
-def byte_rows(x, count, columns, codes, scales, zeros, size, y, rows, first, last):
+def byte_rows(x, count, columns, codes, scales, zeros, size, y, rows, start, stop):
     """`GroupedInteger` of 8 bits; `zeros` is 0 if symmetric."""
     groups = -(-columns // size)
-    for row in range(first, last):
+    last = columns - (groups - 1) * size
+    for row in range(start, stop):
+        _ask_for(codes + columns * row, columns)
         for vector in range(count):
             even = all_equal(0.0)
             odd = all_equal(0.0)
+            place = x + 4 * columns * vector
+            packed = codes + columns * row
+            pairs, single_left = size // PAIR, size % PAIR
             for group in range(groups):
+                if group == groups - 1:
+                    pairs, single_left = last // PAIR, last % PAIR
                 number = row * groups + group
                 zero = all_equal(128.0)
                 if zeros:
                     zero = all_equal(float(load_byte(zeros + number)))
                 scale = all_equal(load_half(scales + 2 * number))
-                start = group * size
-                chunks = min(size, columns - start) // CHUNK
-                place = x + 4 * (columns * vector + start)
-                packed = codes + columns * row + start
                 low = all_equal(0.0)
                 high = all_equal(0.0)
-                for _ in range(chunks // 2):
+                for _ in range(pairs):
                     low = multiply_add(minus(load_bytes(packed), zero), load_floats(place), low)
                     high = multiply_add(minus(load_bytes(packed + CHUNK), zero), load_floats(place + 4 * CHUNK), high)
                     packed += 2 * CHUNK
                     place += 8 * CHUNK
-                if chunks % 2:
+                if single_left:
                     low = multiply_add(minus(load_bytes(packed), zero), load_floats(place), low)
+                    packed += CHUNK
+                    place += 4 * CHUNK
                 even = multiply_add(low, scale, even)
                 odd = multiply_add(high, scale, odd)
             store_float(y + 4 * (rows * vector + row), sum_of(even, odd))
@@ -187,34 +216,49 @@ levels_plain, levels_means = level_loader(False), level_loader(True)
 
 
 @compiled
-def plane_rows(x, count, columns, signs, second, salient, scalars, means, size, y, rows, first, last):
-    """`BinaryResidual`, with or without `means`."""
+def spread_marks(salient, columns, marks):
+    """A plane of bits as int32 (columns,), 4 where a bit is set: what it adds to the place of a level."""
+    for start in range(0, columns, CHUNK):
+        store_marks(salient + start // 8, marks + 4 * start)
+
+
+@compiled
+def plane_rows(x, count, columns, signs, second, scalars, marks, means, size, y, rows, start, stop):
+    """`BinaryResidual`, with or without `means`; `marks` as `spread_marks` leaves them."""
     groups = -(-columns // size)
+    last = columns - (groups - 1) * size
     row_bytes = columns // 8
     scalar_bytes = 14 if means else 8
-    for row in range(first, last):
+    for row in range(start, stop):
+        _ask_for(signs + row_bytes * row, row_bytes)
+        _ask_for(second + row_bytes * row, row_bytes)
         for vector in range(count):
             even = all_equal(0.0)
             odd = all_equal(0.0)
+            place = x + 4 * columns * vector
+            one = signs + row_bytes * row
+            two = second + row_bytes * row
+            mark = marks
+            pairs, single_left = size // PAIR, size % PAIR
             for group in range(groups):
-                start = group * size
-                chunks = min(size, columns - start) // CHUNK
+                if group == groups - 1:
+                    pairs, single_left = last // PAIR, last % PAIR
                 address = scalars + scalar_bytes * (row * groups + group)
                 table = levels_means(address) if means else levels_plain(address)
-                place = x + 4 * (columns * vector + start)
-                one = signs + row_bytes * row + start // 8
-                two = second + row_bytes * row + start // 8
-                mark = salient + start // 8
-                for _ in range(chunks // 2):
+                for _ in range(pairs):
                     low = look_up(table, planes_low(one, two, mark))
                     even = multiply_add(low, load_floats(place), even)
-                    high = look_up(table, planes_high(one, two, mark))
+                    high = look_up(table, planes_high(one, two, mark + 4 * CHUNK))
                     odd = multiply_add(high, load_floats(place + 4 * CHUNK), odd)
                     one += 4
                     two += 4
-                    mark += 4
+                    mark += 8 * CHUNK
                     place += 8 * CHUNK
-                if chunks % 2:
+                if single_left:
                     weights = look_up(table, planes_single(one, two, mark))
                     even = multiply_add(weights, load_floats(place), even)
+                    one += 2
+                    two += 2
+                    mark += 4 * CHUNK
+                    place += 4 * CHUNK
             store_float(y + 4 * (rows * vector + row), sum_of(even, odd))

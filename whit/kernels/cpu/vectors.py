@@ -251,32 +251,56 @@ def code_loader(bits, first):
 
 
 def plane_loader(second):
-    """A function that joins a chunk of three bit planes: bit of the first + 2 * second + 4 * third, and bits above.
+    """A function that joins a chunk of two bit planes and sixteen marks: first + 2 * middle + marks.
 
-    With `second`, the chunk after the one addressed; otherwise two bytes of each plane are read.
+    With `second`, the chunk after the one addressed; otherwise two bytes of each plane are read. Marks are int32.
     """
 
     @intrinsic
-    def load_planes(context, first, middle, last):
+    def load_planes(context, first, middle, marks):
         def build(context, builder, signature, arguments):
             def lanes(address, position):
                 kind = I32 if second else I16
                 value = _load(builder, address, kind)
                 word = _splat(builder, value if second else builder.zext(value, I32), INTEGERS)
                 turns = _numbers([(position - lane - 16 * second) % 32 for lane in range(LANES)], INTEGERS)
-                return _call(builder, "llvm.fshl.v16i32", INTEGERS, [word, word, turns])
+                turned = _call(builder, "llvm.fshl.v16i32", INTEGERS, [word, word, turns])
+                return builder.and_(turned, _numbers([1 << position] * LANES, INTEGERS))
 
-            low, middle, high = (lanes(address, position) for position, address in enumerate(arguments))
-            for below, above in ((1, middle), (3, high)):
-                low = builder.or_(
-                    builder.and_(low, _numbers([below] * LANES, INTEGERS)),
-                    builder.and_(above, _numbers([~below & 0xFFFFFFFF] * LANES, INTEGERS)),
-                )
-            return low
+            marked = builder.or_(_load(builder, arguments[2], INTEGERS), lanes(arguments[0], 0))
+            return builder.or_(marked, lanes(arguments[1], 1))
 
         return integers(types.int64, types.int64, types.int64), build
 
     return load_planes
+
+
+@intrinsic
+def store_marks(context, plane, marks):
+    """Sixteen bits from an address to sixteen int32 at another: 4 or 0."""
+
+    def build(context, builder, signature, arguments):
+        bits = builder.bitcast(_load(builder, arguments[0], I16), ir.VectorType(ir.IntType(1), LANES))
+        four = builder.select(bits, _numbers([4] * LANES, INTEGERS), _numbers([0] * LANES, INTEGERS))
+        store = builder.store(four, builder.inttoptr(arguments[1], INTEGERS.as_pointer()))
+        store.align = 4
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), build
+
+
+@intrinsic
+def prefetch(context, address):
+    """Ask for the cache line of an address, which need not be valid."""
+
+    def build(context, builder, signature, arguments):
+        pointer = builder.inttoptr(arguments[0], I8.as_pointer())
+        kind = ir.FunctionType(ir.VoidType(), [pointer.type, I32, I32, I32])
+        function = builder.module.declare_intrinsic("llvm.prefetch.p0", (), kind)
+        builder.call(function, [pointer, *(ir.Constant(I32, value) for value in (0, 3, 1))])
+        return context.get_dummy_value()
+
+    return types.void(types.int64), build
 
 
 def level_loader(means):
