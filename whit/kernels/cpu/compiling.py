@@ -51,12 +51,16 @@ def shared_out(call: Callable[[int, int], None], count: int, step: int) -> None:
     if len(parts) == 1:
         call(*parts[0])
         return
-    others = [_pool(threads).submit(call, *part) for part in parts[1:]]
+    others = [(part, _pool(threads).submit(call, *part)) for part in parts[1:]]
     try:
         call(*parts[0])
+        for part, other in others:
+            if other.cancel():  # no thread has come to it yet: sooner done than waited for
+                call(*part)
     finally:
-        for other in others:
-            other.result()
+        for _, other in others:
+            if not other.cancel():
+                other.result()
 
 
 @lru_cache(maxsize=1)
