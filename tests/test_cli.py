@@ -20,6 +20,8 @@ from whit import errors
 from whit.cli import main
 from whit.cli.commands import build, output_directory
 from whit.cli.options import RECIPE, RUN_HELP, explain_unknown, requested_method
+from whit.formats.grouped_integer import GroupedInteger
+from whit.kernels import explain
 from whit.methods.base import available_methods, knobs
 from whit.pipeline.events import Listener, Plan
 from whit.pipeline.options import RunOptions
@@ -373,6 +375,8 @@ def inspectable(directory: Path) -> Path:
 
 
 def test_inspect_lists_format_shape_bits_error_and_kernel(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    layout = GroupedInteger(8, 64, True)
+    kernel = explain(torch.zeros(1, 64), layout.pack(torch.zeros(1, 64), torch.ones(1, 1)))  # depends on the machine
     assert main(["inspect", str(inspectable(tmp_path))]) == 0
     out = capsys.readouterr().out
     for part in (
@@ -380,13 +384,13 @@ def test_inspect_lists_format_shape_bits_error_and_kernel(tmp_path: Path, capsys
         "grouped-integer (bits=8,",
         "49152x576",
         "8.375",
-        "plain",
+        kernel,
         "left alone: 1 weight",
     ):
         assert part in out
     assert main(["inspect", str(tmp_path), "--json"]) == 0
     layer = json.loads(capsys.readouterr().out)["layers"][0]
-    assert layer["kernel"] == "plain"
+    assert layer["kernel"] == kernel
     assert layer["stored_bits"] == pytest.approx(8.375)
 
 

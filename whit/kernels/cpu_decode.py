@@ -27,7 +27,7 @@ from whit.formats.level_table import LevelTable
 from whit.kernels.cpu.compiling import numba_works, shared_out
 from whit.kernels.linear import Implementation, register_implementation
 
-NAME = "decoded in registers (numba)"
+NAME = "registers (numba)"
 CHUNK = 16
 MOST_VECTORS = 16
 TABLE_BITS = 4
