@@ -1,0 +1,59 @@
+"""Compiling loops for the CPU with numba, and sharing them out among torch's number of threads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+
+@lru_cache(maxsize=1)
+def numba_works() -> bool:
+    """Whether numba is installed and can be imported (it refuses versions of NumPy that it does not know)."""
+    try:
+        import numba  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def compiled(function: Callable[..., None]) -> Callable[..., None]:
+    """A loop compiled at its first call, kept on disk where a place can be written; it runs beside Python's lock.
+
+    Products and sums may be contracted into one rounding; nothing is reordered.
+    """
+    from numba import njit
+
+    options: dict[str, Any] = {"nogil": True, "fastmath": {"contract"}, "error_model": "numpy"}
+    try:
+        made: Callable[..., None] = njit(cache=True, **options)(function)
+    except RuntimeError:  # neither the package's folder nor the user's cache can be written
+        made = njit(**options)(function)
+    return made
+
+
+def shared_out(call: Callable[[int, int], None], count: int, step: int) -> None:
+    """Run `call(first, last)` for parts of `count`, multiples of `step` long, on as many threads as torch uses.
+
+    The caller waits, so torch's own threads are idle meanwhile: no more threads work than torch was allowed.
+    """
+    threads = torch.get_num_threads()
+    length = max(step, -(-count // (threads * step)) * step)
+    parts = [(first, min(first + length, count)) for first in range(0, count, length)]
+    if len(parts) == 1:
+        call(*parts[0])
+        return
+    others = [_pool(threads).submit(call, *part) for part in parts[1:]]
+    try:
+        call(*parts[0])
+    finally:
+        for other in others:
+            other.result()
+
+
+@lru_cache(maxsize=1)
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="whit-kernel")
