@@ -19,13 +19,15 @@ Internally everything is transposed and in rounding order: a column of the weigh
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from whit.kernels.signs import decode_signs, patterns, signed_sums
 from whit.methods.billm_planes import BinaryPlanes
-from whit.methods.descent import descend_columns, least_squares_step
+from whit.methods.descent import descend_columns, solve_least_squares
 from whit.methods.feedback import round_with_feedback
 from whit.methods.rounders import LevelRounder
 
@@ -135,8 +137,7 @@ def _nearest(magnitude: Tensor, low: Tensor, high: Tensor) -> Tensor:
 
 def _decode(codes: Tensor, books: Codebooks, book: Tensor) -> Tensor:
     """Values (columns, rows) of codes uint8 (columns, rows), bit 0 = positive, bit 1 = high; `book` (columns,)."""
-    magnitude = torch.where(codes > 1, books.high[book], books.low[book])
-    return torch.where(codes % 2 == 1, magnitude, -magnitude)
+    return decode_signs(codes, books.low, books.high, book)
 
 
 def _levels(books: Codebooks) -> Tensor:
@@ -181,24 +182,52 @@ def refit(codes: Tensor, values: Tensor, gradient: Tensor, moment: Tensor, books
     """
     low, high = books.low.clone(), books.high.clone()
     for block in range(len(low) // 2):
-        columns = torch.nonzero(book // 2 == block).squeeze(1)
-        inner = moment[columns][:, columns]
-        code, marked = codes[columns], (book[columns] % 2 == 1).unsqueeze(1)
-        sign = (code % 2).float() * 2 - 1
-        patterns = [
-            sign * ((code > 1) == large) * (marked == mark) for mark in (False, True) for large in (False, True)
-        ]
-        step = least_squares_step(patterns, gradient[columns], inner)
+        inside = book // 2 == block
+        columns = torch.nonzero(inside).squeeze(1)
+        kinds = [torch.nonzero(inside & (book % 2 == mark)).squeeze(1) for mark in (0, 1)]
+        step = solve_least_squares(*_normal_equations(codes, gradient, moment, kinds))
         old = torch.stack([low[2 * block], high[2 * block], low[2 * block + 1], high[2 * block + 1]], 1)
         new = old + step
         sound = ((new[:, 0::2] >= 0) & (new[:, 1::2] >= new[:, 0::2])).all(1, keepdim=True)
         new = torch.where(sound, new, old)
         rounded = storable(new[:, 0::2].T, new[:, 1::2].T)
         low[2 * block : 2 * block + 2], high[2 * block : 2 * block + 2] = rounded.low, rounded.high
-        updated = _decode(code, Codebooks(low, high), book[columns])
+        if len(columns) == len(book):  # the usual case: one block, and nothing to pick out
+            updated = _decode(codes, Codebooks(low, high), book)
+            gradient.addmm_(moment, values.neg_().add_(updated), alpha=-1)
+            values.copy_(updated)
+            continue
+        updated = _decode(codes[columns], Codebooks(low, high), book[columns])
         gradient.addmm_(moment[:, columns], updated - values[columns], alpha=-1)
         values[columns] = updated
     return Codebooks(low, high)
+
+
+def _normal_equations(
+    codes: Tensor, gradient: Tensor, moment: Tensor, kinds: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """B^T H B (rows, 4, 4) and B^T H d (rows, 4) of a block whose columns of either mark are `kinds`.
+
+    A sign pattern is zero on the columns of the other mark, so only three parts of H are multiplied.
+    """
+    rows = codes.shape[1]
+    normal = torch.zeros(rows, 4, 4, device=codes.device)
+    right = torch.zeros(rows, 4, device=codes.device)
+    for mark, columns in enumerate(kinds):
+        if not len(columns):
+            continue
+        here = slice(2 * mark, 2 * mark + 2)
+        code = codes[columns]
+        right[:, here] = signed_sums(gradient[columns].unsqueeze(1), code)[0].T
+        pattern = patterns(code).transpose(0, 1).reshape(len(columns), 2 * rows)
+        for other, places in enumerate(kinds[: mark + 1]):
+            if len(places):
+                product = moment[places][:, columns] @ pattern
+                sums = signed_sums(product.view(len(places), 2, rows), codes[places])  # (2 of mark, 2 of other, rows)
+                there = slice(2 * other, 2 * other + 2)
+                normal[:, here, there] = sums.permute(2, 0, 1)
+                normal[:, there, here] = sums.permute(2, 1, 0)
+    return normal, right
 
 
 def refined_billm(

@@ -46,7 +46,7 @@ class Run:
     Attributes:
         model: skeleton; parameters on the meta device.
         dense_dtype: dtype in which untouched parameters are saved.
-        compute_dtype, device: of the forward passes.
+        compute_dtype, device: of the forward passes over the calibration inputs.
         batches: calibration inputs, on CPU.
         gradients: of the dense model, if a method needs them (filled by the passes before the loop).
     """
