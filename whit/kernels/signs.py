@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from whit.kernels.cpu.compiling import numba_works, shared_out
+from whit.kernels.cpu.compiling import runs_compiled, shared_out
 
 
 def signed_sums(products: Tensor, codes: Tensor) -> Tensor:
@@ -60,4 +60,4 @@ def decode_signs(codes: Tensor, low: Tensor, high: Tensor, book: Tensor) -> Tens
 
 
 def _compiled(tensor: Tensor) -> bool:
-    return tensor.device.type == "cpu" and tensor.dtype == torch.float32 and numba_works()
+    return tensor.dtype == torch.float32 and runs_compiled(tensor)

@@ -20,6 +20,11 @@ def numba_works() -> bool:
     return True
 
 
+def runs_compiled(tensor: torch.Tensor) -> bool:
+    """Whether a compiled loop can take this tensor: real values on a CPU, and torch is not tracing."""
+    return tensor.device.type == "cpu" and numba_works() and not torch.compiler.is_compiling()
+
+
 def compiled(function: Callable[..., None]) -> Callable[..., None]:
     """A loop compiled at its first call, kept on disk where a place can be written; it runs beside Python's lock.
 
