@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from whit.evaluation.tokens import IGNORED, ROWS, token_sums
+from whit.evaluation.tokens import IGNORED, ROWS, most_likely, token_sums
 
 
 def logits(rows: int, vocabulary: int = 11, seed: int = 0) -> torch.Tensor:
@@ -54,3 +54,11 @@ def test_half_precision_logits_are_scored_in_single_precision() -> None:
     targets = torch.zeros(300, dtype=torch.int64)
     exact = token_sums(model.bfloat16().float(), targets).likelihood
     assert token_sums(model.bfloat16(), targets).likelihood == exact
+
+
+@pytest.mark.parametrize("width", [5, 256, 700])
+def test_most_likely_is_the_first_largest(width: int) -> None:
+    rows = (torch.randn(40, width, generator=torch.Generator().manual_seed(0)) * 2).round()  # many ties
+    rows[3] = -torch.inf
+    rows[3, 4] = 0.0
+    assert torch.equal(most_likely(rows), rows.argmax(-1))

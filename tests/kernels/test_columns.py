@@ -11,21 +11,24 @@ from whit.methods import make_method
 from whit.methods.rounders import GridRounder, LevelRounder
 from whit.methods.statistics import LayerStatistics, relative_output_error
 
-needs_kernel = pytest.mark.skipif(
-    not columns.available(torch.device("cuda" if torch.cuda.is_available() else "cpu")),
-    reason="needs a CUDA device and Triton",
+HAS_CUDA = torch.cuda.is_available() and columns.available(torch.device("cuda"))
+HAS_NUMBA = columns.available(torch.device("cpu"))
+needs_cuda = pytest.mark.skipif(not HAS_CUDA, reason="needs a CUDA device and Triton")
+needs_numba = pytest.mark.skipif(not HAS_NUMBA, reason="needs numba")
+on_devices = pytest.mark.parametrize(
+    "device", [pytest.param("cpu", marks=needs_numba), pytest.param("cuda", marks=needs_cuda)]
 )
 SIZES = [(1, 1), (7, 33), (64, 40), (128, 65)]
 
 
-def block(count: int, rows: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Values, a well-conditioned inner matrix and table numbers, on the GPU."""
+def block(count: int, rows: int, device: str, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Values, a well-conditioned inner matrix and table numbers."""
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(count, rows, generator=generator)
     spread = torch.randn(count, count + 8, generator=generator)
     inner = spread @ spread.T / count + torch.eye(count)
     book = torch.randint(0, 3, (count,), generator=generator, dtype=torch.int32)
-    return values.cuda(), inner.cuda(), book.cuda()
+    return values.to(device), inner.to(device), book.to(device)
 
 
 def plain_feedback(rounder: LevelRounder | GridRounder, values: Tensor, inner: Tensor) -> tuple[Tensor, Tensor]:
@@ -37,21 +40,21 @@ def plain_feedback(rounder: LevelRounder | GridRounder, values: Tensor, inner: T
     return codes, errors
 
 
-@needs_kernel
+@on_devices
 @pytest.mark.parametrize(("count", "rows"), SIZES)
 @pytest.mark.parametrize("kind", ["levels", "grid"])
-def test_feedback_is_the_plain_loop(count: int, rows: int, kind: str) -> None:
-    values, inner, book = block(count, rows)
+def test_feedback_is_the_plain_loop(count: int, rows: int, kind: str, device: str) -> None:
+    values, inner, book = block(count, rows, device)
     generator = torch.Generator().manual_seed(1)
     if kind == "levels":
         rounder: LevelRounder | GridRounder = LevelRounder(
-            torch.randn(3, 4, rows, generator=generator).sort(1).values.cuda(), book
+            torch.randn(3, 4, rows, generator=generator).sort(1).values.to(device), book
         )
     else:
         scale = torch.rand(3, rows, generator=generator) * 0.5
         scale[0, 0] = 0
         zero = torch.randint(0, 15, (3, rows), generator=generator).float()
-        rounder = GridRounder(torch.stack([scale, zero], 1).cuda(), book, 4)
+        rounder = GridRounder(torch.stack([scale, zero], 1).to(device), book, 4)
     codes, errors = torch.zeros_like(values, dtype=torch.uint8), torch.full_like(values, float("nan"))
     rounder.round_block(0, values, inner, codes, errors)
     expected_codes, expected = plain_feedback(rounder, values, inner)
@@ -60,12 +63,12 @@ def test_feedback_is_the_plain_loop(count: int, rows: int, kind: str) -> None:
     torch.testing.assert_close(errors[:, same], expected[:, same], atol=2e-5, rtol=1e-4)
 
 
-@needs_kernel
+@on_devices
 @pytest.mark.parametrize(("count", "rows"), SIZES)
-def test_descent_is_the_plain_loop(count: int, rows: int) -> None:
-    values, inner, book = block(count, rows)
+def test_descent_is_the_plain_loop(count: int, rows: int, device: str) -> None:
+    values, inner, book = block(count, rows, device)
     gradient = torch.randn_like(values)
-    table = torch.randn(3, 4, rows, generator=torch.Generator().manual_seed(1)).sort(1).values.cuda()
+    table = torch.randn(3, 4, rows, generator=torch.Generator().manual_seed(1)).sort(1).values.to(device)
     rounder = LevelRounder(table, book)
     codes, change = torch.zeros_like(values, dtype=torch.uint8), torch.full_like(values, float("nan"))
     columns.descend_levels(values, gradient, inner, table, book, codes, change)
@@ -79,7 +82,7 @@ def test_descent_is_the_plain_loop(count: int, rows: int) -> None:
     torch.testing.assert_close(change[:, same], expected[:, same], atol=2e-5, rtol=1e-4)
 
 
-@needs_kernel
+@needs_cuda
 @pytest.mark.parametrize(
     ("method", "knobs"),
     [
@@ -110,5 +113,40 @@ def test_blocks_that_are_too_wide_are_refused() -> None:
         columns.feedback_levels(wide, wide, torch.zeros(1, 2, 4), torch.zeros(129, dtype=torch.int32), wide, wide)
 
 
-def test_a_cpu_has_no_kernel() -> None:
+@needs_numba
+@pytest.mark.parametrize(("method", "knobs"), [("gptq", {"bits": 3}), ("kmeans", {"bits": 2}), ("billm", {})])
+def test_methods_with_and_without_the_compiled_loop_lose_the_same(
+    method: str, knobs: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(2)
+    weight = torch.randn(96, 320, generator=generator)
+    inputs = torch.randn(2000, 320, generator=generator) @ torch.randn(320, 320, generator=generator)
+    statistics = LayerStatistics(320, 2000, inputs.T @ inputs / 1000)
+    errors = []
+    for _ in range(2):
+        packed = make_method(method, knobs).compress(weight, statistics).packed
+        errors.append(relative_output_error(weight, packed.unpack(), inputs.T @ inputs))
+        monkeypatch.setattr(columns, "available", lambda device: False)
+    assert errors[1] == pytest.approx(errors[0], rel=0.03)
+
+
+@needs_numba
+def test_the_number_of_threads_does_not_change_the_bytes() -> None:
+    values, inner, book = block(100, 333, "cpu")
+    table = torch.randn(3, 4, 333, generator=torch.Generator().manual_seed(1)).sort(1).values
+    found = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            codes, errors = torch.zeros_like(values, dtype=torch.uint8), torch.full_like(values, float("nan"))
+            columns.feedback_levels(values, inner, table, book, codes, errors)
+            found.append((codes, errors))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(codes, found[0][0]) and torch.equal(errors, found[0][1]) for codes, errors in found)
+
+
+def test_without_numba_a_cpu_has_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(columns, "numba_works", lambda: False)
     assert not columns.available(torch.device("cpu"))

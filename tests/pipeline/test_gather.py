@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tests.pipeline.conftest import Case
 from tests.pipeline.modules import WIDTH, Block
 from whit.errors import ModelError
+from whit.kernels.cpu.bfloat16 import products_of_bfloat16
 from whit.methods import make_method
 from whit.methods.statistics import Statistic, relative_output_error
 from whit.models.layers import layer_kind
@@ -21,7 +22,7 @@ from whit.models.stacks import find_stacks
 from whit.pipeline.assign import AssignedLayer
 from whit.pipeline.block import UNREACHED, Streams, Swaps, compress_block, packed_from, propagate, restore_layers
 from whit.pipeline.catch import Call, CallCatcher
-from whit.pipeline.gather import find_groups, gathering
+from whit.pipeline.gather import SecondMoment, find_groups, gathering
 from whit.report.record import LayerRecord
 
 NEEDS = frozenset({Statistic.SECOND_MOMENT})
@@ -200,3 +201,25 @@ def test_a_block_without_inputs_is_compressed_and_says_so() -> None:
     assert set(packed) == set(layers)
     assert all(record.notes[0] == UNREACHED for record in records)
     assert all(record.error == pytest.approx(record.weight_error, rel=1e-5) for record in records)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_second_moments_by_blocks_are_the_whole_product(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(5, 30, 300, generator=generator).to(dtype)
+    accumulated = SecondMoment(torch.zeros(300, 300))
+    accumulated.update(inputs[:2])
+    accumulated.update(inputs[2])
+    accumulated.update(inputs[3:])
+    flat = inputs.double().flatten(0, 1)
+    torch.testing.assert_close(accumulated.moment.double(), flat.T @ flat * (2 / 5), rtol=1e-5, atol=1e-4)
+    assert torch.equal(accumulated.moment, accumulated.moment.T)
+
+
+def test_bfloat16_products_leave_the_setting_as_it_was() -> None:
+    a = torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    before = a @ a
+    with products_of_bfloat16():
+        inside = a @ a
+    assert torch.equal(a @ a, before)
+    assert float((inside - before).abs().max()) < 0.5

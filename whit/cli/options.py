@@ -31,7 +31,9 @@ RUN_HELP: Mapping[str, str] = {
     "skip": "module name or pattern to leave alone; may be given again",
     "seed": "seed of everything random",
     "device": "where to compute: auto, cpu, cuda, cuda:1, ...",
-    "dtype": "compute dtype; auto: float32 on CPU, the model's own on a GPU",
+    "dtype": (
+        "compute dtype; auto: float32 on CPU (calibration in bfloat16 if it has matrix units), the model's own on a GPU"
+    ),
     "batch_size": "sequences per forward pass",
 }
 _METAVARS = {"calibration": "FILE|NAME", "evaluation": "FILE|NAME", "skip": "PATTERN", "dtype": "|".join(DTYPES)}

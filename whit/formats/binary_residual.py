@@ -22,6 +22,7 @@ from torch import Tensor
 
 from whit.formats.base import Format, Packed, TensorSpec, register_format
 from whit.formats.bits import pack_codes, packed_width, unpack_codes
+from whit.kernels.cpu.compiling import runs_compiled, shared_out
 
 
 @register_format
@@ -81,12 +82,27 @@ class BinaryResidual(Format):
 
     def unpack(self, tensors: Mapping[str, Tensor], rows: int, columns: int) -> Tensor:
         """float32 (rows, columns) by the equations at the top of this file."""
+        size = self.block_size or columns
+        levels = self.levels(tensors["scalars"])
+        if runs_compiled(levels):
+            return _compiled_unpack(tensors, levels, rows, columns, size)
         index = unpack_codes(tensors["signs"], 1, columns) + 2 * unpack_codes(tensors["second"], 1, columns)
         index = index + 4 * unpack_codes(tensors["salient"], 1, columns)
-        block = torch.arange(columns, device=index.device) // (self.block_size or columns)
-        return self.levels(tensors["scalars"]).reshape(rows, -1).gather(1, index.long() + 8 * block)
+        block = torch.arange(columns, device=index.device) // size
+        return levels.reshape(rows, -1).gather(1, index.long() + 8 * block)
 
     def unpack_rows(self, tensors: Mapping[str, Tensor], rows: int, columns: int, index: Tensor) -> Tensor:
         """Only the asked rows are decoded."""
         part = {name: tensor if name == "salient" else tensor[index] for name, tensor in tensors.items()}
         return self.unpack(part, len(index), columns)
+
+
+def _compiled_unpack(tensors: Mapping[str, Tensor], levels: Tensor, rows: int, columns: int, block_size: int) -> Tensor:
+    """The same values in one pass over the packed bytes."""
+    from whit.kernels.cpu.planes import plane_rows
+
+    values = torch.empty(rows, columns)
+    planes = [tensors[name].contiguous().numpy() for name in ("signs", "second", "salient")]
+    arrays = [*planes, levels.contiguous().numpy(), values.numpy()]
+    shared_out(lambda first, last: plane_rows(*arrays, block_size, first, last), rows, 64)
+    return values

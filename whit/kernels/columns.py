@@ -1,13 +1,14 @@
-"""The column loop of sequential rounding as one GPU kernel per block of columns instead of many small launches.
+"""The column loop of sequential rounding as one kernel per block of columns instead of many small operations.
 
 Rounding with error feedback, and coordinate descent, take the columns of a block in turn, but rows never meet: each
-program keeps a few rows of the block in registers and walks along its columns. With the errors e of the columns before,
+program keeps a few rows of the block at hand (in registers on a GPU, in the cache on a CPU) and walks along its
+columns. With the errors e of the columns before,
 
     feedback:  t_j = w_j - sum_{i<j} e_i U_ij,              q_j nearest to t_j,  e_j = (t_j - q_j) / U_jj
     descent:   t_j = v_j + (g_j - sum_{i<j} e_i H_ij) / H_jj,  q_j nearest to t_j,  e_j = q_j - v_j
 
 Everything is held transposed, (columns, rows), as in `whit.methods.feedback` and `whit.methods.billm_refined`, whose
-loops are the plain meaning of these kernels. Needs Triton; callers ask `available` first.
+loops are the plain meaning of these kernels. Needs Triton on a GPU and numba on a CPU; callers ask `available` first.
 """
 
 from __future__ import annotations
@@ -16,8 +17,11 @@ import importlib.util
 from functools import lru_cache
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor
+
+from whit.kernels.cpu.compiling import numba_works, shared_out
 
 ROWS_PER_PROGRAM = 32
 MOST_COLUMNS = 128
@@ -29,7 +33,9 @@ def _triton_found() -> bool:
 
 
 def available(device: torch.device) -> bool:
-    """Whether the kernels can run there: a CUDA device, and Triton installed."""
+    """Whether the kernels can run there: a CUDA device and Triton installed, or a CPU and numba."""
+    if device.type == "cpu":
+        return numba_works()
     return device.type == "cuda" and _triton_found()
 
 
@@ -87,6 +93,9 @@ def _launch(
     for tensor in (values, gradient, inner, table, book, codes, errors):
         if not tensor.is_contiguous():
             raise ValueError("the column kernels need contiguous tensors")
+    if values.device.type == "cpu":
+        _on_cpu(values, gradient, inner, table, book, codes, errors, descend, grid, top)
+        return
     kernel = _kernel()
     programs = (-(-rows // ROWS_PER_PROGRAM),)
     kernel[programs](
@@ -114,3 +123,26 @@ def _kernel() -> Any:
     from whit.kernels.triton.columns import round_block
 
     return round_block
+
+
+def _on_cpu(
+    values: Tensor,
+    gradient: Tensor,
+    inner: Tensor,
+    table: Tensor,
+    book: Tensor,
+    codes: Tensor,
+    errors: Tensor,
+    descend: bool,
+    grid: bool,
+    top: int,
+) -> None:
+    from whit.kernels.cpu.columns import ROWS_PER_TILE, round_rows
+
+    arrays = [item.detach().numpy() for item in (values, gradient, inner, table, book, codes, errors)]
+    limit = numpy.float32(top)
+
+    def part(first: int, last: int) -> None:
+        round_rows(*arrays, limit, grid, descend, first, last)
+
+    shared_out(part, values.shape[1], ROWS_PER_TILE)

@@ -24,8 +24,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from whit.kernels.signs import decode_signs, patterns, signed_sums
+from whit.kernels.split_product import SplitMatrix
 from whit.methods.billm_planes import BinaryPlanes
-from whit.methods.descent import descend_columns, least_squares_step
+from whit.methods.descent import descend_columns, solve_least_squares
 from whit.methods.feedback import round_with_feedback
 from whit.methods.rounders import LevelRounder
 
@@ -135,8 +137,7 @@ def _nearest(magnitude: Tensor, low: Tensor, high: Tensor) -> Tensor:
 
 def _decode(codes: Tensor, books: Codebooks, book: Tensor) -> Tensor:
     """Values (columns, rows) of codes uint8 (columns, rows), bit 0 = positive, bit 1 = high; `book` (columns,)."""
-    magnitude = torch.where(codes > 1, books.high[book], books.low[book])
-    return torch.where(codes % 2 == 1, magnitude, -magnitude)
+    return decode_signs(codes, books.low, books.high, book)
 
 
 def _levels(books: Codebooks) -> Tensor:
@@ -171,34 +172,91 @@ def descend(codes: Tensor, values: Tensor, gradient: Tensor, moment: Tensor, boo
     codes.copy_(_code_of_level(levels))
 
 
-def refit(codes: Tensor, values: Tensor, gradient: Tensor, moment: Tensor, books: Codebooks, book: Tensor) -> Codebooks:
+def refit(
+    codes: Tensor,
+    values: Tensor,
+    gradient: Tensor,
+    moment: Tensor,
+    books: Codebooks,
+    book: Tensor,
+    parts: dict[int, MomentParts] | None = None,
+) -> Codebooks:
     """Least squares of the four magnitudes of each block of a row under the full H, codes fixed.
 
     With sign patterns B (columns, 4), q = B a: the change of a that minimises d^T H d solves (B^T H B) x = B^T H d.
     When one block spans the row this is the joint optimum of all its scalars; else blocks take turns. A row whose
     solution is not 0 <= low <= high keeps its scalars. Arguments as in `descend`; values and
-    gradient are updated in place, the new codebooks returned.
+    gradient are updated in place, the new codebooks returned. `parts` keeps what later calls with the same marks need.
     """
+    parts = {} if parts is None else parts
     low, high = books.low.clone(), books.high.clone()
     for block in range(len(low) // 2):
         columns = torch.nonzero(book // 2 == block).squeeze(1)
-        inner = moment[columns][:, columns]
-        code, marked = codes[columns], (book[columns] % 2 == 1).unsqueeze(1)
-        sign = (code % 2).float() * 2 - 1
-        patterns = [
-            sign * ((code > 1) == large) * (marked == mark) for mark in (False, True) for large in (False, True)
-        ]
-        step = least_squares_step(patterns, gradient[columns], inner)
+        if block not in parts:
+            parts[block] = _parts(moment, book, block)
+        step = solve_least_squares(*_normal_equations(codes, gradient, parts[block]))
         old = torch.stack([low[2 * block], high[2 * block], low[2 * block + 1], high[2 * block + 1]], 1)
         new = old + step
         sound = ((new[:, 0::2] >= 0) & (new[:, 1::2] >= new[:, 0::2])).all(1, keepdim=True)
         new = torch.where(sound, new, old)
         rounded = storable(new[:, 0::2].T, new[:, 1::2].T)
         low[2 * block : 2 * block + 2], high[2 * block : 2 * block + 2] = rounded.low, rounded.high
-        updated = _decode(code, Codebooks(low, high), book[columns])
+        if len(columns) == len(book):  # the usual case: one block, and nothing to pick out
+            updated = _decode(codes, Codebooks(low, high), book)
+            gradient.addmm_(moment, values.neg_().add_(updated), alpha=-1)
+            values.copy_(updated)
+            continue
+        updated = _decode(codes[columns], Codebooks(low, high), book[columns])
         gradient.addmm_(moment[:, columns], updated - values[columns], alpha=-1)
         values[columns] = updated
     return Codebooks(low, high)
+
+
+@dataclass(frozen=True)
+class MomentParts:
+    """Columns of a block by mark, and H between them: `matrices[mark, other]` for other <= mark, none empty."""
+
+    columns: tuple[Tensor, Tensor]
+    matrices: dict[tuple[int, int], SplitMatrix]
+
+
+def _parts(moment: Tensor, book: Tensor, block: int) -> MomentParts:
+    unmarked, marked = (torch.nonzero(book == 2 * block + mark).squeeze(1) for mark in (0, 1))
+    kinds = (unmarked, marked)
+    matrices = {
+        (mark, other): SplitMatrix(moment[kinds[other]][:, kinds[mark]])
+        for mark in (0, 1)
+        for other in range(mark + 1)
+        if len(kinds[mark]) and len(kinds[other])
+    }
+    return MomentParts(kinds, matrices)
+
+
+def _normal_equations(codes: Tensor, gradient: Tensor, parts: MomentParts) -> tuple[Tensor, Tensor]:
+    """B^T H B (rows, 4, 4) and B^T H d (rows, 4) of a block.
+
+    A sign pattern is zero on the columns of the other mark, so only three parts of H are multiplied.
+    """
+    rows = codes.shape[1]
+    normal = torch.zeros(rows, 4, 4, device=codes.device)
+    right = torch.zeros(rows, 4, device=codes.device)
+    for mark, columns in enumerate(parts.columns):
+        if not len(columns):
+            continue
+        here = slice(2 * mark, 2 * mark + 2)
+        code = codes[columns]
+        right[:, here] = signed_sums(gradient[columns].unsqueeze(1), code)[0].T
+        pattern = patterns(code).transpose(0, 1).reshape(len(columns), 2 * rows)
+        for other in range(mark + 1):
+            if (mark, other) not in parts.matrices:
+                continue
+            places = parts.columns[other]
+            product = parts.matrices[mark, other].times(pattern)
+            sums = signed_sums(product.view(len(places), 2, rows), codes[places])  # (2 of mark, 2 of other, rows)
+            there = slice(2 * other, 2 * other + 2)
+            normal[:, here, there] = sums.permute(2, 0, 1)
+            normal[:, there, here] = sums.permute(2, 1, 0)
+    return normal, right
 
 
 def refined_billm(
@@ -242,10 +300,11 @@ def refined_billm(
         inner = moment[order][:, order].contiguous()
         values = _decode(codes, books, book)
         gradient = inner @ (target - values)
+        parts: dict[int, MomentParts] = {}
         for _ in range(passes):
-            books = refit(codes, values, gradient, inner, books, book)
+            books = refit(codes, values, gradient, inner, books, book, parts)
             descend(codes, values, gradient, inner, books, book)
-        books = refit(codes, values, gradient, inner, books, book)
+        books = refit(codes, values, gradient, inner, books, book, parts)
 
     natural = torch.empty_like(codes)
     natural[order] = codes

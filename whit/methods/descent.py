@@ -77,6 +77,15 @@ def least_squares_step(patterns: Sequence[Tensor], gradient: Tensor, moment: Ten
         product = matrix.times(pattern)
         for j in range(i + 1):
             normal[:, i, j] = normal[:, j, i] = (patterns[j] * product).sum(0)
+    return solve_least_squares(normal, right)
+
+
+def solve_least_squares(normal: Tensor, right: Tensor) -> Tensor:
+    """x of A x = b, with a little added to the diagonal of A: patterns that a row does not use stay where they are.
+
+    Args:
+        normal: A, (rows, p, p), modified. right: b, (rows, p).
+    """
     diagonal = torch.diagonal(normal, dim1=1, dim2=2)
     diagonal += 1e-6 * diagonal.mean(1, keepdim=True) + 1e-30
     step: Tensor = torch.linalg.solve(normal, right)

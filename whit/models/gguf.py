@@ -6,12 +6,14 @@ Where names and layouts differ from transformers' is said by `gguf_architectures
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib.util
 import io
 import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -225,7 +227,8 @@ def _notes(tensors: list[GGUFTensor]) -> tuple[str, ...]:
 
 
 def _tokenizer_loader(path: Path) -> Callable[[], Any]:
-    def load() -> Any:
+    @lru_cache(maxsize=1)
+    def read() -> Any:  # seconds of work, and asked for at both ends of a run
         logger = logging.getLogger("transformers")
         level = logger.level
         logger.setLevel(logging.ERROR)
@@ -239,5 +242,8 @@ def _tokenizer_loader(path: Path) -> Callable[[], Any]:
             raise ModelError(f"the tokenizer in {str(path)!r} cannot be read ({reason})") from error
         finally:
             logger.setLevel(level)
+
+    def load() -> Any:
+        return copy.deepcopy(read())  # a tokenizer remembers how it was last used, and that would be saved with it
 
     return load

@@ -108,7 +108,7 @@ def execute(job: Job, journal: Journal, listener: Listener) -> dict[str, float]:
             listener=listener,
             batches=merge_batches(job.calibration.batches, job.options.batch_size),
             dense_dtype=job.dense_dtype,
-            compute_dtype=job.compute_dtype,
+            compute_dtype=job.calibration_dtype,
             device=job.device,
             true_sequential=job.options.true_sequential,
         )

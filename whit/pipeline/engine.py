@@ -46,7 +46,7 @@ class Run:
     Attributes:
         model: skeleton; parameters on the meta device.
         dense_dtype: dtype in which untouched parameters are saved.
-        compute_dtype, device: of the forward passes.
+        compute_dtype, device: of the forward passes over the calibration inputs.
         batches: calibration inputs, on CPU.
         gradients: of the dense model, if a method needs them (filled by the passes before the loop).
     """
@@ -100,10 +100,11 @@ def _stream(run: Run, blocks: Sequence[str], done: list[str]) -> None:
             continue
         caught, as_tuple = found
         hidden = [item.hidden for item in caught]
-        for block, calls in groupby(range(len(caught[0].calls)), key=lambda call: caught[0].calls[call].block):
+        count = len(caught[0].calls)
+        for block, calls in groupby(range(count), key=lambda call: caught[0].calls[call].block):
             span = list(calls)
             streams = Streams(hidden, [[item.calls[call] for call in span] for item in caught])
-            _block(run, block, streams, done, len(blocks))
+            _block(run, block, streams, done, len(blocks), onward=bool(later) or span[-1] < count - 1)
         finished.append(Finished(stack.blocks, len(caught[0].calls), as_tuple, hidden))
 
 
@@ -129,8 +130,11 @@ def _outside(run: Run) -> None:
     _store(run, OUTSIDE, packed, records, time.perf_counter() - start)
 
 
-def _block(run: Run, name: str, streams: Streams, done: list[str], total: int) -> None:
-    """Finish one block and run its inputs through it; one that comes again (shared weights) is only run through."""
+def _block(run: Run, name: str, streams: Streams, done: list[str], total: int, onward: bool = False) -> None:
+    """Finish one block and run its inputs through it; one that comes again (shared weights) is only run through.
+
+    Without `onward` nobody needs what it gives.
+    """
     block = run.model.get_submodule(name)
     layers = run.assignment.of_block(name)
     start = time.perf_counter()
@@ -154,7 +158,8 @@ def _block(run: Run, name: str, streams: Streams, done: list[str], total: int) -
             gradients=None if run.gradients is None else run.gradients.gradients(name),
         )
         _store(run, name, packed, records, time.perf_counter() - start)
-    propagate(block, streams)  # nothing to do without streams
+    if onward:
+        propagate(block, streams)
     swaps.undo()
     release(run.model, name)
     return_freed_memory()

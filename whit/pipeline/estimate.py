@@ -48,6 +48,7 @@ def estimate_minutes(
     evaluated: float,
     device: torch.device,
     compute_dtype: torch.dtype,
+    calibration_dtype: torch.dtype | None = None,
     left: float = 1.0,
 ) -> float:
     """Minutes of a run: passes before the block loop, the method on every layer, forward passes, second moments.
@@ -55,19 +56,22 @@ def estimate_minutes(
     Args:
         tokens: calibration tokens. block_parameters: of all blocks.
         evaluated: evaluation tokens times parameters, summed over the models that are measured.
+        compute_dtype: of the evaluation. calibration_dtype: of passes over the calibration inputs, if another.
         left: share of the blocks that is still to be done.
     """
     inside = [layer for layer in assignment.layers.values() if layer.block]
     probes = {key: _probe(*key, device) for key in dict.fromkeys((layer.method, layer.columns) for layer in inside)}
-    seconds = _pass_seconds(assignment, tokens, block_parameters, device, compute_dtype) if left == 1 else 0.0
+    calibrating = calibration_dtype or compute_dtype
+    seconds = _pass_seconds(assignment, tokens, block_parameters, device, calibrating) if left == 1 else 0.0
     seconds += left * sum(probes[layer.method, layer.columns].seconds(layer.rows, layer.columns) for layer in inside)
-    products = evaluated
+    products = 0.0
     if any(
         layer.method.required() for layer in inside
     ):  # statistics pass, and propagation (of finished blocks as well)
         products += tokens * block_parameters * (1 + left)
         products += left * sum(tokens * layer.columns**2 / 3 for layer in inside)  # about three layers share inputs
-    return (seconds + 2 * products / _product_rate(device, compute_dtype)) / 60
+    seconds += 2 * products / _product_rate(device, calibrating) if products else 0.0
+    return (seconds + 2 * evaluated / _product_rate(device, compute_dtype)) / 60
 
 
 def _pass_seconds(

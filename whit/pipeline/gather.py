@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,10 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from whit.errors import ModelError
+from whit.kernels.cpu.bfloat16 import products_of_bfloat16
 from whit.methods.statistics import LayerStatistics, Statistic
 from whit.models.layers import LayerKind, layer_kind
 
 SAMPLE_VECTORS = 1024
+#: Columns per product of second moments on a CPU.
+BLOCK_COLUMNS = 256
 INPUT_STATISTICS = frozenset({Statistic.SECOND_MOMENT, Statistic.SQUARE_SUMS, Statistic.RANGE, Statistic.SAMPLE})
 
 
@@ -64,9 +67,13 @@ class SecondMoment:
     """H = 2/N sum over N sequences of X^T X, float32, as a running mean (the accumulation of GPTQ and BiLLM).
 
     Frantar et al. 2022, section 3.3; per batch of b sequences: H <- H N/(N+b), N <- N+b, H += 2/N X^T X.
+    H is symmetric: on a CPU only blocks of columns down to the diagonal are accumulated.
+
+    Attributes:
+        upper: (columns, columns), of which what lies on and above the diagonal is kept up to date.
     """
 
-    moment: Tensor
+    upper: Tensor
     sequences: int = 0
     tokens: int = 0
 
@@ -74,15 +81,37 @@ class SecondMoment:
         """Add inputs (..., tokens, columns); two dimensions count as one sequence."""
         sequences = x.shape[0] if x.dim() > 2 else 1
         flat = x.reshape(-1, x.shape[-1])
-        self.moment *= self.sequences / (self.sequences + sequences)
+        kept = self.sequences / (self.sequences + sequences)
         self.sequences += sequences
         self.tokens += flat.shape[0]
+        if flat.device.type == "cpu":
+            self._update_blocks(flat, kept)
+            return
+        self.upper *= kept
         if flat.is_cuda and flat.dtype in (torch.float16, torch.bfloat16):
             # Products of 16-bit numbers are exact in float32, in which tensor cores add them: nothing is lost.
-            self.moment += torch.mm(flat.T, flat, out_dtype=torch.float32).mul_(2 / self.sequences)
+            self.upper += torch.mm(flat.T, flat, out_dtype=torch.float32).mul_(2 / self.sequences)
         else:
             scaled = math.sqrt(2 / self.sequences) * flat.float()
-            self.moment += scaled.T @ scaled
+            self.upper += scaled.T @ scaled
+
+    def _update_blocks(self, flat: Tensor, kept: float) -> None:
+        """Scale, multiply and add in one product per block of columns."""
+        # Products of bfloat16 numbers are exact in float32, in which matrix units add them.
+        exact = products_of_bfloat16() if flat.dtype == torch.bfloat16 else nullcontext()
+        inputs = flat.float()
+        with exact:
+            for start in range(0, inputs.shape[1], BLOCK_COLUMNS):
+                stop = start + BLOCK_COLUMNS
+                target = self.upper[start:stop, start:]
+                target.addmm_(inputs[:, start:stop].T, inputs[:, start:], beta=kept, alpha=2 / self.sequences)
+
+    @property
+    def moment(self) -> Tensor:
+        """H, float32 (columns, columns); on a CPU exactly symmetric."""
+        if self.upper.device.type != "cpu":
+            return self.upper
+        return self.upper.triu() + self.upper.triu(1).T
 
 
 @dataclass

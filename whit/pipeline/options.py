@@ -28,7 +28,8 @@ class RunOptions:
         true_sequential: gather statistics again after each group of layers inside a block.
         skip: module-name patterns (fnmatch) to leave alone.
         seed, device, dtype: randomness, where to compute, and compute dtype ("auto": float32 on
-            CPU, the model's own on GPU).
+            CPU, but bfloat16 for the calibration of a 16-bit model where the CPU has matrix units for it; the model's
+            own on GPU).
         batch_size: sequences per forward pass.
     """
 

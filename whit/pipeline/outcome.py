@@ -102,6 +102,7 @@ def make_result(
             "device": str(place),
             "device_name": torch.cuda.get_device_name(place) if place.type == "cuda" else platform.processor(),
             "compute_dtype": str(job.compute_dtype).removeprefix("torch."),
+            "calibration_dtype": str(job.calibration_dtype).removeprefix("torch."),
             "dense_dtype": str(job.dense_dtype).removeprefix("torch."),
             "versions": {
                 "whit": __version__,

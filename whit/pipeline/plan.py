@@ -39,6 +39,7 @@ def make_plan(job: Job) -> Plan:
         evaluated=0 if job.evaluation is None else models * job.evaluation.tokens * parameters,
         device=job.device,
         compute_dtype=job.compute_dtype,
+        calibration_dtype=job.calibration_dtype,
         left=1 - len(done & set(blocks)) / len(blocks),
     )
     return Plan(

@@ -15,6 +15,8 @@ from whit.data.inputs import ModelInputs
 from whit.data.leak import check_leak
 from whit.data.load import load_calibration, load_evaluation
 from whit.errors import KnobError, OutputError
+from whit.kernels.cpu.bfloat16 import has_matrix_units
+from whit.kernels.cpu.compiling import numba_works
 from whit.methods.base import Method
 from whit.models.resolve import ModelReference, resolve_model
 from whit.models.skeleton import build_skeleton
@@ -36,6 +38,7 @@ class Job:
     output: Path
     device: torch.device
     compute_dtype: torch.dtype
+    calibration_dtype: torch.dtype
     dense_dtype: torch.dtype
     skeleton: nn.Module
     stacks: list[Stack]
@@ -57,7 +60,8 @@ def prepare(model: str | Path | None, recipe: Recipe | Method, output: str | Pat
     device = choose_device(options.device)
     reference = resolve_model(model)
     compute = compute_dtype(options.dtype, reference.dtype, device)
-    skeleton = build_skeleton(reference, compute)
+    calibrating = calibration_dtype(options.dtype, reference.dtype, device)
+    skeleton = build_skeleton(reference, calibrating)
     stacks = find_stacks(skeleton)
     assignment = assign(skeleton, stacks, recipe, options, reference.dtype)
     limits = data_limits(reference.config)
@@ -79,10 +83,10 @@ def prepare(model: str | Path | None, recipe: Recipe | Method, output: str | Pat
         )
         leak = check_leak(calibration.provenance, evaluation.provenance, allow=options.allow_leak)
     directory = Path(output) if output is not None else default_output(reference.label, recipe.label)
-    identity = _identity(reference, recipe, options, calibration, device, compute)
+    identity = _identity(reference, recipe, options, calibration, device, compute, calibrating)
     return Job(
-        reference, recipe, options, directory, device, compute, reference.dtype, skeleton, stacks, assignment,
-        calibration, evaluation, leak, identity,
+        reference, recipe, options, directory, device, compute, calibrating, reference.dtype, skeleton, stacks,
+        assignment, calibration, evaluation, leak, identity,
     )  # fmt: skip
 
 
@@ -126,6 +130,16 @@ def compute_dtype(name: str, model_dtype: torch.dtype, device: torch.device) -> 
     return torch.float32 if device.type == "cpu" else model_dtype
 
 
+def calibration_dtype(name: str, model_dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """Dtype of the calibration's forward passes: the compute dtype, but for "auto" and a 16-bit model on a CPU.
+
+    There it is bfloat16 if the CPU has matrix units for it, as a GPU would run a 16-bit model in 16 bits.
+    """
+    if name == "auto" and device.type == "cpu" and model_dtype.itemsize == 2 and has_matrix_units():
+        return torch.bfloat16
+    return compute_dtype(name, model_dtype, device)
+
+
 def data_limits(config: Any) -> dict[str, int | None]:
     """Vocabulary size and longest sequence of a model, None where the config does not say."""
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
@@ -141,6 +155,7 @@ def _identity(
     calibration: ModelInputs,
     device: torch.device,
     compute: torch.dtype,
+    calibrating: torch.dtype,
 ) -> dict[str, Any]:
     """What makes two runs the same run: everything the compressed bytes depend on."""
     return {
@@ -159,6 +174,9 @@ def _identity(
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": torch.get_num_threads() if device.type == "cpu" else 0,
         "dtype": str(compute).removeprefix("torch."),
+        **({"calibration_dtype": str(calibrating).removeprefix("torch.")} if calibrating != compute else {}),
+        # Compiled and plain loops agree up to rounding.
+        "compiled": device.type == "cpu" and numba_works(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
