@@ -55,7 +55,8 @@ def test_every_method_runs_on_a_module_of_linear_layers(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(available_methods()))
 def test_every_method_runs_on_convolutions(name: str) -> None:
-    result = whit.compress(seeded(Convolutions), name, calibration=labelled(images()), loss=cross_entropy)
+    skip = ("body.0",) if name == "stbllm" else ()  # its 27 columns make no groups of 8
+    result = whit.compress(seeded(Convolutions), name, calibration=labelled(images()), loss=cross_entropy, skip=skip)
     assert any(isinstance(part, PackedConv2d) for part in result.module.modules())
     answer = result.module(images(1, seed=3)[0])
     assert answer.shape == (4, 5) and bool(torch.isfinite(answer).all())

@@ -199,6 +199,7 @@ def _full_precision(layer: AssignedLayer, loaded: Tensor, source: TensorSource) 
     """The weight as the source stores it, in float32; read again only if the module was loaded in another dtype."""
     name = f"{layer.name}.weight"
     if source.dtype(name) == loaded.dtype:
+        check_finite(name, loaded)
         return loaded.detach().to(torch.float32, copy=True)  # the module gets the compressed values later
     weight = source.load(name).to(loaded.device)  # as it is stored, widened there: half the way
     check_finite(name, weight)
