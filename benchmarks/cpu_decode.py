@@ -30,6 +30,7 @@ import numpy
 import psutil
 import torch
 import transformers
+from reports import write_report
 
 import whit
 from whit.evaluation.sample import sample_text
@@ -172,12 +173,7 @@ def main() -> None:
         },
         "rows": rows,
     }
-    text = json.dumps(report, indent=1) + "\n"
-    if arguments.output is None:
-        print(text, end="")
-    else:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(text, encoding="utf-8")
+    write_report(report, arguments.output)
 
 
 def version_of_numba() -> str | None:

@@ -9,7 +9,6 @@ another copy of the weight at each call until 160 MB were read, "hot" the same a
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import statistics
 import time
@@ -20,6 +19,7 @@ from typing import Any
 import numba
 import psutil
 import torch
+from reports import write_report
 from torch import Tensor
 
 import whit
@@ -71,6 +71,7 @@ def copies_of(tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
 
 
 def packed_row(layout: Format, rows: int, columns: int) -> dict[str, float]:
+    """Microseconds and bandwidth of one packed layer on random stored tensors, cold."""
     generator = torch.Generator().manual_seed(0)
     tensors = {
         name: torch.randint(0, 256, spec.shape, dtype=torch.uint8, generator=generator)
@@ -145,12 +146,7 @@ def main() -> None:
         "read_GB_per_s": source.nbytes / summed / 1e3,
         "shapes": shapes,
     }
-    text = json.dumps(report, indent=1) + "\n"
-    if arguments.output is None:
-        print(text, end="")
-    else:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(text, encoding="utf-8")
+    write_report(report, arguments.output)
 
 
 if __name__ == "__main__":

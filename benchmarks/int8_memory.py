@@ -23,6 +23,7 @@ from typing import Any
 import psutil
 import torch
 import transformers
+from reports import write_report
 
 import whit
 from whit.kernels import packed_linear
@@ -121,12 +122,7 @@ def main() -> None:
         "rows": rows,
         "ratios": {key: rows["bfloat16"][key] / rows["llm-int8"][key] for key in ("tensor_bytes", "resident_bytes")},
     }
-    text = json.dumps(report, indent=1) + "\n"
-    if arguments.output is None:
-        print(text, end="")
-    else:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(text, encoding="utf-8")
+    write_report(report, arguments.output)
 
 
 if __name__ == "__main__":

@@ -62,6 +62,7 @@ def read_items(path: Path) -> list[dict[str, object]]:
 
 
 def main() -> int:
+    """Read the command line, write the task; 0, or 1 if the text cannot be read."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("text", type=Path, help="hellaswag_val_full.txt or .txt.bz2")
     parser.add_argument("folder", type=Path, help="where the task file and its data are written")

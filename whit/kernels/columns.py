@@ -90,22 +90,16 @@ def _launch(
         return
     if columns > MOST_COLUMNS:
         raise ValueError(f"a block has at most {MOST_COLUMNS} columns, got {columns}")
-    for tensor in (values, gradient, inner, table, book, codes, errors):
-        if not tensor.is_contiguous():
-            raise ValueError("the column kernels need contiguous tensors")
+    tensors = (values, gradient, inner, table, book, codes, errors)
+    if not all(tensor.is_contiguous() for tensor in tensors):
+        raise ValueError("the column kernels need contiguous tensors")
     if values.device.type == "cpu":
-        _on_cpu(values, gradient, inner, table, book, codes, errors, descend, grid, top)
+        _on_cpu(tensors, descend, grid, top)
         return
     kernel = _kernel()
     programs = (-(-rows // ROWS_PER_PROGRAM),)
     kernel[programs](
-        values,
-        gradient,
-        inner,
-        table,
-        book,
-        codes,
-        errors,
+        *tensors,
         rows,
         columns,
         top,
@@ -125,24 +119,13 @@ def _kernel() -> Any:
     return round_block
 
 
-def _on_cpu(
-    values: Tensor,
-    gradient: Tensor,
-    inner: Tensor,
-    table: Tensor,
-    book: Tensor,
-    codes: Tensor,
-    errors: Tensor,
-    descend: bool,
-    grid: bool,
-    top: int,
-) -> None:
+def _on_cpu(tensors: tuple[Tensor, ...], descend: bool, grid: bool, top: int) -> None:
     from whit.kernels.cpu.columns import ROWS_PER_TILE, round_rows
 
-    arrays = [item.detach().numpy() for item in (values, gradient, inner, table, book, codes, errors)]
+    arrays = [item.detach().numpy() for item in tensors]
     limit = numpy.float32(top)
 
     def part(first: int, last: int) -> None:
         round_rows(*arrays, limit, grid, descend, first, last)
 
-    shared_out(part, values.shape[1], ROWS_PER_TILE)
+    shared_out(part, tensors[0].shape[1], ROWS_PER_TILE)
