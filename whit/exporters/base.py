@@ -8,15 +8,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from whit.discovery import import_submodules
+from whit.discovery import Registry
 from whit.errors import KnobError, nearest
 from whit.exporters.source import CompressedModel
 
-_TARGETS: dict[str, type[Target]] = {}
+_TARGETS: Registry[Target] = Registry("export targets", "whit.exporters")
 TargetType = TypeVar("TargetType", bound="type[Target]")
 
 
@@ -83,21 +82,12 @@ class Target(ABC):
 
 def register_target(cls: TargetType) -> TargetType:
     """Class decorator that makes a target available by its name."""
-    if cls.name in _TARGETS and _TARGETS[cls.name] is not cls:
-        raise ValueError(f"two export targets are called {cls.name!r}")
-    _TARGETS[cls.name] = cls
-    return cls
-
-
-@lru_cache(maxsize=1)
-def _discover() -> None:
-    import_submodules("whit.exporters")
+    return _TARGETS.add(cls)
 
 
 def available_targets() -> dict[str, type[Target]]:
     """Every target by name, sorted."""
-    _discover()
-    return dict(sorted(_TARGETS.items()))
+    return _TARGETS.known()
 
 
 def make_target(name: str, prefer: str | None = None) -> Target:

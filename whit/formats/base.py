@@ -12,16 +12,15 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
-from whit.discovery import import_submodules
+from whit.discovery import Registry
 from whit.errors import ModelError, nearest
 
-_FORMATS: dict[str, type[Format]] = {}
+_FORMATS: Registry[Format] = Registry("formats", "whit.formats")
 FormatType = TypeVar("FormatType", bound="type[Format]")
 
 
@@ -93,15 +92,7 @@ class Format(ABC):
 
 def register_format(cls: FormatType) -> FormatType:
     """Class decorator that makes a format loadable by its name."""
-    if cls.name in _FORMATS and _FORMATS[cls.name] is not cls:
-        raise ValueError(f"two formats are called {cls.name!r}")
-    _FORMATS[cls.name] = cls
-    return cls
-
-
-@lru_cache(maxsize=1)
-def _discover() -> None:
-    import_submodules("whit.formats")
+    return _FORMATS.add(cls)
 
 
 def format_from_json(fields: Mapping[str, Any]) -> Format:
@@ -110,11 +101,11 @@ def format_from_json(fields: Mapping[str, Any]) -> Format:
     Raises:
         ModelError: the name is unknown (a newer whit wrote the file) or the fields do not fit.
     """
-    _discover()
+    known = _FORMATS.known()
     name = fields.get("format")
-    if name not in _FORMATS:
+    if name not in known:
         raise ModelError(
-            f"packed format {name!r} is not known to this version of whit{nearest(str(name), _FORMATS)} "
+            f"packed format {name!r} is not known to this version of whit{nearest(str(name), known)} "
             "(upgrade with: pip install -U whit)"
         )
     values = {
@@ -123,7 +114,7 @@ def format_from_json(fields: Mapping[str, Any]) -> Format:
         if key != "format"
     }
     try:
-        return _FORMATS[name](**values)
+        return known[name](**values)
     except (TypeError, ValueError) as error:
         raise ModelError(f"packed format {name!r} cannot be read from {dict(fields)!r}: {error}") from error
 

@@ -13,18 +13,17 @@ import typing
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
 from typing import Any, ClassVar, Self, TypeVar
 
 from torch import Tensor
 
-from whit.discovery import import_submodules
+from whit.discovery import Registry
 from whit.errors import KnobError, nearest
 from whit.formats.base import Format, Packed
 from whit.methods.statistics import LayerStatistics, Statistic
 
-_METHODS: dict[str, type[Method]] = {}
-_COMPOSITES: dict[str, type[Method]] = {}
+_METHODS: Registry[Method] = Registry("methods", "whit.methods")
+_COMPOSITES: Registry[Method] = Registry("composed methods", "whit.methods")
 MethodType = TypeVar("MethodType", bound="type[Method]")
 
 
@@ -164,29 +163,17 @@ class Method(ABC):
 
 def register_method(cls: MethodType) -> MethodType:
     """Class decorator that makes a method known by its name."""
-    if cls.name in _METHODS and _METHODS[cls.name] is not cls:
-        raise ValueError(f"two methods are called {cls.name!r}")
-    _METHODS[cls.name] = cls
-    return cls
+    return _METHODS.add(cls)
 
 
 def register_composite(cls: MethodType) -> MethodType:
     """Class decorator for a method made of other methods: known to `method_from_json`, not offered by name."""
-    if _COMPOSITES.get(cls.name, cls) is not cls:
-        raise ValueError(f"two composed methods are called {cls.name!r}")
-    _COMPOSITES[cls.name] = cls
-    return cls
-
-
-@lru_cache(maxsize=1)
-def _discover() -> None:
-    import_submodules("whit.methods")
+    return _COMPOSITES.add(cls)
 
 
 def available_methods() -> dict[str, type[Method]]:
     """Every method by name, sorted."""
-    _discover()
-    return dict(sorted(_METHODS.items()))
+    return _METHODS.known()
 
 
 def _followers() -> str:
@@ -234,14 +221,14 @@ def method_from_json(fields: Mapping[str, Any]) -> Method:
     if not isinstance(name, str):
         raise KnobError(f"a method is described by its name and knobs, as in {{'method': 'rtn'}}, got {dict(fields)!r}")
     values = {key: value for key, value in fields.items() if key != "method"}
-    _discover()
-    if name not in _COMPOSITES:
+    composites = _COMPOSITES.known()
+    if name not in composites:
         return make_method(name, values)
     parts = {key: method_from_json(value) if isinstance(value, Mapping) else value for key, value in values.items()}
-    expected = [field.name for field in dataclasses.fields(_COMPOSITES[name])]
+    expected = [field.name for field in dataclasses.fields(composites[name])]
     if set(parts) != set(expected):
         raise KnobError(f"method {name!r} is made of {', '.join(expected)}, got {', '.join(parts) or 'nothing'}")
-    return _COMPOSITES[name](**parts)
+    return composites[name](**parts)
 
 
 def knobs(cls: type[Method]) -> list[Knob]:
