@@ -31,6 +31,12 @@ README_ROWS = (
     "BiLLM paper",
     "BiLLM whit",
     "k-means 2 (row, order)",
+    "STBLLM 6:8",
+    "STBLLM 4:8, released",
+    "codebook 256 of 4",
+    "codebook 256 of 8",
+    "flexible 8 (W8A8, row and token)",
+    "LLM.int8() (W8A8)",
     "GPTQ 1 (g64, signs)",
 )
 
