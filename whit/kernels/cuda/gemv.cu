@@ -1,0 +1,265 @@
+// y = W x for one vector, from packed codes, on the integer tensor cores.
+//
+// A level is an affine form of bit planes, so with p ranging over the planes of a layout
+//     y[i] = sum_groups base[i, g] * sum_j x[j]  +  sum_p delta_p[i, g] * sum_j plane_p[i, j] * x[j]
+// and the inner sums need no multiplication per weight: one AND leaves four weights of a plane as bytes (0 or a power of
+// two) in the very place where mma.m16n8k32 wants them. x enters as 20-bit fixed point relative to the largest magnitude
+// of its 128 columns, cut into four signed 5-bit limbs: four of the eight columns of the product. 5 bits leave room to
+// scale a limb by up to 8, which undoes the power of two; sums are exact in int32. The other four columns hold the
+// limbs of the marked columns of `binary-residual`, which have their own scalars, so a mark costs nothing per weight.
+//
+// One thread block per multiprocessor; each keeps the limbs of x in shared memory and walks over row tiles. Each warp
+// takes items of 16 rows x ICOLS columns through a private ring in shared memory, filled by cp.async DEPTH - 1 ahead.
+// Partial sums of items are added in a fixed order: same input, same bytes.
+
+#define SUMS (KIND == BINARY_RESIDUAL || (KIND == LEVEL_TABLE && BITS == 2) ? 3 : 1)
+#define UNIT (CODE_BITS == 1 ? (FINE ? 2.0f : 8.0f) : CODE_BITS == 2 ? 4.0f : 1.0f)  // what one code step counts as
+
+__device__ __forceinline__ int limb_shift(int step) {
+    if (CODE_BITS == 1) return FINE ? 1 - (step & 1) : 3 - step;
+    return CODE_BITS == 2 ? 2 * (1 - (step & 1)) : 0;
+}
+
+__device__ __forceinline__ void product(int (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+// Limbs of one block of 128 columns of x, by one warp: words [2][lane of the product][4], and per flush and lane-in-quad
+// the pair (factor of the sums, sum of x).
+__device__ __forceinline__ void stage_x(u32* limbs, float2* factors, const u16* x, const u8* salient, int column0, int columns, int lane) {
+    const int step = lane >> 3, q = lane >> 1 & 3, half = lane & 1;
+    float value[4];
+    u32 largest = 0, marked = 0;
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        int column = column0 + column_of(step, q, half, j);
+        value[j] = column < columns ? float_of_x(x[column]) : 0.0f;
+        largest = max(largest, __float_as_uint(value[j]) & 0x7fffffffu);
+        if (KIND == BINARY_RESIDUAL && column < columns && (salient[column >> 3] >> (column & 7) & 1)) marked |= 0xffu << (8 * j);
+    }
+    largest = __reduce_max_sync(0xffffffffu, largest);
+    const float magnitude = __uint_as_float(largest);
+    const bool tiny = magnitude < 1e-30f;  // (false for NaN, which must reach the result)
+    const float up = tiny ? 0.0f : 491520.0f / magnitude, down = tiny ? 0.0f : magnitude * (1.0f / 491520.0f);
+    u32 word[4] = {0, 0, 0, 0};
+    int sum = 0, marked_sum = 0;
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        int fixed = __float2int_rn(value[j] * up);
+        sum += fixed;
+        if (marked >> (8 * j) & 1) marked_sum += fixed;
+        int t = fixed + 16912;  // 16 * (1 + 32 + 1024): makes the three lower limbs signed
+        int limb[4] = {t >> 15, (t >> 10 & 31) - 16, (t >> 5 & 31) - 16, (t & 31) - 16};
+#pragma unroll
+        for (int n = 0; n < 4; n++) word[n] |= ((u32)(limb[n] << limb_shift(step)) & 0xffu) << (8 * j);
+    }
+    u32* out = limbs + (step >> 1) * 128 + q * 4 + (step & 1) * 2 + half;
+#pragma unroll
+    for (int n = 0; n < 4; n++) {
+        out[n * 16] = word[n] & ~marked;
+        out[(n + 4) * 16] = word[n] & marked;
+    }
+#pragma unroll
+    for (int flush = 0; flush < FLUSHES; flush++) {
+        const bool mine = FLUSHES == 1 || step >> 1 == flush;
+        float ordinary = down * (float)__reduce_add_sync(0xffffffffu, mine ? sum - marked_sum : 0);
+        float marks = KIND == BINARY_RESIDUAL ? down * (float)__reduce_add_sync(0xffffffffu, mine ? marked_sum : 0) : 0.0f;
+        if (lane < 4)  // lane-in-quad 0 and 2 hold the upper two limbs, 1 and 3 the lower
+            factors[flush * 4 + lane] = make_float2(down / UNIT * (lane & 1 ? 1.0f : 1024.0f), lane == 1 ? ordinary : lane == 3 ? marks : 0.0f);
+    }
+}
+
+// base and deltas of one row and group, for the half of the quad that looks after ordinary or marked columns.
+__device__ __forceinline__ void coefficients(float& base, float (&delta)[3], const u8* stage, const Weight& w, int row, int row0, int group0, int parity, int group, bool marks) {
+    if (KIND == BINARY_RESIDUAL) {
+        float v0, v1, v2, v3;
+        if (NS == 7) {
+            const int at = marks ? 4 : 0;
+            v0 = staged_scalar(stage, row, parity, group, at);
+            v1 = staged_scalar(stage, row, parity, group, at + 1);
+            v2 = staged_scalar(stage, row, parity, group, at + 2);
+            v3 = staged_scalar(stage, row, parity, group, 3);
+        } else {
+            const int at = marks ? 2 : 0;
+            v0 = 0.0f;
+            v1 = staged_scalar(stage, row, parity, group, at);
+            v2 = marks ? staged_scalar(stage, row, parity, group, 3) : 0.0f;
+            v3 = staged_scalar(stage, row, parity, group, 1);
+        }
+        base = v0 - v1;
+        delta[0] = 2.0f * v1;
+        delta[1] = marks ? 2.0f * v2 : (v2 - v3) - base;
+        delta[2] = marks ? 0.0f : 2.0f * (v3 - v1);
+        if (marks) base -= v2;
+    } else if (KIND == LEVEL_TABLE) {
+        base = staged_scalar(stage, row, parity, group, 0);
+        float one = staged_scalar(stage, row, parity, group, 1);
+        delta[0] = one - base;
+        if (BITS == 2) {  // the second bit and the product of both stand at twice the weight of the first
+            float two = staged_scalar(stage, row, parity, group, 2), three = staged_scalar(stage, row, parity, group, 3);
+            delta[1] = 0.5f * (two - base);
+            delta[2] = 0.5f * ((three - two) - delta[0]);
+        }
+    } else {
+        float scale = staged_scalar(stage, row, parity, group, 0);
+        if (!ASYM && BITS == 1) scale *= 2.0f;
+        base = -scale * staged_zero(stage, w, row, row0, group0, group);
+        delta[0] = scale;
+    }
+}
+
+__device__ __forceinline__ void item_sums(float (&y)[2], const u8* stage, const u32* limbs, const float2* factors, const Weight& w, int row0, int column0, int lane) {
+    const int r = lane >> 2, q = lane & 3, group0 = column0 / GROUP;
+    const int parity[2] = {odd_start(w, row0 + r, group0), odd_start(w, row0 + r + 8, group0)};
+    y[0] = y[1] = 0.0f;
+#pragma unroll
+    for (int block = 0; block < BLOCKS; block++) {
+        if (column0 + block * 128 >= w.columns) break;
+        const uint4* pairs = (const uint4*)(limbs + block * 256) + lane;
+#pragma unroll
+        for (int flush = 0; flush < FLUSHES; flush++) {
+            if (FINE && column0 + block * 128 + flush * 64 >= w.columns) break;
+            int c[SUMS][4];
+#pragma unroll
+            for (int p = 0; p < SUMS; p++) c[p][0] = c[p][1] = c[p][2] = c[p][3] = 0;
+#pragma unroll
+            for (int pair = FINE ? flush : 0; pair < (FINE ? flush + 1 : 2); pair++) {
+                const uint4 b = pairs[pair * 32];
+                if (CODE_BITS == 1) {
+                    u32 v[2][3];
+#pragma unroll
+                    for (int h = 0; h < 2; h++) {
+#pragma unroll
+                        for (int plane = 0; plane < PLANES; plane++) {
+                            const u8* from = stage + plane * PLANE_BYTES;
+                            v[h][plane] = FINE ? half_word(from, r + 8 * h, block * 4 + flush * 2, q) : staged_word(from, r + 8 * h, block * 4 + q);
+                        }
+                        if (SUMS == 3) v[h][2] = v[h][0] & v[h][1];
+                    }
+#pragma unroll
+                    for (int s = 0; s < 2; s++) {
+                        const u32 mask = 0x01010101u << (FINE ? s : pair * 2 + s);
+#pragma unroll
+                        for (int p = 0; p < SUMS; p++)
+                            product(c[p], v[0][p] & mask, v[1][p] & mask, v[0][p] >> 4 & mask, v[1][p] >> 4 & mask, s ? b.z : b.x, s ? b.w : b.y);
+                    }
+                } else if (CODE_BITS == 2) {
+                    u32 v[2] = {staged_word(stage, r, block * 8 + pair * 4 + q), staged_word(stage, r + 8, block * 8 + pair * 4 + q)};
+#pragma unroll
+                    for (int s = 0; s < 2; s++) {
+                        if (KIND == LEVEL_TABLE) {
+                            u32 both[2] = {v[0] & v[0] << 1, v[1] & v[1] << 1};  // meaningful at odd bits
+                            const u32 first = 0x01010101u << (2 * s), second = first << 1;
+                            product(c[0], v[0] & first, v[1] & first, v[0] >> 4 & first, v[1] >> 4 & first, s ? b.z : b.x, s ? b.w : b.y);
+                            product(c[1 % SUMS], v[0] & second, v[1] & second, v[0] >> 4 & second, v[1] >> 4 & second, s ? b.z : b.x, s ? b.w : b.y);
+                            product(c[2 % SUMS], both[0] & second, both[1] & second, both[0] >> 4 & second, both[1] >> 4 & second, s ? b.z : b.x, s ? b.w : b.y);
+                        } else {
+                            const u32 mask = 0x03030303u << (2 * s);
+                            product(c[0], v[0] & mask, v[1] & mask, v[0] >> 4 & mask, v[1] >> 4 & mask, s ? b.z : b.x, s ? b.w : b.y);
+                        }
+                    }
+                } else if (CODE_BITS == 3) {
+                    u32 a[2][4];
+#pragma unroll
+                    for (int h = 0; h < 2; h++) three_bit_bytes(a[h], stage, r + 8 * h, block * 48 + pair * 24, q);
+                    product(c[0], a[0][0], a[1][0], a[0][1], a[1][1], b.x, b.y);
+                    product(c[0], a[0][2], a[1][2], a[0][3], a[1][3], b.z, b.w);
+                } else if (CODE_BITS == 4) {
+#pragma unroll
+                    for (int s = 0; s < 2; s++) {
+                        u32 v[2] = {staged_word(stage, r, block * 16 + pair * 8 + s * 4 + q), staged_word(stage, r + 8, block * 16 + pair * 8 + s * 4 + q)};
+                        const u32 mask = 0x0f0f0f0fu;
+                        product(c[0], v[0] & mask, v[1] & mask, v[0] >> 4 & mask, v[1] >> 4 & mask, s ? b.z : b.x, s ? b.w : b.y);
+                    }
+                } else {
+#pragma unroll
+                    for (int s = 0; s < 2; s++) {
+                        const int word = block * 32 + pair * 16 + s * 8 + q;
+                        product(c[0], staged_word(stage, r, word), staged_word(stage, r + 8, word), staged_word(stage, r, word + 4), staged_word(stage, r + 8, word + 4), s ? b.z : b.x, s ? b.w : b.y);
+                    }
+                }
+            }
+            const float2 factor = factors[(block * FLUSHES + flush) * 4 + q];
+            const int group = (column0 + block * 128 + flush * 64) / GROUP - group0;
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                float base, delta[3];
+                coefficients(base, delta, stage, w, r + 8 * h, row0, group0, parity[h], group, KIND == BINARY_RESIDUAL && q >= 2);
+                float sum = delta[0] * (float)(c[0][2 * h] * 32 + c[0][2 * h + 1]);
+#pragma unroll
+                for (int p = 1; p < SUMS; p++) sum += delta[p] * (float)(c[p][2 * h] * 32 + c[p][2 * h + 1]);
+                y[h] += base * factor.y + factor.x * sum;
+            }
+        }
+    }
+}
+
+extern "C" __global__ void __launch_bounds__(THREADS, 1)
+gemv(const u16* x, Weight w, const u16* bias, u16* y, int chunk_columns, int tiles_per_round) {
+    extern __shared__ __align__(16) u8 memory[];
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int chunk_blocks = chunk_columns / 128;
+    u32* limbs = (u32*)memory;
+    float2* factors = (float2*)(limbs + chunk_blocks * 256);
+    u8* ring = (u8*)(factors + chunk_blocks * FLUSHES * 4) + warp * (DEPTH * STAGE_BYTES);
+    float* partial = (float*)((u8*)(factors + chunk_blocks * FLUSHES * 4) + WARPS * (DEPTH * STAGE_BYTES));
+    const int tiles = (w.rows + 15) / 16, items_across = (w.columns + ICOLS - 1) / ICOLS, chunk_items = chunk_columns / ICOLS;
+
+    for (int first = blockIdx.x; first < tiles; first += gridDim.x * tiles_per_round) {
+        const int mine = min(tiles_per_round, (tiles - first + (int)gridDim.x - 1) / (int)gridDim.x);
+        for (int begin = 0; begin < items_across; begin += chunk_items) {
+            const int across = min(chunk_items, items_across - begin), items = mine * across;
+            // The first items are on their way before x is looked at.
+            for (int ahead = 0; ahead < DEPTH - 1; ahead++) {
+                const int item = warp + WARPS * ahead;
+                if (item < items)
+                    stage_item(ring + ahead * STAGE_BYTES, w, (first + item / across * gridDim.x) * 16, (begin + item % across) * ICOLS, lane);
+                else
+                    copies_commit();
+            }
+            if (items_across > chunk_items || first == blockIdx.x) {
+                if (items_across > chunk_items) __syncthreads();
+                for (int block = warp; block < across * BLOCKS; block += WARPS)
+                    stage_x(limbs + block * 256, factors + block * FLUSHES * 4, x, w.salient, begin * ICOLS + block * 128, w.columns, lane);
+                __syncthreads();
+            }
+            int slot = 0;
+            for (int item = warp; item < items; item += WARPS) {
+                const int next = item + WARPS * (DEPTH - 1), next_slot = slot == 0 ? DEPTH - 1 : slot - 1;
+                if (next < items)
+                    stage_item(ring + next_slot * STAGE_BYTES, w, (first + next / across * gridDim.x) * 16, (begin + next % across) * ICOLS, lane);
+                else
+                    copies_commit();
+                copies_wait<DEPTH - 1>();
+                __syncwarp();
+                const int column = item % across;
+                float sums[2];
+                item_sums(sums, ring + slot * STAGE_BYTES, limbs + column * BLOCKS * 256, factors + column * BLOCKS * FLUSHES * 4, w, (first + item / across * gridDim.x) * 16, (begin + column) * ICOLS, lane);
+#pragma unroll
+                for (int h = 0; h < 2; h++) {
+                    sums[h] += __shfl_xor_sync(0xffffffffu, sums[h], 1);
+                    if (KIND == BINARY_RESIDUAL) sums[h] += __shfl_xor_sync(0xffffffffu, sums[h], 2);
+                }
+                if (lane % 4 == 0) {
+                    float* out = partial + ((item / across) * items_across + begin + column) * 16 + lane / 4;
+                    out[0] = sums[0];
+                    out[8] = sums[1];
+                }
+                slot = slot == DEPTH - 1 ? 0 : slot + 1;
+                __syncwarp();
+            }
+        }
+        __syncthreads();
+        for (int index = threadIdx.x; index < mine * 16; index += THREADS) {
+            const int tile = index / 16, row = (first + tile * gridDim.x) * 16 + index % 16;
+            if (row < w.rows) {
+                float total = bias ? float_of_x(bias[row]) : 0.0f;
+                for (int i = 0; i < items_across; i++) total += partial[(tile * items_across + i) * 16 + index % 16];
+                y[row] = x_of_float(total);
+            }
+        }
+        __syncthreads();
+    }
+}

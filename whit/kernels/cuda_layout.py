@@ -1,0 +1,99 @@
+"""What the CUDA kernels need to know of a packed weight, read off its format: one description for all three formats."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from whit.formats.base import Format
+from whit.formats.binary_residual import BinaryResidual
+from whit.formats.bits import packed_width
+from whit.formats.grouped_integer import GroupedInteger
+from whit.formats.level_table import LevelTable
+
+WIDEST = 1 << 16
+"""Columns above which the partial sums of a row would not fit the shared memory of every device."""
+WHOLE_ROW = 1 << 30
+"""`group` when one group spans the row."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Compile-time facts of a kernel.
+
+    `kind` numbers the format, `bits` is per code, `scalars` the 16-bit scalars per group, `group` the columns that share
+    them, `width` the bytes of a packed row, `groups` the groups per row; `names` are the stored tensors in the order
+    codes, second codes, salient, scalars, zeros ("" where there is none).
+    """
+
+    kind: int
+    bits: int
+    scalars: int
+    asymmetric: bool
+    group: int
+    width: int
+    groups: int
+    names: tuple[str, str, str, str, str]
+
+    @property
+    def aligned(self) -> int:
+        """The largest of 16, 4 and 1 that divides the bytes of a packed row."""
+        return 16 if self.width % 16 == 0 else 4 if self.width % 4 == 0 else 1
+
+    @property
+    def multiplies(self) -> bool:
+        """Whether the kernels that multiply packed weights read it; the others can only decode it."""
+        supported_bits = {0: (1,), 1: (1, 2), 2: (1, 2, 3, 4, 8)}[self.kind]
+        narrow = self.width <= packed_width(WIDEST, self.bits)
+        return self.bits in supported_bits and self.group % 64 == 0 and narrow
+
+    def defines(self) -> tuple[str, ...]:
+        """Preprocessor options."""
+        values = {
+            "KIND": self.kind,
+            "BITS": self.bits,
+            "NS": self.scalars,
+            "ASYM": int(self.asymmetric),
+            "GROUP": self.group,
+            "ALIGN": self.aligned,
+        }
+        return tuple(f"-D{name}={value}" for name, value in values.items())
+
+
+def _group(size: int, columns: int) -> tuple[int, int]:
+    return (size, -(-columns // size)) if 0 < size < columns else (WHOLE_ROW, 1)
+
+
+def _binary_residual(form: BinaryResidual, columns: int) -> Layout:
+    group, groups = _group(form.block_size, columns)
+    names = ("signs", "second", "salient", "scalars", "")
+    return Layout(0, 1, 7 if form.means else 4, False, group, packed_width(columns, 1), groups, names)
+
+
+def _level_table(form: LevelTable, columns: int) -> Layout:
+    group, groups = _group(form.block_size, columns)
+    names = ("codes", "", "", "levels", "")
+    return Layout(1, form.bits, 2**form.bits, False, group, packed_width(columns, form.bits), groups, names)
+
+
+def _grouped_integer(form: GroupedInteger, columns: int) -> Layout:
+    group, groups = _group(form.group_size, columns)
+    names = ("codes", "", "", "scales", "" if form.symmetric else "zeros")
+    return Layout(2, form.bits, 1, not form.symmetric, group, packed_width(columns, form.bits), groups, names)
+
+
+_READERS: dict[type[Format], Callable[[Any, int], Layout]] = {
+    BinaryResidual: _binary_residual,
+    LevelTable: _level_table,
+    GroupedInteger: _grouped_integer,
+}
+
+
+@lru_cache(maxsize=1024)
+def layout_of(form: Format, columns: int) -> Layout | None:
+    """The description of a weight of `columns` columns, or None if no kernel reads the format (or groups of this size)."""
+    reader = _READERS.get(type(form))
+    layout = None if reader is None else reader(form, columns)
+    return layout if layout is not None and layout.group % 8 == 0 else None
