@@ -9,7 +9,7 @@ from whit.formats.grouped_integer import GroupedInteger
 from whit.formats.level_table import LevelTable
 from whit.kernels import explain, packed_linear
 from whit.kernels.cuda_layout import layout_of
-from whit.kernels.cuda_linear import decoded_weight, item_columns, plan_gemv, plan_small, stage_bytes
+from whit.kernels.cuda_linear import decoded_weight, plan_gemv, plan_small
 from whit.models.packed import PackedLinear
 
 needs_gpu = pytest.mark.skipif(
@@ -189,7 +189,7 @@ def test_every_launch_fits_the_device(layout, shape):
             *(plan_small(described, rows, columns, tokens, processors, memory) for tokens in (8, 16, 32)),
         ):
             assert launch.shared <= memory
-            assert launch.chunk % item_columns(described) == 0
+            assert launch.chunk % described.item_columns == 0
             assert launch.chunk > 0 and launch.tiles >= 1 and launch.depth >= 2
 
 
@@ -197,4 +197,4 @@ def test_on_a_cpu_the_plain_version_runs():
     for layout in FORMATS:
         packed = random_packed(layout, 24, 128)
         assert explain(torch.randn(1, 128, dtype=torch.bfloat16), packed) == "plain"
-        assert stage_bytes(layout_of(layout, 128)) % 16 == 0
+        assert layout_of(layout, 128).stage_bytes % 16 == 0

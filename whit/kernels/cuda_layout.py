@@ -49,6 +49,36 @@ class Layout:
         narrow = self.width <= packed_width(WIDEST, self.bits)
         return self.bits in supported_bits and self.group % 64 == 0 and narrow
 
+    @property
+    def item_columns(self) -> int:
+        """Columns that a warp takes at a time (ICOLS in the sources)."""
+        return 512 if self.bits <= 2 else 256 if self.bits <= 4 else 128
+
+    @property
+    def item_groups(self) -> int:
+        """Groups that an item can touch (GROUPS_IN_ITEM)."""
+        item, group = self.item_columns, self.group
+        return 1 if group % item == 0 else item // group if item % group == 0 else item // group + 2
+
+    @property
+    def piece(self) -> int:
+        """Bytes in which the scalars of a row of an item can be copied (PIECE)."""
+        item, group, size = self.item_columns, self.group, 2 * self.scalars
+        if group % item and item % group:
+            return 2
+        fits = (p for p in (16, 8, 4) if self.groups * size % p == 0 and self.item_groups * size % p == 0)
+        return next(fits, 2)
+
+    @property
+    def stage_bytes(self) -> int:
+        """Bytes of one item with its scalars in shared memory (STAGE_BYTES)."""
+        row = 112 if self.bits == 3 else self.item_columns * self.bits // 8
+        halves = self.item_groups * self.scalars
+        scalar_words = halves // 2 if self.piece > 2 else (halves + (2 if self.scalars % 2 else 1)) // 2
+        zero_words = (self.item_groups * self.bits + 62) // 32 + 1 if self.asymmetric else 0
+        planes = 2 if self.kind == 0 else 1
+        return -(-(planes * 16 * row + 64 * (scalar_words + zero_words)) // 16) * 16
+
     def defines(self) -> tuple[str, ...]:
         """Preprocessor options."""
         values = {
@@ -58,6 +88,7 @@ class Layout:
             "ASYM": int(self.asymmetric),
             "GROUP": self.group,
             "ALIGN": self.aligned,
+            "PIECE": self.piece,
         }
         return tuple(f"-D{name}={value}" for name, value in values.items())
 

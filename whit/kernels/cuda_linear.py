@@ -66,30 +66,12 @@ def source_of(name: str) -> str:
     return (folder / "common.cuh").read_text(encoding="utf-8") + (folder / f"{name}.cu").read_text(encoding="utf-8")
 
 
-def item_columns(layout: Layout) -> int:
-    """Columns that a warp takes at a time (ICOLS in the sources)."""
-    bits = layout.bits
-    return 512 if bits <= 2 else 256 if bits <= 4 else 128
-
-
-def stage_bytes(layout: Layout) -> int:
-    """Bytes of one stage of a warp's ring (STAGE_BYTES in the sources)."""
-    across = item_columns(layout)
-    row = 112 if layout.bits == 3 else across * layout.bits // 8
-    group = layout.group
-    groups = 1 if group % across == 0 else across // group if across % group == 0 else across // group + 2
-    scalar_words = (groups * layout.scalars + (2 if layout.scalars % 2 else 1)) // 2
-    zero_words = (groups * layout.bits + 62) // 32 + 1 if layout.asymmetric else 0
-    planes = 2 if layout.kind == 0 else 1
-    return -(-(planes * 16 * row + 64 * (scalar_words + zero_words)) // 16) * 16
-
-
 def plan_gemv(layout: Layout, rows: int, columns: int, processors: int, memory: int) -> Launch:
     """Launch of `gemv` on a device with `processors` multiprocessors of `memory` bytes of shared memory.
 
     Columns of x are cut into the fewest equal chunks that fit; the ring gets up to four stages of what is left.
     """
-    item, stage = item_columns(layout), stage_bytes(layout)
+    item, stage = layout.item_columns, layout.stage_bytes
     tiles, across = -(-rows // 16), -(-columns // item)
     grid = min(tiles, processors)
     per_round = max(1, min(-(-tiles // grid), memory // 512 // across))
@@ -106,16 +88,16 @@ def plan_gemv(layout: Layout, rows: int, columns: int, processors: int, memory: 
 
 def plan_small(layout: Layout, rows: int, columns: int, tokens: int, processors: int, memory: int) -> Launch:
     """Launch of `small` for `tokens` vectors (8, 16 or 32 after rounding up); as `plan_gemv`."""
-    threads, item, stage = 256, item_columns(layout), stage_bytes(layout)
-    warps, tiles, across = threads // 32, -(-rows // 16), -(-columns // item)
+    item, stage = layout.item_columns, layout.stage_bytes
+    tiles, across = -(-rows // 16), -(-columns // item)
     grid = min(tiles, processors)
     per_round = min(-(-tiles // grid), 8)
     for chunks in range(1, across + 1):
         chunk = -(-across // chunks) * item
         marks = chunk * 2 + -(-chunk // 512) * 16 if layout.kind == 0 else 0
-        sums = (2 * warps + per_round) * 16 * tokens * 4
-        for depth in (4, 3, 2):
-            shared = chunk * tokens * 2 + marks + sums + warps * depth * stage
+        for threads, depth in ((256, 4), (256, 3), (256, 2), (128, 2)):
+            sums = (2 * threads // 32 + per_round) * 16 * (tokens + 1) * 4
+            shared = chunk * tokens * 2 + marks + sums + threads // 32 * depth * stage
             if shared <= memory:
                 return Launch(grid, threads, depth, chunk, per_round, shared)
     raise ValueError(f"no plan for {rows} x {columns} in {memory} bytes of shared memory")
@@ -127,12 +109,17 @@ def _device_limits(index: int) -> tuple[int, int]:
     return properties.multi_processor_count, properties.shared_memory_per_block_optin
 
 
+def _starts_early(index: int) -> bool:
+    """Whether the device has programmatic dependent launch."""
+    return torch.cuda.get_device_capability(index) >= (9, 0)
+
+
 @lru_cache(maxsize=4096)
 def _prepared(
     name: str, layout: Layout, rows: int, columns: int, tokens: int, bfloat: bool, index: int
 ) -> tuple[Kernel, Launch]:
     processors, memory = _device_limits(index)
-    options = [*layout.defines(), f"-DBF16={int(bfloat)}"]
+    options = [*layout.defines(), f"-DBF16={int(bfloat)}", f"-DEARLY={int(_starts_early(index))}"]
     if name == "decode":
         launch = Launch(processors * 8, 256, 0, 0, 0, 0)
     elif name == "gemv":
@@ -154,11 +141,16 @@ def _weight(layout: Layout, tensors: list[Tensor], rows: int, columns: int) -> _
     return _Weight(*pointers, rows, columns, layout.width, layout.groups)
 
 
+def _aligned(tensors: list[Tensor]) -> list[Tensor]:
+    """The tensors, copied where they start at no multiple of 16 bytes (views into a larger buffer may)."""
+    return [tensor if tensor.data_ptr() % 16 == 0 else tensor.clone() for tensor in tensors]
+
+
 def _layout_fields(layout: Layout) -> list[int]:
     return [int(value) for value in astuple(layout)[:-1]]
 
 
-def _layout_from(fields: list[int], tensors: list[Tensor]) -> Layout:
+def _layout_from(fields: list[int]) -> Layout:
     kind, bits, scalars, asymmetric, group, width, groups = fields
     names = {0: ("c", "2", "m", "s", ""), 1: ("c", "", "", "s", ""), 2: ("c", "", "", "s", "z" if asymmetric else "")}
     return Layout(kind, bits, scalars, bool(asymmetric), group, width, groups, names[kind])
@@ -169,7 +161,7 @@ def packed_product(
     x: Tensor, tensors: list[Tensor], bias: Tensor | None, layout: list[int], rows: int, columns: int
 ) -> Tensor:
     """x (m, columns), 1 <= m <= 32, contiguous, times the packed weight: (m, rows). See the top of this file."""
-    described = _layout_from(layout, tensors)
+    described, tensors = _layout_from(layout), _aligned(tensors)
     m, bfloat = x.shape[0], x.dtype == torch.bfloat16
     out = torch.empty(m, rows, dtype=x.dtype, device=x.device)
     with torch.cuda.device(x.device):
@@ -181,7 +173,11 @@ def packed_product(
         if m > 1:
             sizes.insert(0, ctypes.c_int(m))
         run.launch(
-            launch.grid, launch.threads, launch.shared, [_pointer(x), weight, _pointer(bias), _pointer(out), *sizes]
+            launch.grid,
+            launch.threads,
+            launch.shared,
+            [_pointer(x), weight, _pointer(bias), _pointer(out), *sizes],
+            early=_starts_early(x.device.index),
         )
     return out
 
@@ -194,7 +190,7 @@ def _(x: Tensor, tensors: list[Tensor], bias: Tensor | None, layout: list[int], 
 @torch.library.custom_op("whit::decoded_weight", mutates_args=(), device_types="cuda")
 def decoded_weight(tensors: list[Tensor], layout: list[int], rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     """The dense weight (rows, columns) in float16 or bfloat16: `unpack().to(dtype)`, value for value."""
-    described = _layout_from(layout, tensors)
+    described, tensors = _layout_from(layout), _aligned(tensors)
     device = tensors[0].device
     out = torch.empty(rows, columns, dtype=dtype, device=device)
     with torch.cuda.device(device):
@@ -210,6 +206,7 @@ def _(tensors: list[Tensor], layout: list[int], rows: int, columns: int, dtype: 
     return tensors[0].new_empty(rows, columns, dtype=dtype)
 
 
+@torch.compiler.assume_constant_result  # type: ignore[misc]
 @lru_cache(maxsize=16)
 def _device_works(index: int) -> bool:
     """Whether kernels can be compiled for a device; says once why not."""

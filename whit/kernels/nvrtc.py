@@ -13,12 +13,31 @@ import tempfile
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from whit.errors import WhitError
 
 _MAX_DYNAMIC_SHARED_MEMORY = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+
+
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute: a number, padding, and a value of 64 bytes of which the first int is used."""
+
+    _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int), ("rest", ctypes.c_byte * 60))
+
+
+class _Config(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = (
+        *((name, ctypes.c_uint) for name in ("grid_x", "grid_y", "grid_z", "block_x", "block_y", "block_z", "shared")),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("attribute_count", ctypes.c_uint),
+    )
 
 
 class CompilationError(WhitError):
@@ -122,7 +141,15 @@ class Kernel:
         found = _driver().cuModuleGetFunction(ctypes.byref(self._function), self._module, name.encode())
         _check(found, f"find the kernel {name!r}")
 
-    def launch(self, grid: int, threads: int, shared: int, arguments: Sequence[ctypes._SimpleCData[object]]) -> None:
+    def launch(
+        self,
+        grid: int,
+        threads: int,
+        shared: int,
+        arguments: Sequence[ctypes._SimpleCData[Any] | ctypes.Structure],
+        *,
+        early: bool = False,
+    ) -> None:
         """Enqueue on the current stream; returns at once.
 
         Args:
@@ -130,6 +157,7 @@ class Kernel:
             threads: per block.
             shared: bytes of dynamic shared memory per block.
             arguments: ctypes values in the order of the kernel's parameters.
+            early: let it start while the kernel before it ends (the kernel then waits by itself; needs Hopper).
         """
         if shared > self._shared:
             status = _driver().cuFuncSetAttribute(self._function, _MAX_DYNAMIC_SHARED_MEMORY, shared)
@@ -137,7 +165,9 @@ class Kernel:
             self._shared = shared
         pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(value) for value in arguments))
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        status = _driver().cuLaunchKernel(self._function, grid, 1, 1, threads, 1, 1, shared, stream, pointers, None)
+        attribute = _Attribute(id=_PROGRAMMATIC_STREAM_SERIALIZATION, value=1)
+        config = _Config(grid, 1, 1, threads, 1, 1, shared, stream, ctypes.pointer(attribute), int(early))
+        status = _driver().cuLaunchKernelEx(ctypes.byref(config), self._function, pointers, None)
         _check(status, "launch a kernel")
 
 

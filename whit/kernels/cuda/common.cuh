@@ -1,8 +1,9 @@
 // Shared by the kernels of this folder. Compiled by NVRTC without any header, for compute capability 8.0 and above.
 //
 // A kernel is compiled for one layout: KIND (0 binary-residual, 1 level-table, 2 grouped-integer), BITS, NS (16-bit
-// scalars per group), ASYM, GROUP (columns per group; a huge number for "whole row"), BF16 (type of x, bias and y)
-// and ALIGN (16, 4 or 1: what the width of a packed row in bytes is a multiple of).
+// scalars per group), ASYM, GROUP (columns per group; a huge number for "whole row"), BF16 (type of x, bias and y),
+// ALIGN (16, 4 or 1: what the width of a packed row in bytes is a multiple of) and PIECE (16, 8 or 4: bytes in which the
+// scalars of an item's row can be copied; 2 if they may start at any half).
 // The tensors are read exactly as they are stored: nothing is repacked.
 
 typedef unsigned char u8;
@@ -61,6 +62,15 @@ __device__ __forceinline__ void copy4(void* shared, const u8* source, int valid)
 __device__ __forceinline__ void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int LEFT> __device__ __forceinline__ void copies_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory"); }
 
+// Programmatic dependent launch: a kernel launched with that attribute may start before the one ahead of it in the stream
+// has ended, and must touch no memory (but for L2 prefetches) until this returns.
+__device__ __forceinline__ void wait_for_previous_kernel() {
+#if EARLY
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 __device__ __forceinline__ u32 funnel_right(u32 low, u32 high, int shift) { return __funnelshift_r(low, high, shift); }
 
 // ---- An item: 16 rows x ICOLS columns of codes with their scalars, staged in shared memory by one warp -------------
@@ -70,7 +80,8 @@ __device__ __forceinline__ u32 funnel_right(u32 low, u32 high, int shift) { retu
 #define ROW_STRIDE (CODE_BITS == 3 ? 112 : ROW_BYTES)
 #define ROW_CHUNKS (ROW_BYTES / 16)
 #define GROUPS_IN_ITEM (GROUP % ICOLS == 0 ? 1 : ICOLS % GROUP == 0 ? ICOLS / GROUP : ICOLS / GROUP + 2)
-#define SCALAR_WORDS ((GROUPS_IN_ITEM * NS + (NS % 2 ? 2 : 1)) / 2)  // an odd start costs one more half
+#define REGULAR (GROUP % ICOLS == 0 || ICOLS % GROUP == 0)       // an item starts with a group
+#define SCALAR_WORDS (PIECE > 2 ? GROUPS_IN_ITEM * NS / 2 : (GROUPS_IN_ITEM * NS + (NS % 2 ? 2 : 1)) / 2)  // an odd start costs one more half
 #define ZERO_WORDS (ASYM ? (GROUPS_IN_ITEM * BITS + 62) / 32 + 1 : 0)
 #define PLANE_BYTES (16 * ROW_STRIDE)
 #define STAGE_BYTES ((PLANES * PLANE_BYTES + 16 * 4 * (SCALAR_WORDS + ZERO_WORDS) + 15) / 16 * 16)
@@ -90,24 +101,53 @@ __device__ __forceinline__ int chunk_place(int row, int chunk) {
     return row * 128 + ((chunk ^ row) & 7) * 16;
 }
 
+template <int BYTES> __device__ __forceinline__ void copy_whole(u8* shared, const u8* source) {
+    if (BYTES == 16)
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)), "l"(source) : "memory");
+    else
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared_address(shared)), "l"(source), "n"(BYTES < 4 ? 4 : BYTES) : "memory");
+}
+
 __device__ __forceinline__ void stage_item(u8* stage, const Weight& w, int row0, int column0, int lane) {
     const int byte0 = column0 / 8 * CODE_BITS;
+    const bool full = row0 + 16 <= w.rows && column0 + ICOLS <= w.columns;
+    if (ALIGN == 16 && full) {
 #pragma unroll
-    for (int plane = 0; plane < PLANES; plane++)
+        for (int plane = 0; plane < PLANES; plane++) {
+            const u8* from = w.codes[plane] + (size_t)row0 * w.width + byte0;
 #pragma unroll
-        for (int i = 0; i < (16 * ROW_CHUNKS) / 32; i++) {
-            int index = lane + 32 * i, row = index / ROW_CHUNKS, chunk = index % ROW_CHUNKS;
-            int from = min(row0 + row, w.rows - 1), offset = byte0 + chunk * 16;
-            int valid = w.width - offset;
-            copy16(stage + plane * PLANE_BYTES + chunk_place(row, chunk), w.codes[plane] + (size_t)from * w.width + (valid > 0 ? offset : 0), valid);
+            for (int i = 0; i < (16 * ROW_CHUNKS) / 32; i++) {
+                int index = lane + 32 * i, row = index / ROW_CHUNKS, chunk = index % ROW_CHUNKS;
+                copy_whole<16>(stage + plane * PLANE_BYTES + chunk_place(row, chunk), from + (u32)(row * w.width + chunk * 16));
+            }
         }
-    const int group0 = column0 / GROUP;
+    } else {
+#pragma unroll
+        for (int plane = 0; plane < PLANES; plane++)
+#pragma unroll 1
+            for (int i = 0; i < (16 * ROW_CHUNKS) / 32; i++) {
+                int index = lane + 32 * i, row = index / ROW_CHUNKS, chunk = index % ROW_CHUNKS;
+                int from = min(row0 + row, w.rows - 1), offset = byte0 + chunk * 16;
+                int valid = w.width - offset;
+                copy16(stage + plane * PLANE_BYTES + chunk_place(row, chunk), w.codes[plane] + (size_t)from * w.width + (valid > 0 ? offset : 0), valid);
+            }
+    }
+    const int group0 = GROUP >= (1 << 30) ? 0 : column0 / GROUP;
     u32* scalars = (u32*)(stage + PLANES * PLANE_BYTES);
     const long long scalar_end = (long long)w.rows * w.groups * (NS * 2);
+    if (PIECE > 2 && full) {
+        const u8* from = w.scalars + ((size_t)row0 * w.groups + group0) * (NS * 2);
+        constexpr int ACROSS = GROUPS_IN_ITEM * NS * 2 / PIECE > 0 ? GROUPS_IN_ITEM * NS * 2 / PIECE : 1;
 #pragma unroll
-    for (int i = 0; i < (16 * SCALAR_WORDS + 31) / 32; i++) {
-        int index = lane + 32 * i, row = index / SCALAR_WORDS, word = index % SCALAR_WORDS;
-        if (16 * SCALAR_WORDS % 32 == 0 || row < 16) {
+        for (int i = 0; i < (16 * ACROSS + 31) / 32; i++) {
+            int index = lane + 32 * i, row = index / ACROSS, piece = index % ACROSS;
+            if (16 * ACROSS % 32 == 0 || row < 16)
+                copy_whole<PIECE>((u8*)scalars + index * PIECE, from + (u32)(row * w.groups * (NS * 2) + piece * PIECE));
+        }
+    } else {
+#pragma unroll 1
+        for (int index = lane; index < 16 * SCALAR_WORDS; index += 32) {
+            const int row = index / SCALAR_WORDS, word = index % SCALAR_WORDS;
             long long offset = (((long long)min(row0 + row, w.rows - 1) * w.groups + group0) * (NS * 2) & ~3ll) + 4 * word;
             long long valid = scalar_end - offset;
             copy4(scalars + index, w.scalars + (valid > 0 ? offset : 0), valid > 4 ? 4 : (int)valid);
@@ -116,11 +156,12 @@ __device__ __forceinline__ void stage_item(u8* stage, const Weight& w, int row0,
 #if ASYM
     u32* zeros = scalars + 16 * SCALAR_WORDS;
     const long long zero_end = ((long long)w.rows * w.groups + 7) / 8 * BITS;
+    const long long zero_start = ((long long)row0 * w.groups + group0) * BITS;
 #pragma unroll
     for (int i = 0; i < (16 * ZERO_WORDS + 31) / 32; i++) {
         int index = lane + 32 * i, row = index / ZERO_WORDS, word = index % ZERO_WORDS;
         if (row < 16) {
-            long long offset = ((((long long)min(row0 + row, w.rows - 1) * w.groups + group0) * BITS >> 5) + word) * 4;
+            long long offset = ((zero_start + min(row, w.rows - 1 - row0) * w.groups * BITS >> 5) + word) * 4;
             long long valid = zero_end - offset;
             copy4(zeros + index, w.zeros + (valid > 0 ? offset : 0), valid > 4 ? 4 : (int)valid);
         }
@@ -131,12 +172,29 @@ __device__ __forceinline__ void stage_item(u8* stage, const Weight& w, int row0,
 
 // Scalar j of local group `group` for staged row `row`; `parity` as odd_start gives it.
 __device__ __forceinline__ int odd_start(const Weight& w, int row, int group0) {
-    return NS % 2 ? ((min(row, w.rows - 1) * w.groups + group0) & 1) : 0;
+    return PIECE == 2 && NS % 2 ? ((min(row, w.rows - 1) * w.groups + group0) & 1) : 0;
 }
 __device__ __forceinline__ float staged_scalar(const u8* stage, int row, int parity, int group, int j) {
     const u16* halves = (const u16*)(stage + PLANES * PLANE_BYTES) + row * SCALAR_WORDS * 2;
     return float_of_half(halves[parity + group * NS + j]);
 }
+// Asks L2 for the codes of an item; allowed before `wait_for_previous_kernel`, since L2 sees every later write.
+__device__ __forceinline__ void prefetch_item(const Weight& w, int row0, int column0, int lane) {
+#if EARLY
+    if (row0 < w.rows && lane < 16 * PLANES) {
+        const u8* codes = PLANES == 2 && lane >= 16 ? w.codes[1] : w.codes[0];
+        asm volatile("prefetch.global.L2 [%0];" ::"l"(codes + (size_t)min(row0 + lane % 16, w.rows - 1) * w.width + column0 / 8 * CODE_BITS));
+    }
+#endif
+}
+
+// Which of the item's groups holds column `offset` of the item: known to the compiler when loops are unrolled.
+__device__ __forceinline__ int group_of(int column0, int offset) {
+    if (REGULAR) return GROUP % ICOLS == 0 ? 0 : offset / GROUP;
+    return (column0 + offset) / GROUP - column0 / GROUP;
+}
+__device__ __forceinline__ float low_half(u32 word) { return float_of_half((u16)word); }
+__device__ __forceinline__ float high_half(u32 word) { return float_of_half((u16)(word >> 16)); }
 __device__ __forceinline__ float staged_zero(const u8* stage, const Weight& w, int row, int row0, int group0, int group) {
 #if ASYM
     const u32* zeros = (const u32*)(stage + PLANES * PLANE_BYTES) + 16 * SCALAR_WORDS + row * ZERO_WORDS;

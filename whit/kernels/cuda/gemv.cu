@@ -27,22 +27,16 @@ __device__ __forceinline__ void product(int (&c)[4], u32 a0, u32 a1, u32 a2, u32
 }
 
 // Limbs of one block of 128 columns of x, by one warp: words [2][lane of the product][4], and per flush and lane-in-quad
-// the pair (factor of the sums, sum of x).
-__device__ __forceinline__ void stage_x(u32* limbs, float2* factors, const u16* x, const u8* salient, int column0, int columns, int lane) {
+// the pair (factor of the sums, sum of x). value[j] is column `column_of(lane / 8, lane / 2 % 4, lane % 2, j)`.
+__device__ __forceinline__ void stage_block(u32* limbs, float2* factors, const float (&value)[4], u32 marked, int lane) {
     const int step = lane >> 3, q = lane >> 1 & 3, half = lane & 1;
-    float value[4];
-    u32 largest = 0, marked = 0;
+    u32 largest = 0;
 #pragma unroll
-    for (int j = 0; j < 4; j++) {
-        int column = column0 + column_of(step, q, half, j);
-        value[j] = column < columns ? float_of_x(x[column]) : 0.0f;
-        largest = max(largest, __float_as_uint(value[j]) & 0x7fffffffu);
-        if (KIND == BINARY_RESIDUAL && column < columns && (salient[column >> 3] >> (column & 7) & 1)) marked |= 0xffu << (8 * j);
-    }
+    for (int j = 0; j < 4; j++) largest = max(largest, __float_as_uint(value[j]) & 0x7fffffffu);
     largest = __reduce_max_sync(0xffffffffu, largest);
     const float magnitude = __uint_as_float(largest);
     const bool tiny = magnitude < 1e-30f;  // (false for NaN, which must reach the result)
-    const float up = tiny ? 0.0f : 491520.0f / magnitude, down = tiny ? 0.0f : magnitude * (1.0f / 491520.0f);
+    const float up = tiny ? 0.0f : __fdividef(491520.0f, magnitude), down = tiny ? 0.0f : magnitude * (1.0f / 491520.0f);
     u32 word[4] = {0, 0, 0, 0};
     int sum = 0, marked_sum = 0;
 #pragma unroll
@@ -70,57 +64,97 @@ __device__ __forceinline__ void stage_x(u32* limbs, float2* factors, const u16* 
             factors[flush * 4 + lane] = make_float2(down / UNIT * (lane & 1 ? 1.0f : 1024.0f), lane == 1 ? ordinary : lane == 3 ? marks : 0.0f);
     }
 }
-
-// base and deltas of one row and group, for the half of the quad that looks after ordinary or marked columns.
-__device__ __forceinline__ void coefficients(float& base, float (&delta)[3], const u8* stage, const Weight& w, int row, int row0, int group0, int parity, int group, bool marks) {
-    if (KIND == BINARY_RESIDUAL) {
-        float v0, v1, v2, v3;
-        if (NS == 7) {
-            const int at = marks ? 4 : 0;
-            v0 = staged_scalar(stage, row, parity, group, at);
-            v1 = staged_scalar(stage, row, parity, group, at + 1);
-            v2 = staged_scalar(stage, row, parity, group, at + 2);
-            v3 = staged_scalar(stage, row, parity, group, 3);
-        } else {
-            const int at = marks ? 2 : 0;
-            v0 = 0.0f;
-            v1 = staged_scalar(stage, row, parity, group, at);
-            v2 = marks ? staged_scalar(stage, row, parity, group, 3) : 0.0f;
-            v3 = staged_scalar(stage, row, parity, group, 1);
+__device__ __forceinline__ void stage_x(u32* limbs, float2* factors, const u16* x, const u8* salient, int column0, int blocks, int columns, int warp, int lane) {
+    constexpr int BATCH = 4;  // blocks whose loads are in flight together
+    for (int first = warp; first < blocks; first += WARPS * BATCH) {
+        float value[BATCH][4];
+        u32 marked[BATCH];
+#pragma unroll
+        for (int i = 0; i < BATCH; i++) {
+            marked[i] = 0;
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                const int block = first + i * WARPS, column = column0 + block * 128 + column_of(lane >> 3, lane >> 1 & 3, lane & 1, j);
+                const bool there = block < blocks && column < columns;
+                value[i][j] = there ? float_of_x(x[column]) : 0.0f;
+                if (KIND == BINARY_RESIDUAL && there && (salient[column >> 3] >> (column & 7) & 1)) marked[i] |= 0xffu << (8 * j);
+            }
         }
-        base = v0 - v1;
-        delta[0] = 2.0f * v1;
-        delta[1] = marks ? 2.0f * v2 : (v2 - v3) - base;
-        delta[2] = marks ? 0.0f : 2.0f * (v3 - v1);
-        if (marks) base -= v2;
-    } else if (KIND == LEVEL_TABLE) {
-        base = staged_scalar(stage, row, parity, group, 0);
-        float one = staged_scalar(stage, row, parity, group, 1);
-        delta[0] = one - base;
-        if (BITS == 2) {  // the second bit and the product of both stand at twice the weight of the first
-            float two = staged_scalar(stage, row, parity, group, 2), three = staged_scalar(stage, row, parity, group, 3);
-            delta[1] = 0.5f * (two - base);
-            delta[2] = 0.5f * ((three - two) - delta[0]);
+#pragma unroll
+        for (int i = 0; i < BATCH; i++) {
+            const int block = first + i * WARPS;
+            if (block < blocks) stage_block(limbs + block * 256, factors + block * FLUSHES * 4, value[i], marked[i], lane);
         }
-    } else {
-        float scale = staged_scalar(stage, row, parity, group, 0);
-        if (!ASYM && BITS == 1) scale *= 2.0f;
-        base = -scale * staged_zero(stage, w, row, row0, group0, group);
-        delta[0] = scale;
     }
 }
 
+// What one row and group adds: sums s[p] of the planes (in units of x), `total` the sum of x, per lane its share of both.
+// Written so that every scalar is multiplied once, by a combination of sums.
+__device__ __forceinline__ float group_value(const int (&c)[SUMS][4], int h, float2 factor, const u8* stage, const Weight& w, int row, int row0, int column0, int parity, int group, bool marks) {
+    float s[SUMS];
+#pragma unroll
+    for (int p = 0; p < SUMS; p++) s[p] = factor.x * (float)(c[p][2 * h] * 32 + c[p][2 * h + 1]);
+    const float total = factor.y;
+    const u32* words = (const u32*)(stage + PLANES * PLANE_BYTES) + row * SCALAR_WORDS;
+    float v[4];
+    if (KIND == BINARY_RESIDUAL) {
+        const float other = marks ? 0.0f : 2.0f * s[2 % SUMS] - s[1 % SUMS];  // sum of sign over the second group
+        const float first = 2.0f * s[0] - total - other;                  // of sign over the first group; marked: of the first sign
+        const float second = marks ? 2.0f * s[1 % SUMS] - total : s[1 % SUMS];    // sum over the second group; marked: of the second sign
+        if (NS == 7) {
+            if (PIECE > 2) {
+                const u32* from = words + (group * 7) / 2 + (marks ? 2 : 0);
+                if (group % 2 == 0) {
+                    v[0] = low_half(from[0]), v[1] = high_half(from[0]), v[2] = low_half(from[1]), v[3] = high_half(from[1]);
+                } else {
+                    v[0] = high_half(from[0]), v[1] = low_half(from[1]), v[2] = high_half(from[1]), v[3] = low_half(from[2]);
+                }
+            } else {
+#pragma unroll
+                for (int i = 0; i < 4; i++) v[i] = staged_scalar(stage, row, parity, group, (marks && i < 3 ? 4 : 0) + i);
+            }
+            if (marks) v[3] = 0.0f;
+            return v[0] * (marks ? total : total - s[1 % SUMS]) + v[1] * first + (v[2] * second + v[3] * other);
+        }
+        const u32 pair = PIECE > 2 ? words[group * 2 + marks] : 0;
+        v[0] = PIECE > 2 ? low_half(pair) : staged_scalar(stage, row, parity, group, 2 * marks);
+        v[1] = PIECE > 2 ? high_half(pair) : staged_scalar(stage, row, parity, group, 2 * marks + 1);
+        return v[0] * first + v[1] * (marks ? second : other);
+    }
+    if (KIND == LEVEL_TABLE && BITS == 1) {
+        const u32 pair = PIECE > 2 ? words[group] : 0;
+        v[0] = PIECE > 2 ? low_half(pair) : staged_scalar(stage, row, parity, group, 0);
+        v[1] = PIECE > 2 ? high_half(pair) : staged_scalar(stage, row, parity, group, 1);
+        return v[0] * (total - s[0]) + v[1] * s[0];
+    }
+    if (KIND == LEVEL_TABLE) {
+        if (PIECE > 2) {
+            const uint2 four = *(const uint2*)(words + group * 2);
+            v[0] = low_half(four.x), v[1] = high_half(four.x), v[2] = low_half(four.y), v[3] = high_half(four.y);
+        } else {
+#pragma unroll
+            for (int i = 0; i < 4; i++) v[i] = staged_scalar(stage, row, parity, group, i);
+        }
+        const float both = 0.5f * s[2 % SUMS];  // these two planes stand at twice the weight of the first
+        const float high = 0.5f * s[1 % SUMS] - both, low = s[0] - both;
+        return v[0] * (total - s[0] - high) + v[1] * low + (v[2] * high + v[3] * both);
+    }
+    const float scale = staged_scalar(stage, row, parity, group, 0);
+    return scale * (!ASYM && BITS == 1 ? 2.0f : 1.0f) * (s[0] - staged_zero(stage, w, row, row0, GROUP >= (1 << 30) ? 0 : column0 / GROUP, group) * total);
+}
+
+template <bool FULL>
 __device__ __forceinline__ void item_sums(float (&y)[2], const u8* stage, const u32* limbs, const float2* factors, const Weight& w, int row0, int column0, int lane) {
-    const int r = lane >> 2, q = lane & 3, group0 = column0 / GROUP;
+    const int r = lane >> 2, q = lane & 3, group0 = GROUP >= (1 << 30) ? 0 : column0 / GROUP;
     const int parity[2] = {odd_start(w, row0 + r, group0), odd_start(w, row0 + r + 8, group0)};
     y[0] = y[1] = 0.0f;
 #pragma unroll
     for (int block = 0; block < BLOCKS; block++) {
-        if (column0 + block * 128 >= w.columns) break;
+        if (!FULL && column0 + block * 128 >= w.columns) break;
         const uint4* pairs = (const uint4*)(limbs + block * 256) + lane;
 #pragma unroll
         for (int flush = 0; flush < FLUSHES; flush++) {
-            if (FINE && column0 + block * 128 + flush * 64 >= w.columns) break;
+            if (!FULL && FINE && column0 + block * 128 + flush * 64 >= w.columns) break;
             int c[SUMS][4];
 #pragma unroll
             for (int p = 0; p < SUMS; p++) c[p][0] = c[p][1] = c[p][2] = c[p][3] = 0;
@@ -182,19 +216,21 @@ __device__ __forceinline__ void item_sums(float (&y)[2], const u8* stage, const 
                 }
             }
             const float2 factor = factors[(block * FLUSHES + flush) * 4 + q];
-            const int group = (column0 + block * 128 + flush * 64) / GROUP - group0;
+            const int group = group_of(column0, block * 128 + flush * 64);
 #pragma unroll
-            for (int h = 0; h < 2; h++) {
-                float base, delta[3];
-                coefficients(base, delta, stage, w, r + 8 * h, row0, group0, parity[h], group, KIND == BINARY_RESIDUAL && q >= 2);
-                float sum = delta[0] * (float)(c[0][2 * h] * 32 + c[0][2 * h + 1]);
-#pragma unroll
-                for (int p = 1; p < SUMS; p++) sum += delta[p] * (float)(c[p][2 * h] * 32 + c[p][2 * h + 1]);
-                y[h] += base * factor.y + factor.x * sum;
-            }
+            for (int h = 0; h < 2; h++)
+                y[h] += group_value(c, h, factor, stage, w, r + 8 * h, row0, column0, parity[h], group, KIND == BINARY_RESIDUAL && q >= 2);
         }
     }
 }
+
+// The items of a warp: numbers warp, warp + WARPS, ... of the row tiles of a round, each `across` items wide.
+struct Place {
+    int tile, column;
+    __device__ __forceinline__ void settle(int across) {
+        while (column >= across) column -= across, tile++;
+    }
+};
 
 extern "C" __global__ void __launch_bounds__(THREADS, 1)
 gemv(const u16* x, Weight w, const u16* bias, u16* y, int chunk_columns, int tiles_per_round) {
@@ -206,44 +242,56 @@ gemv(const u16* x, Weight w, const u16* bias, u16* y, int chunk_columns, int til
     u8* ring = (u8*)(factors + chunk_blocks * FLUSHES * 4) + warp * (DEPTH * STAGE_BYTES);
     float* partial = (float*)((u8*)(factors + chunk_blocks * FLUSHES * 4) + WARPS * (DEPTH * STAGE_BYTES));
     const int tiles = (w.rows + 15) / 16, items_across = (w.columns + ICOLS - 1) / ICOLS, chunk_items = chunk_columns / ICOLS;
+    bool waited = false;
 
     for (int first = blockIdx.x; first < tiles; first += gridDim.x * tiles_per_round) {
         const int mine = min(tiles_per_round, (tiles - first + (int)gridDim.x - 1) / (int)gridDim.x);
         for (int begin = 0; begin < items_across; begin += chunk_items) {
-            const int across = min(chunk_items, items_across - begin), items = mine * across;
-            // The first items are on their way before x is looked at.
-            for (int ahead = 0; ahead < DEPTH - 1; ahead++) {
-                const int item = warp + WARPS * ahead;
-                if (item < items)
-                    stage_item(ring + ahead * STAGE_BYTES, w, (first + item / across * gridDim.x) * 16, (begin + item % across) * ICOLS, lane);
-                else
+            const int across = min(chunk_items, items_across - begin);
+            Place ahead = {0, warp}, place = {0, warp};
+            ahead.settle(across);
+            auto load = [&](int slot) {
+                if (ahead.tile < mine) {
+                    stage_item(ring + slot * STAGE_BYTES, w, (first + ahead.tile * (int)gridDim.x) * 16, (begin + ahead.column) * ICOLS, lane);
+                    ahead.column += WARPS;
+                    ahead.settle(across);
+                } else {
                     copies_commit();
+                }
+            };
+            if (!waited) {
+                prefetch_item(w, (first + ahead.tile * (int)gridDim.x) * 16, ahead.column * ICOLS, lane);
+                wait_for_previous_kernel();
+                waited = true;
             }
+#pragma unroll 1
+            for (int slot = 0; slot < DEPTH - 1; slot++) load(slot);
             if (items_across > chunk_items || first == blockIdx.x) {
                 if (items_across > chunk_items) __syncthreads();
-                for (int block = warp; block < across * BLOCKS; block += WARPS)
-                    stage_x(limbs + block * 256, factors + block * FLUSHES * 4, x, w.salient, begin * ICOLS + block * 128, w.columns, lane);
+                stage_x(limbs, factors, x, w.salient, begin * ICOLS, across * BLOCKS, w.columns, warp, lane);
                 __syncthreads();
             }
             int slot = 0;
-            for (int item = warp; item < items; item += WARPS) {
-                const int next = item + WARPS * (DEPTH - 1), next_slot = slot == 0 ? DEPTH - 1 : slot - 1;
-                if (next < items)
-                    stage_item(ring + next_slot * STAGE_BYTES, w, (first + next / across * gridDim.x) * 16, (begin + next % across) * ICOLS, lane);
-                else
-                    copies_commit();
+            for (place.settle(across); place.tile < mine; place.column += WARPS, place.settle(across)) {
+                load(slot == 0 ? DEPTH - 1 : slot - 1);
                 copies_wait<DEPTH - 1>();
                 __syncwarp();
-                const int column = item % across;
+                const int row0 = (first + place.tile * (int)gridDim.x) * 16, column0 = (begin + place.column) * ICOLS;
+                const u8* stage = ring + slot * STAGE_BYTES;
+                const u32* item_limbs = limbs + place.column * (BLOCKS * 256);
+                const float2* item_factors = factors + place.column * (BLOCKS * FLUSHES * 4);
                 float sums[2];
-                item_sums(sums, ring + slot * STAGE_BYTES, limbs + column * BLOCKS * 256, factors + column * BLOCKS * FLUSHES * 4, w, (first + item / across * gridDim.x) * 16, (begin + column) * ICOLS, lane);
+                if (column0 + ICOLS <= w.columns)
+                    item_sums<true>(sums, stage, item_limbs, item_factors, w, row0, column0, lane);
+                else
+                    item_sums<false>(sums, stage, item_limbs, item_factors, w, row0, column0, lane);
 #pragma unroll
                 for (int h = 0; h < 2; h++) {
                     sums[h] += __shfl_xor_sync(0xffffffffu, sums[h], 1);
                     if (KIND == BINARY_RESIDUAL) sums[h] += __shfl_xor_sync(0xffffffffu, sums[h], 2);
                 }
                 if (lane % 4 == 0) {
-                    float* out = partial + ((item / across) * items_across + begin + column) * 16 + lane / 4;
+                    float* out = partial + (place.tile * items_across + begin + place.column) * 16 + lane / 4;
                     out[0] = sums[0];
                     out[8] = sums[1];
                 }
@@ -253,13 +301,14 @@ gemv(const u16* x, Weight w, const u16* bias, u16* y, int chunk_columns, int til
         }
         __syncthreads();
         for (int index = threadIdx.x; index < mine * 16; index += THREADS) {
-            const int tile = index / 16, row = (first + tile * gridDim.x) * 16 + index % 16;
+            const int tile = index / 16, row = (first + tile * (int)gridDim.x) * 16 + index % 16;
             if (row < w.rows) {
                 float total = bias ? float_of_x(bias[row]) : 0.0f;
+#pragma unroll 8
                 for (int i = 0; i < items_across; i++) total += partial[(tile * items_across + i) * 16 + index % 16];
                 y[row] = x_of_float(total);
             }
         }
-        __syncthreads();
+        if (first + (int)gridDim.x * tiles_per_round < tiles) __syncthreads();
     }
 }

@@ -10,6 +10,7 @@
 
 #define TABLE (KIND != GROUPED_INTEGER || BITS <= 2)
 #define TOKENS (8 * TILES)
+#define CELLS (16 * (TOKENS + 1))  // results of a row tile; one more per row keeps its columns in different banks
 #define RUN (FINE && CODE_BITS == 1 ? 16 : CODE_BITS <= 1 ? 32 : CODE_BITS <= 3 ? 16 : CODE_BITS == 4 ? 8 : 4)
 #define PARTS (32 / RUN)   // runs of consecutive columns that one lane contributes to a block of 128
 #define STEPS (8 / PARTS)  // products per run
@@ -87,21 +88,22 @@ __device__ __forceinline__ void integers_of(u32& low, u32& high, u32 codes, u32 
 #endif
 }
 
-__device__ __forceinline__ void item_products(float (&y)[TILES][4], const u8* stage, const u32* xs, const u32* masks, const u32* flags, const Weight& w, int row0, int column0, int lane) {
-    const int r = lane >> 2, q = lane & 3, group0 = column0 / GROUP;
+template <bool FULL>
+__device__ __forceinline__ void item_products(float (&y)[2][TILES][4], const u8* stage, const u32* xs, const u32* masks, const u32* flags, const Weight& w, int row0, int column0, int lane) {
+    const int r = lane >> 2, q = lane & 3, group0 = GROUP >= (1 << 30) ? 0 : column0 / GROUP;
     const int parity[2] = {odd_start(w, row0 + r, group0), odd_start(w, row0 + r + 8, group0)};
-#pragma unroll 1
+#pragma unroll 2
     for (int block = 0; block < BLOCKS; block++) {
-        if (column0 + block * 128 >= w.columns) break;
+        if (!FULL && column0 + block * 128 >= w.columns) break;
         u32 even[2], odd[2], table[2][2], marked_table[2][2];
         u32 minus[2];
-        float zero[2], scale[2], sums[TILES][4];
+        float zero[2], scale[2], sums[2][TILES][4];
         const u32 flag = KIND == BINARY_RESIDUAL ? flags[block] : 0;
 #pragma unroll
         for (int pair = 0; pair < 2; pair++) {
-            if (FINE && column0 + block * 128 + pair * 64 >= w.columns) break;
+            if (!FULL && FINE && column0 + block * 128 + pair * 64 >= w.columns) break;
             if (pair == 0 || FINE) {
-                const int group = (column0 + block * 128 + pair * 64) / GROUP - group0;
+                const int group = group_of(column0, block * 128 + pair * 64);
 #pragma unroll
                 for (int h = 0; h < 2; h++) {
                     const int row = r + 8 * h;
@@ -115,7 +117,7 @@ __device__ __forceinline__ void item_products(float (&y)[TILES][4], const u8* st
                 }
                 if (KIND == GROUPED_INTEGER)
 #pragma unroll
-                    for (int n = 0; n < TILES; n++) sums[n][0] = sums[n][1] = sums[n][2] = sums[n][3] = 0.0f;
+                    for (int n = 0; n < 2 * TILES; n++) sums[n % 2][n / 2][0] = sums[n % 2][n / 2][1] = sums[n % 2][n / 2][2] = sums[n % 2][n / 2][3] = 0.0f;
             }
             u32 three[2][4];
 #pragma unroll
@@ -173,14 +175,14 @@ __device__ __forceinline__ void item_products(float (&y)[TILES][4], const u8* st
 #pragma unroll
                 for (int n = 0; n < TILES; n++) {
                     const uint2 b = ((const uint2*)xs)[((block * 8 + t) * TILES + n) * 32 + lane];
-                    product(KIND == GROUPED_INTEGER ? sums[n] : y[n], a, b.x, b.y);
+                    product(KIND == GROUPED_INTEGER ? sums[t & 1][n] : y[t & 1][n], a, b.x, b.y);
                 }
             }
             if (KIND == GROUPED_INTEGER && (pair == 1 || FINE))
 #pragma unroll
                 for (int n = 0; n < TILES; n++)
 #pragma unroll
-                    for (int i = 0; i < 4; i++) y[n][i] += scale[i >> 1] * sums[n][i];
+                    for (int i = 0; i < 4; i++) y[0][n][i] += scale[i >> 1] * (sums[0][n][i] + sums[1][n][i]);
         }
     }
 }
@@ -188,6 +190,7 @@ __device__ __forceinline__ void item_products(float (&y)[TILES][4], const u8* st
 // x (tokens, columns) of one chunk into the order of the products; for marked columns also masks and flags.
 __device__ __forceinline__ void stage_x(u32* xs, u32* masks, u32* flags, const u16* x, const u8* salient, int column0, int blocks, int tokens, int columns) {
     const bool vector = columns % 8 == 0 && ((size_t)x & 15) == 0;
+#pragma unroll 2
     for (int task = threadIdx.x; task < blocks * PARTS * TILES * 32; task += THREADS) {
         const int lane = task % 32, n = task / 32 % TILES, part = task / (32 * TILES) % PARTS, block = task / (32 * TILES * PARTS);
         const int token = n * 8 + (lane >> 2), q = lane & 3, column = column0 + block * 128 + RUN * (4 * part + q);
@@ -242,11 +245,12 @@ small(const u16* x, Weight w, const u16* bias, u16* y, int tokens, int chunk_col
     u32* xs = (u32*)memory;
     u32* masks = xs + chunk_blocks * 64 * TOKENS;
     u32* flags = masks + (KIND == BINARY_RESIDUAL ? chunk_blocks * 64 : 0);
-    float* partial = (float*)(flags + (KIND == BINARY_RESIDUAL ? (chunk_blocks + 3) / 4 * 4 : 0));  // [2][WARPS][16][TOKENS]
-    float* total = partial + 2 * WARPS * 16 * TOKENS;                                              // [tiles_per_round][16][TOKENS]
-    u8* ring = (u8*)(total + tiles_per_round * 16 * TOKENS) + warp * (DEPTH * STAGE_BYTES);
+    float* partial = (float*)(flags + (KIND == BINARY_RESIDUAL ? (chunk_blocks + 3) / 4 * 4 : 0));  // [2][WARPS][CELLS]
+    float* total = partial + 2 * WARPS * CELLS;  // [tiles_per_round][CELLS]
+    u8* ring = (u8*)(total + tiles_per_round * CELLS) + warp * (DEPTH * STAGE_BYTES);
     const int tiles = (w.rows + 15) / 16, items_across = (w.columns + ICOLS - 1) / ICOLS, chunk_items = chunk_columns / ICOLS;
     int buffer = 0;
+    wait_for_previous_kernel();
 
     for (int first = blockIdx.x; first < tiles; first += gridDim.x * tiles_per_round) {
         const int mine = min(tiles_per_round, (tiles - first + (int)gridDim.x - 1) / (int)gridDim.x);
@@ -268,31 +272,36 @@ small(const u16* x, Weight w, const u16* bias, u16* y, int tokens, int chunk_col
             int slot = 0, index = 0;
             for (int tile = 0; tile < mine; tile++) {
                 const int row0 = (first + tile * gridDim.x) * 16;
-                float sums[TILES][4];
+                float sums[2][TILES][4];
 #pragma unroll
-                for (int n = 0; n < TILES; n++) sums[n][0] = sums[n][1] = sums[n][2] = sums[n][3] = 0.0f;
+                for (int n = 0; n < 2 * TILES; n++) sums[n % 2][n / 2][0] = sums[n % 2][n / 2][1] = sums[n % 2][n / 2][2] = sums[n % 2][n / 2][3] = 0.0f;
                 for (int i = 0; i < per_tile; i++, index++) {
                     load(index + DEPTH - 1, slot == 0 ? DEPTH - 1 : slot - 1);
                     copies_wait<DEPTH - 1>();
                     __syncwarp();
                     const int column = warp + i * WARPS;
-                    item_products(sums, ring + slot * STAGE_BYTES, xs + column * BLOCKS * 64 * TOKENS, masks + column * BLOCKS * 64, flags + column * BLOCKS, w, row0, (begin + column) * ICOLS, lane);
+                    const int column0 = (begin + column) * ICOLS;
+                    if (column0 + ICOLS <= w.columns)
+                        item_products<true>(sums, ring + slot * STAGE_BYTES, xs + column * BLOCKS * 64 * TOKENS, masks + column * BLOCKS * 64, flags + column * BLOCKS, w, row0, column0, lane);
+                    else
+                        item_products<false>(sums, ring + slot * STAGE_BYTES, xs + column * BLOCKS * 64 * TOKENS, masks + column * BLOCKS * 64, flags + column * BLOCKS, w, row0, column0, lane);
                     slot = slot == DEPTH - 1 ? 0 : slot + 1;
                     __syncwarp();
                 }
-                float* out = partial + (buffer * WARPS + warp) * 16 * TOKENS;
+                float* out = partial + (buffer * WARPS + warp) * CELLS;
 #pragma unroll
                 for (int n = 0; n < TILES; n++)
 #pragma unroll
-                    for (int h = 0; h < 2; h++)
-                        *(float2*)(out + ((lane >> 2) + 8 * h) * TOKENS + n * 8 + (lane & 3) * 2) = make_float2(sums[n][2 * h], sums[n][2 * h + 1]);
+                    for (int i = 0; i < 4; i++)
+                        out[((lane >> 2) + 8 * (i >> 1)) * (TOKENS + 1) + n * 8 + (lane & 3) * 2 + (i & 1)] = sums[0][n][i] + sums[1][n][i];
                 __syncthreads();
                 for (int cell = threadIdx.x; cell < 16 * TOKENS; cell += THREADS) {
-                    const int row = row0 + cell % 16, token = cell / 16, at = cell % 16 * TOKENS + token;
-                    float sum = begin ? total[tile * 16 * TOKENS + at] : 0.0f;
-                    for (int i = 0; i < WARPS; i++) sum += partial[(buffer * WARPS + i) * 16 * TOKENS + at];
+                    const int row = row0 + cell % 16, token = cell / 16, at = cell % 16 * (TOKENS + 1) + token;
+                    float sum = begin ? total[tile * CELLS + at] : 0.0f;
+                    #pragma unroll
+                    for (int i = 0; i < WARPS; i++) sum += partial[(buffer * WARPS + i) * CELLS + at];
                     if (!last_chunk)
-                        total[tile * 16 * TOKENS + at] = sum;
+                        total[tile * CELLS + at] = sum;
                     else if (row < w.rows && token < tokens)
                         y[(size_t)token * w.rows + row] = x_of_float(sum + (bias ? float_of_x(bias[row]) : 0.0f));
                 }
