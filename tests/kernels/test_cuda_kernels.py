@@ -80,7 +80,7 @@ def error_bound(x, weight, expected, block=128):
         return u * expected.abs() + (u + 2.0**-18) * size + 1e-7
     padded = torch.nn.functional.pad(x.double().abs(), (0, -x.shape[1] % block)).reshape(len(x), -1, block).amax(-1)
     blocks = torch.nn.functional.pad(weight.abs(), (0, -x.shape[1] % block)).reshape(len(weight), -1, block).sum(-1)
-    return u * expected.abs() + 2.0**-20 * (padded @ blocks.T) + 2.0**-18 * size + 1e-7
+    return u * expected.abs() + 2.0**-16 * (padded @ blocks.T) + 2.0**-18 * size + 1e-7
 
 
 @needs_gpu
@@ -189,7 +189,7 @@ def test_every_launch_fits_the_device(layout, shape):
             *(plan_small(described, rows, columns, tokens, processors, memory) for tokens in (8, 16, 32)),
         ):
             assert launch.shared <= memory
-            assert launch.chunk % described.item_columns == 0
+            assert launch.chunk % launch.item == 0
             assert launch.chunk > 0 and launch.tiles >= 1 and launch.depth >= 2
 
 
@@ -197,4 +197,4 @@ def test_on_a_cpu_the_plain_version_runs():
     for layout in FORMATS:
         packed = random_packed(layout, 24, 128)
         assert explain(torch.randn(1, 128, dtype=torch.bfloat16), packed) == "plain"
-        assert layout_of(layout, 128).stage_bytes % 16 == 0
+        assert layout_of(layout, 128).stage_bytes(256) % 16 == 0

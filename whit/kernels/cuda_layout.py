@@ -50,32 +50,29 @@ class Layout:
         return self.bits in supported_bits and self.group % 64 == 0 and narrow
 
     @property
-    def item_columns(self) -> int:
-        """Columns that a warp takes at a time (ICOLS in the sources)."""
-        return 512 if self.bits <= 2 else 256 if self.bits <= 4 else 128
+    def bitwise(self) -> bool:
+        """Whether one vector is multiplied as bit planes (`bits.cuh`), not as limbs (`limbs.cuh`)."""
+        return self.bits <= 3 and self.group % 128 == 0
 
-    @property
-    def item_groups(self) -> int:
-        """Groups that an item can touch (GROUPS_IN_ITEM)."""
-        item, group = self.item_columns, self.group
+    def item_groups(self, item: int) -> int:
+        """Groups that an item of `item` columns can touch (GROUPS_IN_ITEM in the sources)."""
+        group = self.group
         return 1 if group % item == 0 else item // group if item % group == 0 else item // group + 2
 
-    @property
-    def piece(self) -> int:
+    def piece(self, item: int) -> int:
         """Bytes in which the scalars of a row of an item can be copied (PIECE)."""
-        item, group, size = self.item_columns, self.group, 2 * self.scalars
-        if group % item and item % group:
+        size = 2 * self.scalars
+        if self.group % item and item % self.group:
             return 2
-        fits = (p for p in (16, 8, 4) if self.groups * size % p == 0 and self.item_groups * size % p == 0)
+        fits = (p for p in (16, 8, 4) if self.groups * size % p == 0 and self.item_groups(item) * size % p == 0)
         return next(fits, 2)
 
-    @property
-    def stage_bytes(self) -> int:
+    def stage_bytes(self, item: int) -> int:
         """Bytes of one item with its scalars in shared memory (STAGE_BYTES)."""
-        row = 112 if self.bits == 3 else self.item_columns * self.bits // 8
-        halves = self.item_groups * self.scalars
-        scalar_words = halves // 2 if self.piece > 2 else (halves + (2 if self.scalars % 2 else 1)) // 2
-        zero_words = (self.item_groups * self.bits + 62) // 32 + 1 if self.asymmetric else 0
+        row = item * self.bits // 8 + (16 if self.bits == 3 else 0)
+        halves = self.item_groups(item) * self.scalars
+        scalar_words = halves // 2 if self.piece(item) > 2 else (halves + (2 if self.scalars % 2 else 1)) // 2
+        zero_words = (self.item_groups(item) * self.bits + 62) // 32 + 1 if self.asymmetric else 0
         planes = 2 if self.kind == 0 else 1
         return -(-(planes * 16 * row + 64 * (scalar_words + zero_words)) // 16) * 16
 
@@ -88,7 +85,6 @@ class Layout:
             "ASYM": int(self.asymmetric),
             "GROUP": self.group,
             "ALIGN": self.aligned,
-            "PIECE": self.piece,
         }
         return tuple(f"-D{name}={value}" for name, value in values.items())
 

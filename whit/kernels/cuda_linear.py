@@ -49,57 +49,73 @@ class _Weight(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Launch:
-    """How a kernel is launched: blocks, threads, stages of the ring, columns of x held at once, row tiles per round."""
+    """How a kernel is launched.
+
+    `grid` blocks of `threads`; items of `item` columns in rings of `depth` stages; `chunk` columns of x held at once;
+    `tiles` row tiles per round; `shared` bytes of shared memory; `unroll` blocks of 128 columns interleaved.
+    """
 
     grid: int
     threads: int
-    depth: int
-    chunk: int
-    tiles: int
-    shared: int
+    item: int = 128
+    depth: int = 2
+    chunk: int = 0
+    tiles: int = 0
+    shared: int = 0
+    unroll: int = 1
 
 
 @lru_cache(maxsize=64)
-def source_of(name: str) -> str:
-    """Source of a kernel, with what all share put before it."""
+def source_of(*names: str) -> str:
+    """The CUDA C++ of a kernel: its parts, one after the other."""
     folder = files("whit.kernels") / "cuda"
-    return (folder / "common.cuh").read_text(encoding="utf-8") + (folder / f"{name}.cu").read_text(encoding="utf-8")
+    return "".join((folder / name).read_text(encoding="utf-8") for name in names)
+
+
+GEMV_SHAPES = ((768, 3), (768, 2), (512, 4), (512, 3), (512, 2), (256, 2))
+"""Threads and stages to try, best first (measured on an H200; see docs/kernels.md)."""
+SMALL_SHAPES = ((512, 3), (512, 2), (256, 3), (256, 2), (128, 2))
 
 
 def plan_gemv(layout: Layout, rows: int, columns: int, processors: int, memory: int) -> Launch:
     """Launch of `gemv` on a device with `processors` multiprocessors of `memory` bytes of shared memory.
 
-    Columns of x are cut into the fewest equal chunks that fit; the ring gets up to four stages of what is left.
+    Columns of x are cut into the fewest equal chunks that fit.
     """
-    item, stage = layout.item_columns, layout.stage_bytes
+    item = 512 if layout.bits <= 2 else 256 if layout.bits <= 4 else 128
+    stage = layout.stage_bytes(item)
     tiles, across = -(-rows // 16), -(-columns // item)
     grid = min(tiles, processors)
     per_round = max(1, min(-(-tiles // grid), memory // 512 // across))
+    kinds = 2 if layout.kind == 0 else 1
     flushes = 1 if layout.group % 128 == 0 else 2
+    # of x, per block of 128 columns: operand words and pairs of floats
+    block = (1152 if layout.bits == 3 else 256 * kinds) + 32 * kinds if layout.bitwise else 1024 + 32 * flushes
     for chunks in range(1, across + 1):
         chunk = -(-across // chunks) * item
-        fixed = chunk * 8 + chunk // 128 * flushes * 32 + per_round * across * 64
-        for threads, depth in ((512, 4), (512, 3), (512, 2), (256, 2)):
-            shared = fixed + threads // 32 * depth * stage
+        for threads, depth in GEMV_SHAPES:
+            shared = chunk // 128 * block + per_round * across * 64 + threads // 32 * depth * stage
             if shared <= memory:
-                return Launch(grid, threads, depth, chunk, per_round, shared)
+                return Launch(grid, threads, item, depth, chunk, per_round, shared, unroll=4)
     raise ValueError(f"no plan for {rows} x {columns} in {memory} bytes of shared memory")
 
 
 def plan_small(layout: Layout, rows: int, columns: int, tokens: int, processors: int, memory: int) -> Launch:
     """Launch of `small` for `tokens` vectors (8, 16 or 32 after rounding up); as `plan_gemv`."""
-    item, stage = layout.item_columns, layout.stage_bytes
+    item = 128 if layout.bits == 8 else 256
+    stage = layout.stage_bytes(item)
     tiles, across = -(-rows // 16), -(-columns // item)
     grid = min(tiles, processors)
-    per_round = min(-(-tiles // grid), 8)
+    cells = 16 * (tokens + 1) * 4
     for chunks in range(1, across + 1):
         chunk = -(-across // chunks) * item
+        per_round = min(-(-tiles // grid), 16 if chunks > 1 else 1 << 20)
         marks = chunk * 2 + -(-chunk // 512) * 16 if layout.kind == 0 else 0
-        for threads, depth in ((256, 4), (256, 3), (256, 2), (128, 2)):
-            sums = (2 * threads // 32 + per_round) * 16 * (tokens + 1) * 4
-            shared = chunk * tokens * 2 + marks + sums + threads // 32 * depth * stage
+        totals = per_round * cells if chunks > 1 else 0
+        for threads, depth in SMALL_SHAPES:
+            shared = chunk * tokens * 2 + marks + threads // 32 * (cells + depth * stage) + totals
             if shared <= memory:
-                return Launch(grid, threads, depth, chunk, per_round, shared)
+                return Launch(grid, threads, item, depth, chunk, per_round, shared, unroll=2)
     raise ValueError(f"no plan for {rows} x {columns} in {memory} bytes of shared memory")
 
 
@@ -119,16 +135,27 @@ def _prepared(
     name: str, layout: Layout, rows: int, columns: int, tokens: int, bfloat: bool, index: int
 ) -> tuple[Kernel, Launch]:
     processors, memory = _device_limits(index)
-    options = [*layout.defines(), f"-DBF16={int(bfloat)}", f"-DEARLY={int(_starts_early(index))}"]
     if name == "decode":
-        launch = Launch(processors * 8, 256, 0, 0, 0, 0)
+        launch, parts = Launch(processors * 8, 256), ["common.cuh", "decode.cu"]
     elif name == "gemv":
         launch = plan_gemv(layout, rows, columns, processors, memory)
+        parts = ["common.cuh", "group.cuh", "bits.cuh" if layout.bitwise else "limbs.cuh", "gemv.cu"]
     else:
         launch = plan_small(layout, rows, columns, tokens, processors, memory)
-        options.append(f"-DTILES={tokens // 8}")
-    options += [f"-DTHREADS={launch.threads}", f"-DDEPTH={launch.depth}"]
-    return kernel(source_of(name), name, tuple(options), index), launch
+        parts = ["common.cuh", "small.cu"]
+    values = {
+        "BF16": bfloat,
+        "EARLY": _starts_early(index),
+        "BITWISE": layout.bitwise,
+        "TILES": tokens // 8,
+        "PIECE": layout.piece(launch.item),
+        "THREADS": launch.threads,
+        "ITEM": launch.item,
+        "DEPTH": launch.depth,
+        "UNROLL": launch.unroll,
+    }
+    options = (*layout.defines(), *(f"-D{key}={int(value)}" for key, value in values.items()))
+    return kernel(source_of(*parts), name, options, index), launch
 
 
 def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
@@ -206,10 +233,8 @@ def _(tensors: list[Tensor], layout: list[int], rows: int, columns: int, dtype: 
     return tensors[0].new_empty(rows, columns, dtype=dtype)
 
 
-@torch.compiler.assume_constant_result  # type: ignore[misc]
 @lru_cache(maxsize=16)
-def _device_works(index: int) -> bool:
-    """Whether kernels can be compiled for a device; says once why not."""
+def _probed(index: int) -> bool:
     if torch.version.cuda is None or torch.cuda.get_device_capability(index) < (8, 0):
         return False
     try:
@@ -218,6 +243,12 @@ def _device_works(index: int) -> bool:
         warnings.warn(f"packed layers run in their plain version: {error}", stacklevel=2)
         return False
     return True
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _device_works(index: int) -> bool:
+    """Whether kernels can be compiled for a device; says once why not."""
+    return _probed(index)
 
 
 def _usable(x: Tensor, packed: Packed) -> Layout | None:

@@ -3,7 +3,7 @@
 // A kernel is compiled for one layout: KIND (0 binary-residual, 1 level-table, 2 grouped-integer), BITS, NS (16-bit
 // scalars per group), ASYM, GROUP (columns per group; a huge number for "whole row"), BF16 (type of x, bias and y),
 // ALIGN (16, 4 or 1: what the width of a packed row in bytes is a multiple of) and PIECE (16, 8 or 4: bytes in which the
-// scalars of an item's row can be copied; 2 if they may start at any half).
+// scalars of an item's row can be copied; 2 if they may start at any half), ITEM (columns a warp takes at a time).
 // The tensors are read exactly as they are stored: nothing is repacked.
 
 typedef unsigned char u8;
@@ -74,10 +74,10 @@ __device__ __forceinline__ void wait_for_previous_kernel() {
 __device__ __forceinline__ u32 funnel_right(u32 low, u32 high, int shift) { return __funnelshift_r(low, high, shift); }
 
 // ---- An item: 16 rows x ICOLS columns of codes with their scalars, staged in shared memory by one warp -------------
-#define ICOLS (CODE_BITS <= 2 ? 512 : CODE_BITS <= 4 ? 256 : 128)
+#define ICOLS ITEM
 #define BLOCKS (ICOLS / 128)
-#define ROW_BYTES (ICOLS * CODE_BITS / 8)                      // per row, plane and item: 64, 128, 96, 128 or 128
-#define ROW_STRIDE (CODE_BITS == 3 ? 112 : ROW_BYTES)
+#define ROW_BYTES (ICOLS * CODE_BITS / 8)                      // per row, plane and item
+#define ROW_STRIDE (CODE_BITS == 3 ? ROW_BYTES + 16 : ROW_BYTES)
 #define ROW_CHUNKS (ROW_BYTES / 16)
 #define GROUPS_IN_ITEM (GROUP % ICOLS == 0 ? 1 : ICOLS % GROUP == 0 ? ICOLS / GROUP : ICOLS / GROUP + 2)
 #define REGULAR (GROUP % ICOLS == 0 || ICOLS % GROUP == 0)       // an item starts with a group
@@ -94,11 +94,12 @@ struct Weight {
     int rows, columns, width, groups;  // width: bytes per packed row of one plane
 };
 
-// Where 16-byte chunk `chunk` of row `row` lies in a staged plane: swizzled so that quads of 8 rows never share banks.
+// Where 16-byte chunk `chunk` of row `row` lies in a staged plane: swizzled so that a quad column of 8 rows has as many
+// banks as it can.
 __device__ __forceinline__ int chunk_place(int row, int chunk) {
-    if (CODE_BITS == 1) return row * 64 + ((chunk ^ (row >> 1)) & 3) * 16;
     if (CODE_BITS == 3) return row * ROW_STRIDE + chunk * 16;
-    return row * 128 + ((chunk ^ row) & 7) * 16;
+    constexpr int SHARE = 8 / ROW_CHUNKS > 0 ? 8 / ROW_CHUNKS : 1;  // rows that fill the 32 banks
+    return row * ROW_BYTES + ((chunk ^ (row / SHARE)) & (ROW_CHUNKS - 1)) * 16;
 }
 
 template <int BYTES> __device__ __forceinline__ void copy_whole(u8* shared, const u8* source) {
@@ -114,11 +115,12 @@ __device__ __forceinline__ void stage_item(u8* stage, const Weight& w, int row0,
     if (ALIGN == 16 && full) {
 #pragma unroll
         for (int plane = 0; plane < PLANES; plane++) {
-            const u8* from = w.codes[plane] + (size_t)row0 * w.width + byte0;
+            const u8* from = w.codes[plane];
+            const u32 start = (u32)(row0 * w.width + byte0);
 #pragma unroll
             for (int i = 0; i < (16 * ROW_CHUNKS) / 32; i++) {
                 int index = lane + 32 * i, row = index / ROW_CHUNKS, chunk = index % ROW_CHUNKS;
-                copy_whole<16>(stage + plane * PLANE_BYTES + chunk_place(row, chunk), from + (u32)(row * w.width + chunk * 16));
+                copy_whole<16>(stage + plane * PLANE_BYTES + chunk_place(row, chunk), from + (start + (u32)(row * w.width + chunk * 16)));
             }
         }
     } else {
@@ -136,13 +138,13 @@ __device__ __forceinline__ void stage_item(u8* stage, const Weight& w, int row0,
     u32* scalars = (u32*)(stage + PLANES * PLANE_BYTES);
     const long long scalar_end = (long long)w.rows * w.groups * (NS * 2);
     if (PIECE > 2 && full) {
-        const u8* from = w.scalars + ((size_t)row0 * w.groups + group0) * (NS * 2);
+        const u32 start = (u32)(row0 * w.groups + group0) * (NS * 2);
         constexpr int ACROSS = GROUPS_IN_ITEM * NS * 2 / PIECE > 0 ? GROUPS_IN_ITEM * NS * 2 / PIECE : 1;
 #pragma unroll
         for (int i = 0; i < (16 * ACROSS + 31) / 32; i++) {
             int index = lane + 32 * i, row = index / ACROSS, piece = index % ACROSS;
             if (16 * ACROSS % 32 == 0 || row < 16)
-                copy_whole<PIECE>((u8*)scalars + index * PIECE, from + (u32)(row * w.groups * (NS * 2) + piece * PIECE));
+                copy_whole<PIECE>((u8*)scalars + index * PIECE, w.scalars + (start + (u32)(row * w.groups * (NS * 2) + piece * PIECE)));
         }
     } else {
 #pragma unroll 1

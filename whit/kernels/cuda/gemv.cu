@@ -1,228 +1,13 @@
-// y = W x for one vector, from packed codes, on the integer tensor cores.
+// y = W x for one vector, from packed codes.
 //
 // A level is an affine form of bit planes, so with p ranging over the planes of a layout
 //     y[i] = sum_groups base[i, g] * sum_j x[j]  +  sum_p delta_p[i, g] * sum_j plane_p[i, j] * x[j]
-// and the inner sums need no multiplication per weight: one AND leaves four weights of a plane as bytes (0 or a power of
-// two) in the very place where mma.m16n8k32 wants them. x enters as 20-bit fixed point relative to the largest magnitude
-// of its 128 columns, cut into four signed 5-bit limbs: four of the eight columns of the product. 5 bits leave room to
-// scale a limb by up to 8, which undoes the power of two; sums are exact in int32. The other four columns hold the
-// limbs of the marked columns of `binary-residual`, which have their own scalars, so a mark costs nothing per weight.
+// and the inner sums need no multiplication per weight. They come from tensor cores that take bits (`bits.cuh`) or bytes
+// (`limbs.cuh`), one of which is put before this file with `group.cuh`, the algebra of a group.
 //
-// One thread block per multiprocessor; each keeps the limbs of x in shared memory and walks over row tiles. Each warp
-// takes items of 16 rows x ICOLS columns through a private ring in shared memory, filled by cp.async DEPTH - 1 ahead.
-// Partial sums of items are added in a fixed order: same input, same bytes.
-
-#define SUMS (KIND == BINARY_RESIDUAL || (KIND == LEVEL_TABLE && BITS == 2) ? 3 : 1)
-#define UNIT (CODE_BITS == 1 ? (FINE ? 2.0f : 8.0f) : CODE_BITS == 2 ? 4.0f : 1.0f)  // what one code step counts as
-
-__device__ __forceinline__ int limb_shift(int step) {
-    if (CODE_BITS == 1) return FINE ? 1 - (step & 1) : 3 - step;
-    return CODE_BITS == 2 ? 2 * (1 - (step & 1)) : 0;
-}
-
-__device__ __forceinline__ void product(int (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-    asm("mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
-        : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
-
-// Limbs of one block of 128 columns of x, by one warp: words [2][lane of the product][4], and per flush and lane-in-quad
-// the pair (factor of the sums, sum of x). value[j] is column `column_of(lane / 8, lane / 2 % 4, lane % 2, j)`.
-__device__ __forceinline__ void stage_block(u32* limbs, float2* factors, const float (&value)[4], u32 marked, int lane) {
-    const int step = lane >> 3, q = lane >> 1 & 3, half = lane & 1;
-    u32 largest = 0;
-#pragma unroll
-    for (int j = 0; j < 4; j++) largest = max(largest, __float_as_uint(value[j]) & 0x7fffffffu);
-    largest = __reduce_max_sync(0xffffffffu, largest);
-    const float magnitude = __uint_as_float(largest);
-    const bool tiny = magnitude < 1e-30f;  // (false for NaN, which must reach the result)
-    const float up = tiny ? 0.0f : __fdividef(491520.0f, magnitude), down = tiny ? 0.0f : magnitude * (1.0f / 491520.0f);
-    u32 word[4] = {0, 0, 0, 0};
-    int sum = 0, marked_sum = 0;
-#pragma unroll
-    for (int j = 0; j < 4; j++) {
-        int fixed = __float2int_rn(value[j] * up);
-        sum += fixed;
-        if (marked >> (8 * j) & 1) marked_sum += fixed;
-        int t = fixed + 16912;  // 16 * (1 + 32 + 1024): makes the three lower limbs signed
-        int limb[4] = {t >> 15, (t >> 10 & 31) - 16, (t >> 5 & 31) - 16, (t & 31) - 16};
-#pragma unroll
-        for (int n = 0; n < 4; n++) word[n] |= ((u32)(limb[n] << limb_shift(step)) & 0xffu) << (8 * j);
-    }
-    u32* out = limbs + (step >> 1) * 128 + q * 4 + (step & 1) * 2 + half;
-#pragma unroll
-    for (int n = 0; n < 4; n++) {
-        out[n * 16] = word[n] & ~marked;
-        out[(n + 4) * 16] = word[n] & marked;
-    }
-#pragma unroll
-    for (int flush = 0; flush < FLUSHES; flush++) {
-        const bool mine = FLUSHES == 1 || step >> 1 == flush;
-        float ordinary = down * (float)__reduce_add_sync(0xffffffffu, mine ? sum - marked_sum : 0);
-        float marks = KIND == BINARY_RESIDUAL ? down * (float)__reduce_add_sync(0xffffffffu, mine ? marked_sum : 0) : 0.0f;
-        if (lane < 4)  // lane-in-quad 0 and 2 hold the upper two limbs, 1 and 3 the lower
-            factors[flush * 4 + lane] = make_float2(down / UNIT * (lane & 1 ? 1.0f : 1024.0f), lane == 1 ? ordinary : lane == 3 ? marks : 0.0f);
-    }
-}
-__device__ __forceinline__ void stage_x(u32* limbs, float2* factors, const u16* x, const u8* salient, int column0, int blocks, int columns, int warp, int lane) {
-    constexpr int BATCH = 4;  // blocks whose loads are in flight together
-    for (int first = warp; first < blocks; first += WARPS * BATCH) {
-        float value[BATCH][4];
-        u32 marked[BATCH];
-#pragma unroll
-        for (int i = 0; i < BATCH; i++) {
-            marked[i] = 0;
-#pragma unroll
-            for (int j = 0; j < 4; j++) {
-                const int block = first + i * WARPS, column = column0 + block * 128 + column_of(lane >> 3, lane >> 1 & 3, lane & 1, j);
-                const bool there = block < blocks && column < columns;
-                value[i][j] = there ? float_of_x(x[column]) : 0.0f;
-                if (KIND == BINARY_RESIDUAL && there && (salient[column >> 3] >> (column & 7) & 1)) marked[i] |= 0xffu << (8 * j);
-            }
-        }
-#pragma unroll
-        for (int i = 0; i < BATCH; i++) {
-            const int block = first + i * WARPS;
-            if (block < blocks) stage_block(limbs + block * 256, factors + block * FLUSHES * 4, value[i], marked[i], lane);
-        }
-    }
-}
-
-// What one row and group adds: sums s[p] of the planes (in units of x), `total` the sum of x, per lane its share of both.
-// Written so that every scalar is multiplied once, by a combination of sums.
-__device__ __forceinline__ float group_value(const int (&c)[SUMS][4], int h, float2 factor, const u8* stage, const Weight& w, int row, int row0, int column0, int parity, int group, bool marks) {
-    float s[SUMS];
-#pragma unroll
-    for (int p = 0; p < SUMS; p++) s[p] = factor.x * (float)(c[p][2 * h] * 32 + c[p][2 * h + 1]);
-    const float total = factor.y;
-    const u32* words = (const u32*)(stage + PLANES * PLANE_BYTES) + row * SCALAR_WORDS;
-    float v[4];
-    if (KIND == BINARY_RESIDUAL) {
-        const float other = marks ? 0.0f : 2.0f * s[2 % SUMS] - s[1 % SUMS];  // sum of sign over the second group
-        const float first = 2.0f * s[0] - total - other;                  // of sign over the first group; marked: of the first sign
-        const float second = marks ? 2.0f * s[1 % SUMS] - total : s[1 % SUMS];    // sum over the second group; marked: of the second sign
-        if (NS == 7) {
-            if (PIECE > 2) {
-                const u32* from = words + (group * 7) / 2 + (marks ? 2 : 0);
-                if (group % 2 == 0) {
-                    v[0] = low_half(from[0]), v[1] = high_half(from[0]), v[2] = low_half(from[1]), v[3] = high_half(from[1]);
-                } else {
-                    v[0] = high_half(from[0]), v[1] = low_half(from[1]), v[2] = high_half(from[1]), v[3] = low_half(from[2]);
-                }
-            } else {
-#pragma unroll
-                for (int i = 0; i < 4; i++) v[i] = staged_scalar(stage, row, parity, group, (marks && i < 3 ? 4 : 0) + i);
-            }
-            if (marks) v[3] = 0.0f;
-            return v[0] * (marks ? total : total - s[1 % SUMS]) + v[1] * first + (v[2] * second + v[3] * other);
-        }
-        const u32 pair = PIECE > 2 ? words[group * 2 + marks] : 0;
-        v[0] = PIECE > 2 ? low_half(pair) : staged_scalar(stage, row, parity, group, 2 * marks);
-        v[1] = PIECE > 2 ? high_half(pair) : staged_scalar(stage, row, parity, group, 2 * marks + 1);
-        return v[0] * first + v[1] * (marks ? second : other);
-    }
-    if (KIND == LEVEL_TABLE && BITS == 1) {
-        const u32 pair = PIECE > 2 ? words[group] : 0;
-        v[0] = PIECE > 2 ? low_half(pair) : staged_scalar(stage, row, parity, group, 0);
-        v[1] = PIECE > 2 ? high_half(pair) : staged_scalar(stage, row, parity, group, 1);
-        return v[0] * (total - s[0]) + v[1] * s[0];
-    }
-    if (KIND == LEVEL_TABLE) {
-        if (PIECE > 2) {
-            const uint2 four = *(const uint2*)(words + group * 2);
-            v[0] = low_half(four.x), v[1] = high_half(four.x), v[2] = low_half(four.y), v[3] = high_half(four.y);
-        } else {
-#pragma unroll
-            for (int i = 0; i < 4; i++) v[i] = staged_scalar(stage, row, parity, group, i);
-        }
-        const float both = 0.5f * s[2 % SUMS];  // these two planes stand at twice the weight of the first
-        const float high = 0.5f * s[1 % SUMS] - both, low = s[0] - both;
-        return v[0] * (total - s[0] - high) + v[1] * low + (v[2] * high + v[3] * both);
-    }
-    const float scale = staged_scalar(stage, row, parity, group, 0);
-    return scale * (!ASYM && BITS == 1 ? 2.0f : 1.0f) * (s[0] - staged_zero(stage, w, row, row0, GROUP >= (1 << 30) ? 0 : column0 / GROUP, group) * total);
-}
-
-template <bool FULL>
-__device__ __forceinline__ void item_sums(float (&y)[2], const u8* stage, const u32* limbs, const float2* factors, const Weight& w, int row0, int column0, int lane) {
-    const int r = lane >> 2, q = lane & 3, group0 = GROUP >= (1 << 30) ? 0 : column0 / GROUP;
-    const int parity[2] = {odd_start(w, row0 + r, group0), odd_start(w, row0 + r + 8, group0)};
-    y[0] = y[1] = 0.0f;
-#pragma unroll
-    for (int block = 0; block < BLOCKS; block++) {
-        if (!FULL && column0 + block * 128 >= w.columns) break;
-        const uint4* pairs = (const uint4*)(limbs + block * 256) + lane;
-#pragma unroll
-        for (int flush = 0; flush < FLUSHES; flush++) {
-            if (!FULL && FINE && column0 + block * 128 + flush * 64 >= w.columns) break;
-            int c[SUMS][4];
-#pragma unroll
-            for (int p = 0; p < SUMS; p++) c[p][0] = c[p][1] = c[p][2] = c[p][3] = 0;
-#pragma unroll
-            for (int pair = FINE ? flush : 0; pair < (FINE ? flush + 1 : 2); pair++) {
-                const uint4 b = pairs[pair * 32];
-                if (CODE_BITS == 1) {
-                    u32 v[2][3];
-#pragma unroll
-                    for (int h = 0; h < 2; h++) {
-#pragma unroll
-                        for (int plane = 0; plane < PLANES; plane++) {
-                            const u8* from = stage + plane * PLANE_BYTES;
-                            v[h][plane] = FINE ? half_word(from, r + 8 * h, block * 4 + flush * 2, q) : staged_word(from, r + 8 * h, block * 4 + q);
-                        }
-                        if (SUMS == 3) v[h][2] = v[h][0] & v[h][1];
-                    }
-#pragma unroll
-                    for (int s = 0; s < 2; s++) {
-                        const u32 mask = 0x01010101u << (FINE ? s : pair * 2 + s);
-#pragma unroll
-                        for (int p = 0; p < SUMS; p++)
-                            product(c[p], v[0][p] & mask, v[1][p] & mask, v[0][p] >> 4 & mask, v[1][p] >> 4 & mask, s ? b.z : b.x, s ? b.w : b.y);
-                    }
-                } else if (CODE_BITS == 2) {
-                    u32 v[2] = {staged_word(stage, r, block * 8 + pair * 4 + q), staged_word(stage, r + 8, block * 8 + pair * 4 + q)};
-#pragma unroll
-                    for (int s = 0; s < 2; s++) {
-                        if (KIND == LEVEL_TABLE) {
-                            u32 both[2] = {v[0] & v[0] << 1, v[1] & v[1] << 1};  // meaningful at odd bits
-                            const u32 first = 0x01010101u << (2 * s), second = first << 1;
-                            product(c[0], v[0] & first, v[1] & first, v[0] >> 4 & first, v[1] >> 4 & first, s ? b.z : b.x, s ? b.w : b.y);
-                            product(c[1 % SUMS], v[0] & second, v[1] & second, v[0] >> 4 & second, v[1] >> 4 & second, s ? b.z : b.x, s ? b.w : b.y);
-                            product(c[2 % SUMS], both[0] & second, both[1] & second, both[0] >> 4 & second, both[1] >> 4 & second, s ? b.z : b.x, s ? b.w : b.y);
-                        } else {
-                            const u32 mask = 0x03030303u << (2 * s);
-                            product(c[0], v[0] & mask, v[1] & mask, v[0] >> 4 & mask, v[1] >> 4 & mask, s ? b.z : b.x, s ? b.w : b.y);
-                        }
-                    }
-                } else if (CODE_BITS == 3) {
-                    u32 a[2][4];
-#pragma unroll
-                    for (int h = 0; h < 2; h++) three_bit_bytes(a[h], stage, r + 8 * h, block * 48 + pair * 24, q);
-                    product(c[0], a[0][0], a[1][0], a[0][1], a[1][1], b.x, b.y);
-                    product(c[0], a[0][2], a[1][2], a[0][3], a[1][3], b.z, b.w);
-                } else if (CODE_BITS == 4) {
-#pragma unroll
-                    for (int s = 0; s < 2; s++) {
-                        u32 v[2] = {staged_word(stage, r, block * 16 + pair * 8 + s * 4 + q), staged_word(stage, r + 8, block * 16 + pair * 8 + s * 4 + q)};
-                        const u32 mask = 0x0f0f0f0fu;
-                        product(c[0], v[0] & mask, v[1] & mask, v[0] >> 4 & mask, v[1] >> 4 & mask, s ? b.z : b.x, s ? b.w : b.y);
-                    }
-                } else {
-#pragma unroll
-                    for (int s = 0; s < 2; s++) {
-                        const int word = block * 32 + pair * 16 + s * 8 + q;
-                        product(c[0], staged_word(stage, r, word), staged_word(stage, r + 8, word), staged_word(stage, r, word + 4), staged_word(stage, r + 8, word + 4), s ? b.z : b.x, s ? b.w : b.y);
-                    }
-                }
-            }
-            const float2 factor = factors[(block * FLUSHES + flush) * 4 + q];
-            const int group = group_of(column0, block * 128 + flush * 64);
-#pragma unroll
-            for (int h = 0; h < 2; h++)
-                y[h] += group_value(c, h, factor, stage, w, r + 8 * h, row0, column0, parity[h], group, KIND == BINARY_RESIDUAL && q >= 2);
-        }
-    }
-}
+// One thread block per multiprocessor; each keeps x in its operand form in shared memory and walks over row tiles. Each
+// warp takes items of 16 rows x ICOLS columns through a private ring in shared memory, filled by cp.async DEPTH - 1
+// ahead. Partial sums of items are added in a fixed order: same input, same bytes.
 
 // The items of a warp: numbers warp, warp + WARPS, ... of the row tiles of a round, each `across` items wide.
 struct Place {
@@ -237,10 +22,10 @@ gemv(const u16* x, Weight w, const u16* bias, u16* y, int chunk_columns, int til
     extern __shared__ __align__(16) u8 memory[];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int chunk_blocks = chunk_columns / 128;
-    u32* limbs = (u32*)memory;
-    float2* factors = (float2*)(limbs + chunk_blocks * 256);
-    u8* ring = (u8*)(factors + chunk_blocks * FLUSHES * 4) + warp * (DEPTH * STAGE_BYTES);
-    float* partial = (float*)((u8*)(factors + chunk_blocks * FLUSHES * 4) + WARPS * (DEPTH * STAGE_BYTES));
+    u32* x_words = (u32*)memory;
+    float2* factors = (float2*)(x_words + chunk_blocks * X_WORDS);
+    u8* ring = (u8*)(factors + chunk_blocks * (X_FACTORS)) + warp * (DEPTH * STAGE_BYTES);
+    float* partial = (float*)((u8*)(factors + chunk_blocks * (X_FACTORS)) + WARPS * (DEPTH * STAGE_BYTES));
     const int tiles = (w.rows + 15) / 16, items_across = (w.columns + ICOLS - 1) / ICOLS, chunk_items = chunk_columns / ICOLS;
     bool waited = false;
 
@@ -268,7 +53,7 @@ gemv(const u16* x, Weight w, const u16* bias, u16* y, int chunk_columns, int til
             for (int slot = 0; slot < DEPTH - 1; slot++) load(slot);
             if (items_across > chunk_items || first == blockIdx.x) {
                 if (items_across > chunk_items) __syncthreads();
-                stage_x(limbs, factors, x, w.salient, begin * ICOLS, across * BLOCKS, w.columns, warp, lane);
+                stage_x(x_words, factors, x, w.salient, begin * ICOLS, across * BLOCKS, w.columns, warp, lane);
                 __syncthreads();
             }
             int slot = 0;
@@ -278,17 +63,17 @@ gemv(const u16* x, Weight w, const u16* bias, u16* y, int chunk_columns, int til
                 __syncwarp();
                 const int row0 = (first + place.tile * (int)gridDim.x) * 16, column0 = (begin + place.column) * ICOLS;
                 const u8* stage = ring + slot * STAGE_BYTES;
-                const u32* item_limbs = limbs + place.column * (BLOCKS * 256);
-                const float2* item_factors = factors + place.column * (BLOCKS * FLUSHES * 4);
+                const u32* item_x_words = x_words + place.column * (BLOCKS * X_WORDS);
+                const float2* item_factors = factors + place.column * (BLOCKS * X_FACTORS);
                 float sums[2];
                 if (column0 + ICOLS <= w.columns)
-                    item_sums<true>(sums, stage, item_limbs, item_factors, w, row0, column0, lane);
+                    item_sums<true>(sums, stage, item_x_words, item_factors, w, row0, column0, lane);
                 else
-                    item_sums<false>(sums, stage, item_limbs, item_factors, w, row0, column0, lane);
+                    item_sums<false>(sums, stage, item_x_words, item_factors, w, row0, column0, lane);
 #pragma unroll
                 for (int h = 0; h < 2; h++) {
                     sums[h] += __shfl_xor_sync(0xffffffffu, sums[h], 1);
-                    if (KIND == BINARY_RESIDUAL) sums[h] += __shfl_xor_sync(0xffffffffu, sums[h], 2);
+                    if (KIND == BINARY_RESIDUAL || BITWISE) sums[h] += __shfl_xor_sync(0xffffffffu, sums[h], 2);
                 }
                 if (lane % 4 == 0) {
                     float* out = partial + (place.tile * items_across + begin + place.column) * 16 + lane / 4;

@@ -8,6 +8,7 @@
 // One thread block per multiprocessor keeps x (one chunk of columns) in shared memory, in the order in which codes are
 // extracted, and walks over row tiles; its warps share the columns of a tile and their sums are added in a fixed order.
 
+constexpr int BLOCKS_AT_ONCE = UNROLL;
 #define TABLE (KIND != GROUPED_INTEGER || BITS <= 2)
 #define TOKENS (8 * TILES)
 #define CELLS (16 * (TOKENS + 1))  // results of a row tile; one more per row keeps its columns in different banks
@@ -92,7 +93,7 @@ template <bool FULL>
 __device__ __forceinline__ void item_products(float (&y)[2][TILES][4], const u8* stage, const u32* xs, const u32* masks, const u32* flags, const Weight& w, int row0, int column0, int lane) {
     const int r = lane >> 2, q = lane & 3, group0 = GROUP >= (1 << 30) ? 0 : column0 / GROUP;
     const int parity[2] = {odd_start(w, row0 + r, group0), odd_start(w, row0 + r + 8, group0)};
-#pragma unroll 2
+#pragma unroll BLOCKS_AT_ONCE
     for (int block = 0; block < BLOCKS; block++) {
         if (!FULL && column0 + block * 128 >= w.columns) break;
         u32 even[2], odd[2], table[2][2], marked_table[2][2];
@@ -190,7 +191,7 @@ __device__ __forceinline__ void item_products(float (&y)[2][TILES][4], const u8*
 // x (tokens, columns) of one chunk into the order of the products; for marked columns also masks and flags.
 __device__ __forceinline__ void stage_x(u32* xs, u32* masks, u32* flags, const u16* x, const u8* salient, int column0, int blocks, int tokens, int columns) {
     const bool vector = columns % 8 == 0 && ((size_t)x & 15) == 0;
-#pragma unroll 2
+#pragma unroll 4
     for (int task = threadIdx.x; task < blocks * PARTS * TILES * 32; task += THREADS) {
         const int lane = task % 32, n = task / 32 % TILES, part = task / (32 * TILES) % PARTS, block = task / (32 * TILES * PARTS);
         const int token = n * 8 + (lane >> 2), q = lane & 3, column = column0 + block * 128 + RUN * (4 * part + q);
@@ -198,12 +199,12 @@ __device__ __forceinline__ void stage_x(u32* xs, u32* masks, u32* flags, const u
         const u16* from = x + (size_t)token * columns + column;
         if (token < tokens && vector && RUN >= 8) {
 #pragma unroll
-            for (int i = 0; i < RUN / 8; i++) run.v[i] = column + 8 * i < columns ? ((const uint4*)from)[i] : make_uint4(0, 0, 0, 0);
+            for (int i = 0; i < RUN / 8; i++) run.v[i] = column + 8 * i < columns ? __ldg((const uint4*)from + i) : make_uint4(0, 0, 0, 0);
         } else if (token < tokens && vector) {
-            run.w = column < columns ? *(const uint2*)from : make_uint2(0, 0);
+            run.w = column < columns ? __ldg((const uint2*)from) : make_uint2(0, 0);
         } else {
 #pragma unroll
-            for (int i = 0; i < RUN; i++) run.h[i] = token < tokens && column + i < columns ? from[i] : 0;
+            for (int i = 0; i < RUN; i++) run.h[i] = token < tokens && column + i < columns ? __ldg(from + i) : 0;
         }
 #pragma unroll
         for (int i = 0; i < STEPS; i++) {
@@ -245,11 +246,10 @@ small(const u16* x, Weight w, const u16* bias, u16* y, int tokens, int chunk_col
     u32* xs = (u32*)memory;
     u32* masks = xs + chunk_blocks * 64 * TOKENS;
     u32* flags = masks + (KIND == BINARY_RESIDUAL ? chunk_blocks * 64 : 0);
-    float* partial = (float*)(flags + (KIND == BINARY_RESIDUAL ? (chunk_blocks + 3) / 4 * 4 : 0));  // [2][WARPS][CELLS]
-    float* total = partial + 2 * WARPS * CELLS;  // [tiles_per_round][CELLS]
+    float* partial = (float*)(flags + (KIND == BINARY_RESIDUAL ? (chunk_blocks + 3) / 4 * 4 : 0));  // [WARPS][CELLS]
+    float* total = partial + WARPS * CELLS;  // [tiles_per_round][CELLS]
     u8* ring = (u8*)(total + tiles_per_round * CELLS) + warp * (DEPTH * STAGE_BYTES);
     const int tiles = (w.rows + 15) / 16, items_across = (w.columns + ICOLS - 1) / ICOLS, chunk_items = chunk_columns / ICOLS;
-    int buffer = 0;
     wait_for_previous_kernel();
 
     for (int first = blockIdx.x; first < tiles; first += gridDim.x * tiles_per_round) {
@@ -288,7 +288,7 @@ small(const u16* x, Weight w, const u16* bias, u16* y, int tokens, int chunk_col
                     slot = slot == DEPTH - 1 ? 0 : slot + 1;
                     __syncwarp();
                 }
-                float* out = partial + (buffer * WARPS + warp) * CELLS;
+                float* out = partial + warp * CELLS;
 #pragma unroll
                 for (int n = 0; n < TILES; n++)
 #pragma unroll
@@ -299,13 +299,13 @@ small(const u16* x, Weight w, const u16* bias, u16* y, int tokens, int chunk_col
                     const int row = row0 + cell % 16, token = cell / 16, at = cell % 16 * (TOKENS + 1) + token;
                     float sum = begin ? total[tile * CELLS + at] : 0.0f;
                     #pragma unroll
-                    for (int i = 0; i < WARPS; i++) sum += partial[(buffer * WARPS + i) * CELLS + at];
+                    for (int i = 0; i < WARPS; i++) sum += partial[i * CELLS + at];
                     if (!last_chunk)
                         total[tile * CELLS + at] = sum;
                     else if (row < w.rows && token < tokens)
                         y[(size_t)token * w.rows + row] = x_of_float(sum + (bias ? float_of_x(bias[row]) : 0.0f));
                 }
-                buffer ^= 1;
+                __syncthreads();
             }
         }
     }
