@@ -9,7 +9,8 @@ from whit.formats.grouped_integer import GroupedInteger
 from whit.formats.level_table import LevelTable
 from whit.kernels import explain, packed_linear
 from whit.kernels.cuda_layout import layout_of
-from whit.kernels.cuda_linear import decoded_weight, plan_gemv, plan_small
+from whit.kernels.cuda_linear import decoded_weight
+from whit.kernels.cuda_plan import gemv_shapes, plan, small_shapes
 from whit.models.packed import PackedLinear
 
 needs_gpu = pytest.mark.skipif(
@@ -99,9 +100,13 @@ def test_products_are_those_of_the_plain_meaning(layout, dtype):
             torch.empty(tokens, rows, dtype=dtype, device="cuda").fill_(float("nan"))  # freed: the result may land here
             actual = packed_linear(x, packed, bias)
             assert "cuda" in explain(x, packed)
-            excess = ((actual.double() - expected).abs() / error_bound(x, weight, expected)).nan_to_num(nan=1e9).max().item()
+            excess = (
+                ((actual.double() - expected).abs() / error_bound(x, weight, expected)).nan_to_num(nan=1e9).max().item()
+            )
             if excess > 1:
-                failures.append(f"{rows} x {columns}, {tokens} vectors, {explain(x, packed)}: {excess:.3g} times the bound")
+                failures.append(
+                    f"{rows} x {columns}, {tokens} vectors, {explain(x, packed)}: {excess:.3g} times the bound"
+                )
     assert not failures, "\n".join(failures)
 
 
@@ -175,7 +180,9 @@ def test_calls_that_no_kernel_serves_are_plain():
     assert explain(x[:, :120], odd_groups) == "plain"
     strided = x.repeat(1, 2)[:, ::2]
     assert not strided.is_contiguous()
-    torch.testing.assert_close(packed_linear(strided, packed), packed_linear(strided.contiguous(), packed), rtol=0, atol=0)
+    torch.testing.assert_close(
+        packed_linear(strided, packed), packed_linear(strided.contiguous(), packed), rtol=0, atol=0
+    )
 
 
 @pytest.mark.parametrize("layout", FORMATS, ids=name_of)
@@ -184,13 +191,12 @@ def test_every_launch_fits_the_device(layout, shape):
     rows, columns = shape
     described = layout_of(layout, columns)
     for processors, memory in ((132, 232448), (108, 166912), (84, 101376)):  # H100 and H200, A100, consumer cards
-        for launch in (
-            plan_gemv(described, rows, columns, processors, memory),
-            *(plan_small(described, rows, columns, tokens, processors, memory) for tokens in (8, 16, 32)),
-        ):
+        for tokens in (1, 8, 16, 32):
+            launch = plan(described, rows, columns, tokens, processors, memory)
             assert launch.shared <= memory
-            assert launch.chunk % launch.item == 0
+            assert launch.chunk % launch.shape.item == 0
             assert launch.chunk > 0 and launch.tiles >= 1 and launch.depth >= 2
+            assert launch.shape in (gemv_shapes(described) if tokens == 1 else small_shapes(described))
 
 
 def test_on_a_cpu_the_plain_version_runs():

@@ -1,6 +1,6 @@
 """CUDA versions of the packed product, for float16 and bfloat16 inputs on compute capability 8.0 and above.
 
-    one vector          `cuda/gemv.cu`    bit planes on the integer tensor cores
+    one vector          `cuda/gemv.cu`    bit planes on the binary or integer tensor cores
     2 to 32 vectors     `cuda/small.cu`   codes expanded in registers for the 16-bit tensor cores
     more                `cuda/decode.cu`  the weight decoded to 16 bits, then the library's matrix product
 
@@ -9,7 +9,7 @@ implementations (torch.compile) and neither synchronise nor allocate anything bu
 vectors, the decoded weight for the time of the product.
 
 Bounds, with u the unit roundoff of the type of x (2^-11, 2^-8), against the product in exact arithmetic:
-    gemv           |error| <= u |y| + 2^-20 sum_blocks max|x_b| sum_j |w_ij| + 2^-20 sum_j |w_ij x_j|
+    gemv           |error| <= u |y| + 2^-16 sum_blocks max|x_b| sum_j |w_ij| + 2^-20 sum_j |w_ij x_j|
     small, decode  |error| <= u |y| + (u + 2^-20) sum_j |w_ij x_j|      (the u is the plain meaning's own rounding of w)
 """
 
@@ -17,20 +17,23 @@ from __future__ import annotations
 
 import ctypes
 import warnings
-from dataclasses import astuple, dataclass
+from dataclasses import astuple
 from functools import lru_cache
-from importlib.resources import files
 
 import torch
 from torch import Tensor
 
 from whit.formats.base import Packed
 from whit.kernels.cuda_layout import Layout, layout_of
+from whit.kernels.cuda_plan import Launch, Shape, choose, options_of, parts_of, source_of
 from whit.kernels.linear import Implementation, register_implementation
 from whit.kernels.nvrtc import CompilationError, Kernel, compiler_library, kernel
 
 FEW = 32
 """Most vectors that the kernels multiply without decoding the weight to memory."""
+
+
+_ADDRESSED = 2**31  # bytes of a tensor that the kernels' 32-bit offsets reach
 
 
 class _Weight(ctypes.Structure):
@@ -47,82 +50,10 @@ class _Weight(ctypes.Structure):
     )
 
 
-@dataclass(frozen=True)
-class Launch:
-    """How a kernel is launched.
-
-    `grid` blocks of `threads`; items of `item` columns in rings of `depth` stages; `chunk` columns of x held at once;
-    `tiles` row tiles per round; `shared` bytes of shared memory; `unroll` blocks of 128 columns interleaved.
-    """
-
-    grid: int
-    threads: int
-    item: int = 128
-    depth: int = 2
-    chunk: int = 0
-    tiles: int = 0
-    shared: int = 0
-    unroll: int = 1
-
-
-@lru_cache(maxsize=64)
-def source_of(*names: str) -> str:
-    """The CUDA C++ of a kernel: its parts, one after the other."""
-    folder = files("whit.kernels") / "cuda"
-    return "".join((folder / name).read_text(encoding="utf-8") for name in names)
-
-
-GEMV_SHAPES = ((768, 3), (768, 2), (512, 4), (512, 3), (512, 2), (256, 2))
-"""Threads and stages to try, best first (measured on an H200; see docs/kernels.md)."""
-SMALL_SHAPES = ((512, 3), (512, 2), (256, 3), (256, 2), (128, 2))
-
-
-def plan_gemv(layout: Layout, rows: int, columns: int, processors: int, memory: int) -> Launch:
-    """Launch of `gemv` on a device with `processors` multiprocessors of `memory` bytes of shared memory.
-
-    Columns of x are cut into the fewest equal chunks that fit.
-    """
-    item = 512 if layout.bits <= 2 else 256 if layout.bits <= 4 else 128
-    stage = layout.stage_bytes(item)
-    tiles, across = -(-rows // 16), -(-columns // item)
-    grid = min(tiles, processors)
-    per_round = max(1, min(-(-tiles // grid), memory // 512 // across))
-    kinds = 2 if layout.kind == 0 else 1
-    flushes = 1 if layout.group % 128 == 0 else 2
-    # of x, per block of 128 columns: operand words and pairs of floats
-    block = (1152 if layout.bits == 3 else 256 * kinds) + 32 * kinds if layout.bitwise else 1024 + 32 * flushes
-    for chunks in range(1, across + 1):
-        chunk = -(-across // chunks) * item
-        for threads, depth in GEMV_SHAPES:
-            shared = chunk // 128 * block + per_round * across * 64 + threads // 32 * depth * stage
-            if shared <= memory:
-                return Launch(grid, threads, item, depth, chunk, per_round, shared, unroll=4)
-    raise ValueError(f"no plan for {rows} x {columns} in {memory} bytes of shared memory")
-
-
-def plan_small(layout: Layout, rows: int, columns: int, tokens: int, processors: int, memory: int) -> Launch:
-    """Launch of `small` for `tokens` vectors (8, 16 or 32 after rounding up); as `plan_gemv`."""
-    item = 128 if layout.bits == 8 else 256
-    stage = layout.stage_bytes(item)
-    tiles, across = -(-rows // 16), -(-columns // item)
-    grid = min(tiles, processors)
-    cells = 16 * (tokens + 1) * 4
-    for chunks in range(1, across + 1):
-        chunk = -(-across // chunks) * item
-        per_round = min(-(-tiles // grid), 16 if chunks > 1 else 1 << 20)
-        marks = chunk * 2 + -(-chunk // 512) * 16 if layout.kind == 0 else 0
-        totals = per_round * cells if chunks > 1 else 0
-        for threads, depth in SMALL_SHAPES:
-            shared = chunk * tokens * 2 + marks + threads // 32 * (cells + depth * stage) + totals
-            if shared <= memory:
-                return Launch(grid, threads, item, depth, chunk, per_round, shared, unroll=2)
-    raise ValueError(f"no plan for {rows} x {columns} in {memory} bytes of shared memory")
-
-
 @lru_cache(maxsize=16)
-def _device_limits(index: int) -> tuple[int, int]:
+def _device_limits(index: int) -> tuple[str, int, int]:
     properties = torch.cuda.get_device_properties(index)
-    return properties.multi_processor_count, properties.shared_memory_per_block_optin
+    return properties.name, properties.multi_processor_count, properties.shared_memory_per_block_optin
 
 
 def _starts_early(index: int) -> bool:
@@ -134,28 +65,12 @@ def _starts_early(index: int) -> bool:
 def _prepared(
     name: str, layout: Layout, rows: int, columns: int, tokens: int, bfloat: bool, index: int
 ) -> tuple[Kernel, Launch]:
-    processors, memory = _device_limits(index)
     if name == "decode":
-        launch, parts = Launch(processors * 8, 256), ["common.cuh", "decode.cu"]
-    elif name == "gemv":
-        launch = plan_gemv(layout, rows, columns, processors, memory)
-        parts = ["common.cuh", "group.cuh", "bits.cuh" if layout.bitwise else "limbs.cuh", "gemv.cu"]
+        launch = Launch(8 * _device_limits(index)[1], Shape(256, 128, 1), 2, 0, 0, 0)
     else:
-        launch = plan_small(layout, rows, columns, tokens, processors, memory)
-        parts = ["common.cuh", "small.cu"]
-    values = {
-        "BF16": bfloat,
-        "EARLY": _starts_early(index),
-        "BITWISE": layout.bitwise,
-        "TILES": tokens // 8,
-        "PIECE": layout.piece(launch.item),
-        "THREADS": launch.threads,
-        "ITEM": launch.item,
-        "DEPTH": launch.depth,
-        "UNROLL": launch.unroll,
-    }
-    options = (*layout.defines(), *(f"-D{key}={int(value)}" for key, value in values.items()))
-    return kernel(source_of(*parts), name, options, index), launch
+        launch = choose(_device_limits(index)[0], layout, rows, columns, tokens, *_device_limits(index)[1:])
+    options = options_of(layout, launch.shape, launch.depth, tokens, bfloat, _starts_early(index))
+    return kernel(source_of(*parts_of(name, launch.shape)), name, options, index), launch
 
 
 def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
@@ -195,13 +110,13 @@ def packed_product(
         weight = _weight(described, tensors, rows, columns)
         tokens = 8 if m <= 8 else 16 if m <= 16 else 32
         name = "gemv" if m == 1 else "small"
-        run, launch = _prepared(name, described, rows, columns, 0 if m == 1 else tokens, bfloat, x.device.index)
+        run, launch = _prepared(name, described, rows, columns, 1 if m == 1 else tokens, bfloat, x.device.index)
         sizes = [ctypes.c_int(launch.chunk), ctypes.c_int(launch.tiles)]
         if m > 1:
             sizes.insert(0, ctypes.c_int(m))
         run.launch(
             launch.grid,
-            launch.threads,
+            launch.shape.threads,
             launch.shared,
             [_pointer(x), weight, _pointer(bias), _pointer(out), *sizes],
             early=_starts_early(x.device.index),
@@ -221,9 +136,12 @@ def decoded_weight(tensors: list[Tensor], layout: list[int], rows: int, columns:
     device = tensors[0].device
     out = torch.empty(rows, columns, dtype=dtype, device=device)
     with torch.cuda.device(device):
-        run, launch = _prepared("decode", described, 0, 0, 0, dtype == torch.bfloat16, device.index)
+        run, launch = _prepared("decode", described, 0, 0, 8, dtype == torch.bfloat16, device.index)
         run.launch(
-            launch.grid, launch.threads, 0, [_weight(described, tensors, rows, columns), ctypes.c_void_p(out.data_ptr())]
+            launch.grid,
+            launch.shape.threads,
+            0,
+            [_weight(described, tensors, rows, columns), ctypes.c_void_p(out.data_ptr())],
         )
     return out
 
@@ -259,6 +177,8 @@ def _usable(x: Tensor, packed: Packed) -> Layout | None:
     if torch.is_grad_enabled() and x.requires_grad:  # the plain version has a derivative
         return None
     if any(tensor.device != x.device or not tensor.is_contiguous() for tensor in packed.tensors.values()):
+        return None
+    if any(tensor.numel() * tensor.element_size() >= _ADDRESSED for tensor in packed.tensors.values()):
         return None
     return layout_of(packed.format, packed.columns) if _device_works(x.device.index) else None
 

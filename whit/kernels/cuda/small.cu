@@ -247,9 +247,9 @@ small(const u16* x, Weight w, const u16* bias, u16* y, int tokens, int chunk_col
     u32* masks = xs + chunk_blocks * 64 * TOKENS;
     u32* flags = masks + (KIND == BINARY_RESIDUAL ? chunk_blocks * 64 : 0);
     float* partial = (float*)(flags + (KIND == BINARY_RESIDUAL ? (chunk_blocks + 3) / 4 * 4 : 0));  // [WARPS][CELLS]
-    float* total = partial + WARPS * CELLS;  // [tiles_per_round][CELLS]
-    u8* ring = (u8*)(total + tiles_per_round * CELLS) + warp * (DEPTH * STAGE_BYTES);
+    float* total = partial + WARPS * CELLS;  // [tiles_per_round][CELLS], if x comes in several chunks
     const int tiles = (w.rows + 15) / 16, items_across = (w.columns + ICOLS - 1) / ICOLS, chunk_items = chunk_columns / ICOLS;
+    u8* ring = (u8*)(total + (items_across > chunk_items ? tiles_per_round * CELLS : 0)) + warp * (DEPTH * STAGE_BYTES);
     wait_for_previous_kernel();
 
     for (int first = blockIdx.x; first < tiles; first += gridDim.x * tiles_per_round) {
