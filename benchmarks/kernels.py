@@ -2,6 +2,7 @@
 
     python benchmarks/kernels.py --output benchmarks/results/kernels-h200.json
     python benchmarks/kernels.py --formats level-table-2 --counts 1
+    python benchmarks/kernels.py --tune    # first finds and keeps the fastest launch shape of each case
 
 Each case is a CUDA graph that calls the layer once per copy of its weight; copies together exceed twice the L2 cache,
 so weights come from memory. Codes, scalars and inputs are random. Times are medians over replays, per call. Bytes moved
@@ -27,6 +28,8 @@ from whit.formats.binary_residual import BinaryResidual
 from whit.formats.grouped_integer import GroupedInteger
 from whit.formats.level_table import LevelTable
 from whit.kernels import explain, packed_linear
+from whit.kernels.cuda_linear import FEW, tune
+from whit.kernels.cuda_plan import keep_tuned
 
 FORMATS: dict[str, Format] = {
     "binary-residual": BinaryResidual(128, True),
@@ -61,7 +64,7 @@ def random_packed(layout: Format, rows: int, columns: int, generator: torch.Gene
 
 
 def seconds_per_call(calls: list[Callable[[], Tensor]], replays: int = 20) -> tuple[float, float]:
-    """Median and spread (largest minus smallest of the middle half) of the time of one call, from replays of a graph."""
+    """Median time of one call and spread (width of the middle half), from replays of a graph."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         for call in calls[:2]:
@@ -100,7 +103,7 @@ def ceilings() -> dict[str, float]:
 
 
 def measure(
-    rows: int, columns: int, tokens: int, names: list[str], cache: int, dtype: torch.dtype
+    rows: int, columns: int, tokens: int, names: list[str], cache: int, dtype: torch.dtype, tuning: bool
 ) -> list[dict[str, Any]]:
     """The dense baseline and every format on one shape and number of vectors."""
     generator = torch.Generator("cuda").manual_seed(SEED)
@@ -148,6 +151,10 @@ def measure(
         size = layout.bytes(rows, columns)
         weights = [random_packed(layout, rows, columns, generator) for _ in range(copies_for(size, cache, moved))]
         calls = [lambda w=w: packed_linear(x, w) for w in weights]
+        if tuning and tokens <= FEW:
+            key, shape = tune(x, weights[0], lambda calls=calls: seconds_per_call(calls, 8)[0])
+            keep_tuned(torch.cuda.get_device_name(), {key: shape})
+            print(f"    {key}: {shape}", flush=True)
         add(name, explain(x, weights[0]), size, calls)
     return records
 
@@ -159,6 +166,7 @@ def main() -> None:
     parser.add_argument("--counts", nargs="+", type=int, default=list(COUNTS))
     parser.add_argument("--shapes", nargs="+", default=[f"{rows}x{columns}" for rows, columns in SHAPES])
     parser.add_argument("--dtype", choices=["float16", "bfloat16"], default="float16")
+    parser.add_argument("--tune", action="store_true", help="find and keep the fastest launch shapes first")
     arguments = parser.parse_args()
     torch.manual_seed(SEED)
     properties = torch.cuda.get_device_properties(0)
@@ -170,7 +178,9 @@ def main() -> None:
             rows, columns = map(int, shape.split("x"))
             for tokens in arguments.counts:
                 dtype = getattr(torch, arguments.dtype)
-                records += measure(rows, columns, tokens, arguments.formats, properties.L2_cache_size, dtype)
+                records += measure(
+                    rows, columns, tokens, arguments.formats, properties.L2_cache_size, dtype, arguments.tune
+                )
     if arguments.output:
         report = {
             "hardware": properties.name,

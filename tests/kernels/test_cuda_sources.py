@@ -47,7 +47,9 @@ def tightest(place, **arguments):
     return next(launch for launch in launches if launch is not None)
 
 
-@pytest.mark.parametrize(("layout", "bitwise"), ONE, ids=lambda value: name_of(value) if not isinstance(value, bool) else "")
+@pytest.mark.parametrize(
+    ("layout", "bitwise"), ONE, ids=lambda value: name_of(value) if not isinstance(value, bool) else ""
+)
 def test_one_vector(layout, bitwise, tmp_path):
     for rows, columns, dtype in ((33, 1000, torch.float16), (20, 640, torch.bfloat16)):
         described = layout_of(layout, columns)
@@ -90,7 +92,9 @@ def test_few_vectors(layout, tokens, tmp_path):
     assert torch.equal(run(program, described, launch, tensors, (rows, columns), x, None, descending=True), actual)
 
 
-@pytest.mark.parametrize("layout", [BinaryResidual(64, True), LevelTable(3, 32), GroupedInteger(5, 8, False)], ids=name_of)
+@pytest.mark.parametrize(
+    "layout", [BinaryResidual(64, True), LevelTable(3, 32), GroupedInteger(5, 8, False)], ids=name_of
+)
 def test_decoded_weight(layout, tmp_path):
     rows, columns = 12, 100
     described = layout_of(layout, columns)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 from whit.formats.base import Format
@@ -23,9 +22,9 @@ WHOLE_ROW = 1 << 30
 class Layout:
     """Compile-time facts of a kernel.
 
-    `kind` numbers the format, `bits` is per code, `scalars` the 16-bit scalars per group, `group` the columns that share
-    them, `width` the bytes of a packed row, `groups` the groups per row; `names` are the stored tensors in the order
-    codes, second codes, salient, scalars, zeros ("" where there is none).
+    `kind` numbers the format, `bits` is per code, `scalars` the 16-bit scalars per group, `group` the columns that
+    share them, `width` the bytes of a packed row, `groups` the groups per row; `names` are the stored tensors in the
+    order codes, second codes, salient, scalars, zeros ("" where there is none).
     """
 
     kind: int
@@ -118,9 +117,8 @@ _READERS: dict[type[Format], Callable[[Any, int], Layout]] = {
 }
 
 
-@lru_cache(maxsize=1024)
 def layout_of(form: Format, columns: int) -> Layout | None:
-    """The description of a weight of `columns` columns, or None if no kernel reads the format (or groups of this size)."""
+    """The description of a weight of `columns` columns; None if no kernel reads the format or groups of this size."""
     reader = _READERS.get(type(form))
     layout = None if reader is None else reader(form, columns)
     return layout if layout is not None and layout.group % 8 == 0 else None

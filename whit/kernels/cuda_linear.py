@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import ctypes
 import warnings
+from collections.abc import Callable
 from dataclasses import astuple
 from functools import lru_cache
 
@@ -25,7 +26,19 @@ from torch import Tensor
 
 from whit.formats.base import Packed
 from whit.kernels.cuda_layout import Layout, layout_of
-from whit.kernels.cuda_plan import Launch, Shape, choose, options_of, parts_of, source_of
+from whit.kernels.cuda_plan import (
+    Launch,
+    Shape,
+    choose,
+    gemv_shapes,
+    options_of,
+    parts_of,
+    plan,
+    small_shapes,
+    source_of,
+    tuning_key,
+    use_shape,
+)
 from whit.kernels.linear import Implementation, register_implementation
 from whit.kernels.nvrtc import CompilationError, Kernel, compiler_library, kernel
 
@@ -53,7 +66,8 @@ class _Weight(ctypes.Structure):
 @lru_cache(maxsize=16)
 def _device_limits(index: int) -> tuple[str, int, int]:
     properties = torch.cuda.get_device_properties(index)
-    return properties.name, properties.multi_processor_count, properties.shared_memory_per_block_optin
+    shared_memory: int = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
+    return properties.name, properties.multi_processor_count, shared_memory
 
 
 def _starts_early(index: int) -> bool:
@@ -151,10 +165,8 @@ def _(tensors: list[Tensor], layout: list[int], rows: int, columns: int, dtype: 
     return tensors[0].new_empty(rows, columns, dtype=dtype)
 
 
-@lru_cache(maxsize=16)
-def _probed(index: int) -> bool:
-    if torch.version.cuda is None or torch.cuda.get_device_capability(index) < (8, 0):
-        return False
+@lru_cache(maxsize=1)
+def _compiler_found() -> bool:
     try:
         compiler_library()
     except CompilationError as error:
@@ -163,10 +175,11 @@ def _probed(index: int) -> bool:
     return True
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _device_works(index: int) -> bool:
     """Whether kernels can be compiled for a device; says once why not."""
-    return _probed(index)
+    if torch.version.cuda is None or torch.cuda.get_device_capability(index) < (8, 0):
+        return False
+    return torch.compiler.is_compiling() or _compiler_found()  # tracing cannot look for libraries
 
 
 def _usable(x: Tensor, packed: Packed) -> Layout | None:
@@ -211,7 +224,7 @@ def _product(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
     tensors, layout = _arguments(packed)
     flat = x.reshape(-1, packed.columns).contiguous()
     bias = None if bias is None else bias.detach().to(x.dtype).contiguous()
-    out = torch.ops.whit.packed_product(flat, tensors, bias, layout, packed.rows, packed.columns)
+    out: Tensor = torch.ops.whit.packed_product(flat, tensors, bias, layout, packed.rows, packed.columns)
     return out.reshape(*x.shape[:-1], packed.rows)
 
 
@@ -219,6 +232,41 @@ def _decoded_product(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
     tensors, layout = _arguments(packed)
     weight = torch.ops.whit.decoded_weight(tensors, layout, packed.rows, packed.columns, x.dtype)
     return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+
+
+def tune(x: Tensor, packed: Packed, seconds: Callable[[], float]) -> tuple[str, Shape]:
+    """Find the fastest launch shape for one call and use it from now on in this process.
+
+    Args:
+        x: inputs that a kernel multiplies (1 to 32 vectors).
+        packed: weight of the layout and shape to tune for.
+        seconds: measures the call; run once per shape.
+
+    Returns:
+        The key of `cuda_plan.tuning_key` and the shape, for `cuda_plan.keep_tuned`.
+
+    Raises:
+        ValueError: no kernel multiplies these.
+    """
+    layout = _usable(x, packed)
+    tokens = 1 if _vectors(x) == 1 else 8 if _vectors(x) <= 8 else 16 if _vectors(x) <= 16 else 32
+    if layout is None or not layout.multiplies or not 1 <= _vectors(x) <= FEW:
+        raise ValueError(f"no kernel to tune for {_vectors(x)} vectors and {packed.format}")
+    device, processors, memory = _device_limits(x.device.index)
+    key = tuning_key(layout, packed.rows, packed.columns, tokens)
+    times: dict[Shape, float] = {}
+    for shape in gemv_shapes(layout) if tokens == 1 else small_shapes(layout):
+        try:
+            plan(layout, packed.rows, packed.columns, tokens, processors, memory, [shape])
+        except ValueError:
+            continue
+        use_shape(device, key, shape)
+        _prepared.cache_clear()
+        times[shape] = seconds()
+    best = min(times, key=times.__getitem__)
+    use_shape(device, key, best)
+    _prepared.cache_clear()
+    return key, best
 
 
 def register() -> None:

@@ -32,8 +32,8 @@ class Shape:
 
 @dataclass(frozen=True)
 class Launch:
-    """`grid` blocks of `shape.threads`; rings of `depth` stages; `chunk` columns of x held at once; `tiles` row tiles per
-    round; `shared` bytes of shared memory."""
+    """`grid` blocks of `shape.threads`; rings of `depth` stages; `chunk` columns of x held at once; `tiles` row tiles
+    per round; `shared` bytes of shared memory."""
 
     grid: int
     shape: Shape
@@ -45,22 +45,21 @@ class Launch:
 
 def gemv_shapes(layout: Layout) -> list[Shape]:
     """Shapes for one vector, the likeliest first."""
-    widest = 512 if layout.bits <= 3 else 256 if layout.bits == 4 else 128
-    narrowest = 256 if layout.bits <= 3 else 128
-    items = (widest, narrowest) if narrowest < widest else (widest,)
-    ways = (True, False) if layout.bitwise else (False,)
-    return [
-        Shape(threads, item, unroll, bitwise)
-        for bitwise in ways
-        for item in items
-        for threads, unroll in ((768, 4), (512, 4), (1024, 2), (256, 4))
-    ]
+    widest = 512 if layout.bits <= 2 else 256 if layout.bits <= 4 else 128
+    narrowest = 256 if layout.bits <= 2 else 128 if layout.bits == 4 else widest
+    shapes = [Shape(768, widest, 4, layout.bitwise), Shape(512, widest, 4, layout.bitwise)]
+    shapes += [Shape(1024, widest, 2, layout.bitwise)]
+    if narrowest < widest:
+        shapes += [Shape(1024, narrowest, 2, layout.bitwise), Shape(512, narrowest, 2, layout.bitwise)]
+    if layout.kind == 0 and layout.bitwise:  # two scalar sets double the work per plane of x, not that per limb
+        shapes += [Shape(768, widest, 4), Shape(512, widest, 4)]
+    return [*shapes, Shape(256, narrowest, 2, layout.bitwise)]
 
 
 def small_shapes(layout: Layout) -> list[Shape]:
     """Shapes for 2 to 32 vectors, the likeliest first."""
-    items = (128,) if layout.bits == 8 else (256, 512) if layout.bits <= 3 else (256,)
-    return [Shape(threads, item, 2) for item in items for threads in (512, 256, 128)]
+    items = (128,) if layout.bits == 8 else (256, 512) if layout.bits <= 2 else (256,)
+    return [*(Shape(threads, item, 2) for item in items for threads in (512, 256)), Shape(128, items[0], 2)]
 
 
 def place_gemv(layout: Layout, rows: int, columns: int, processors: int, memory: int, shape: Shape) -> Launch | None:
@@ -77,7 +76,7 @@ def place_gemv(layout: Layout, rows: int, columns: int, processors: int, memory:
     block = (1152 if layout.bits == 3 else 256 * kinds) + 32 * kinds if shape.bitwise else 1024 + 32 * flushes
     for chunks in range(1, across + 1):
         chunk = -(-across // chunks) * item
-        for depth in (4, 3, 2):
+        for depth in (3, 2):
             shared = chunk // 128 * block + per_round * across * 64 + shape.threads // 32 * depth * stage
             if shared <= memory:
                 return Launch(grid, shape, depth, chunk, per_round, shared)
@@ -97,7 +96,7 @@ def place_small(
         per_round = min(-(-tiles // grid), 16 if chunks > 1 else 1 << 20)
         marks = chunk * 2 + -(-chunk // 512) * 16 if layout.kind == 0 else 0
         totals = per_round * cells if chunks > 1 else 0
-        for depth in (4, 3, 2):
+        for depth in (3, 2):
             shared = chunk * tokens * 2 + marks + shape.threads // 32 * (cells + depth * stage) + totals
             if shared <= memory:
                 return Launch(grid, shape, depth, chunk, per_round, shared)
@@ -203,6 +202,15 @@ def keep_tuned(device: str, shapes: dict[str, Shape]) -> None:
     merged = {key: asdict(shape) for key, shape in sorted((tuned_shapes(device) | shapes).items())}
     path.write_text(json.dumps(merged, indent=0) + "\n", encoding="utf-8")
     tuned_shapes.cache_clear()
+
+
+def use_shape(device: str, key: str, shape: Shape | None) -> None:
+    """Take a shape (or with None no longer any) for what `key` names, in this process alone."""
+    found = tuned_shapes(device)
+    if shape is None:
+        found.pop(key, None)
+    else:
+        found[key] = shape
 
 
 def choose(device: str, layout: Layout, rows: int, columns: int, tokens: int, processors: int, memory: int) -> Launch:

@@ -27,7 +27,8 @@ MEANINGS = {
     " { for (int i = 0; i < 16; i++) to[i] = i < valid ? from[i] : 0; }",
     "void copy4(": "static void copy4(void* to, const u8* from, int valid)"
     " { for (int i = 0; i < 4; i++) ((u8*)to)[i] = i < valid ? from[i] : 0; }",
-    "void copy_whole(": "template <int BYTES> static void copy_whole(u8* to, const u8* from) { memcpy(to, from, BYTES); }",
+    "void copy_whole(": "template <int BYTES> static void copy_whole(u8* to, const u8* from)"
+    " { memcpy(to, from, BYTES); }",
     "void copies_commit(": "static void copies_commit() {}",
     "void copies_wait(": "template <int LEFT> static void copies_wait() {}",
     "void wait_for_previous_kernel(": "static void wait_for_previous_kernel() {}",
@@ -38,7 +39,8 @@ MEANINGS = {
     " { u32 b[2] = {b0, b1}; tensor_product(c, 4, a, 2, b, floats_times_floats); }",
     "void count(": "static void count(int (&c)[4], u32 a0, u32 a1, u32 b)"
     " { u32 a[2] = {a0, a1}; tensor_product(c, 2, a, 1, &b, ones_in_both); }",
-    "u32 pair_of_floats(": "static u32 pair_of_floats(float low, float high) { return to16(low) | (u32)to16(high) << 16; }",
+    "u32 pair_of_floats(": "static u32 pair_of_floats(float low, float high)"
+    " { return to16(low) | (u32)to16(high) << 16; }",
     "u32 add_pairs(": "static u32 add_pairs(u32 a, u32 b)"
     " { return to16(from16(a) + from16(b)) | (u32)to16(from16(a >> 16) + from16(b >> 16)) << 16; }",
 }
@@ -61,7 +63,8 @@ int main(int, char** arguments) {
         if (sizes[i] && fread(tensors[i], 1, sizes[i], in) != (size_t)sizes[i]) return 3;
     }
     fclose(in);
-    weight = {{tensors[0], tensors[1]}, tensors[2], tensors[3], tensors[4], (int)numbers[0], (int)numbers[1], (int)numbers[2], (int)numbers[3]};
+    const int n[4] = {(int)numbers[0], (int)numbers[1], (int)numbers[2], (int)numbers[3]};
+    weight = {{tensors[0], tensors[1]}, tensors[2], tensors[3], tensors[4], n[0], n[1], n[2], n[3]};
     x = tensors[5], bias = tensors[6], y = guarded(sizes[7]);
     memset(y, 0xff, sizes[7]);
     tokens = numbers[4], chunk = numbers[5], tiles = numbers[6];
@@ -120,7 +123,17 @@ def run(
     out = torch.empty((rows, columns) if program.name == "decode" else (len(x), rows), dtype=x.dtype)
     sizes = [0 if blob is None else blob.numel() * blob.element_size() for blob in blobs]
     sizes.append(out.numel() * out.element_size())
-    numbers = [rows, columns, layout.width, layout.groups, len(x), launch.chunk, launch.tiles, launch.grid, launch.shared]
+    numbers = [
+        rows,
+        columns,
+        layout.width,
+        layout.groups,
+        len(x),
+        launch.chunk,
+        launch.tiles,
+        launch.grid,
+        launch.shared,
+    ]
     header = torch.tensor([*sizes, *numbers, int(descending)]).view(torch.uint8)
     content = [blob.contiguous().reshape(-1).view(torch.uint8) for blob in blobs if blob is not None and blob.numel()]
     source, target = program.with_suffix(".in"), program.with_suffix(".out")

@@ -32,7 +32,7 @@ __device__ __forceinline__ u32 transpose(u32 x, int lane) {
 __device__ __forceinline__ u32 magnitude_of(float value) { return __float_as_uint(value) & 0x7fffffffu; }
 
 // One block of 128 columns by one warp: words [lane of the product][kind][octet] (raw: [word][octet][lane]), and per
-// lane-in-quad (factor, its share of the sum of x), for `binary-residual` once more with the sum over marked columns.
+// lane-in-quad (value of a unit, its share of the sum of x in units), for `binary-residual` once more with the sum over marked columns.
 __device__ __forceinline__ void stage_block(u32* words, float2* factors, const float (&value)[RAW ? 12 : 4], u32 marks, int lane) {
     u32 largest = 0;
 #pragma unroll
@@ -70,8 +70,8 @@ __device__ __forceinline__ void stage_block(u32* words, float2* factors, const f
             }
         }
     }
-    const float total = down * (float)__reduce_add_sync(0xffffffffu, sum - marked_sum);
-    const float marked_total = KIND == BINARY_RESIDUAL ? down * (float)__reduce_add_sync(0xffffffffu, marked_sum) : 0.0f;
+    const float total = (float)__reduce_add_sync(0xffffffffu, sum - marked_sum);
+    const float marked_total = KIND == BINARY_RESIDUAL ? (float)__reduce_add_sync(0xffffffffu, marked_sum) : 0.0f;
     if (lane < 4 * KINDS) {  // lane-in-quad q holds columns 2 q and 2 q + 1 of a product: 4^q times those of the first
         const float factor = RAW ? down : down * (float)(1 << (2 * (lane & 3)));
         factors[KINDS == 2 ? (lane & 3) * 2 + (lane >> 2) : lane] = make_float2(factor, (lane & 3) == 0 ? (lane < 4 ? total : marked_total) : 0.0f);
@@ -180,17 +180,18 @@ __device__ __forceinline__ void item_sums(float (&y)[2], const u8* stage, const 
         for (int h = 0; h < 2; h++) {
             float s[SUMS];
 #pragma unroll
-            for (int p = 0; p < SUMS; p++) s[p] = factor.x * counted(c[p], h, q);
-            if (KIND == GROUPED_INTEGER && BITS == 2) s[0] += 2.0f * factor.x * counted(c[1 % ALL], h, q);
-            y[h] += group_value(s, factor.y, stage, w, r + 8 * h, row0, column0, parity[h], group, false);
+            for (int p = 0; p < SUMS; p++) s[p] = counted(c[p], h, q);
+            if (KIND == GROUPED_INTEGER && BITS == 2) s[0] += 2.0f * counted(c[1 % ALL], h, q);
+            float value = group_value(s, factor.y, stage, w, r + 8 * h, row0, column0, parity[h], group, false);
             if (KIND == BINARY_RESIDUAL) {
                 const float marked_total = factors[block * X_FACTORS + q * KINDS + 1].y;
                 float marked[SUMS];
-                marked[0] = factor.x * counted(c[3 % ALL], h, q);
-                marked[1 % SUMS] = factor.x * counted(c[4 % ALL], h, q);
+                marked[0] = counted(c[3 % ALL], h, q);
+                marked[1 % SUMS] = counted(c[4 % ALL], h, q);
                 marked[2 % SUMS] = 0.0f;
-                y[h] += group_value(marked, marked_total, stage, w, r + 8 * h, row0, column0, parity[h], group, true);
+                value += group_value(marked, marked_total, stage, w, r + 8 * h, row0, column0, parity[h], group, true);
             }
+            y[h] += factor.x * value;
         }
     }
 }

@@ -3,7 +3,7 @@
 #define SUMS (KIND == BINARY_RESIDUAL || (KIND == LEVEL_TABLE && BITS == 2) ? 3 : 1)
 constexpr int BLOCKS_AT_ONCE = UNROLL;  // blocks of an item whose instructions are interleaved
 
-// What one row and group adds: sums s[p] of x over the ones of plane p (over HIGH_PLANE for p > 0 in tables), `total` the sum of
+// What one row and group adds, in the units of its arguments: sums s[p] of x over the ones of plane p (over HIGH_PLANE for p > 0 in tables), `total` the sum of
 // x, for each lane its share of both. `marks`: of the marked columns of `binary-residual`.
 // Written so that every scalar is multiplied once, by a combination of sums.
 __device__ __forceinline__ float group_value(const float (&s)[SUMS], float total, const u8* stage, const Weight& w, int row, int row0, int column0, int parity, int group, bool marks) {

@@ -23,7 +23,7 @@ __device__ __forceinline__ void product(int (&c)[4], u32 a0, u32 a1, u32 a2, u32
 }
 
 // Limbs of one block of 128 columns of x, by one warp: words [2][lane of the product][4], and per flush and lane-in-quad
-// the pair (factor of the sums, sum of x). value[j] is column `column_of(lane / 8, lane / 2 % 4, lane % 2, j)`.
+// the pair (value of a unit, sum of x in units). value[j] is column `column_of(lane / 8, lane / 2 % 4, lane % 2, j)`.
 __device__ __forceinline__ void stage_block(u32* limbs, float2* factors, const float (&value)[4], u32 marked, int lane) {
     const int step = lane >> 3, q = lane >> 1 & 3, half = lane & 1;
     u32 largest = 0;
@@ -54,8 +54,8 @@ __device__ __forceinline__ void stage_block(u32* limbs, float2* factors, const f
 #pragma unroll
     for (int flush = 0; flush < FLUSHES; flush++) {
         const bool mine = FLUSHES == 1 || step >> 1 == flush;
-        float ordinary = down * (float)__reduce_add_sync(0xffffffffu, mine ? sum - marked_sum : 0);
-        float marks = KIND == BINARY_RESIDUAL ? down * (float)__reduce_add_sync(0xffffffffu, mine ? marked_sum : 0) : 0.0f;
+        const float ordinary = UNIT * (float)__reduce_add_sync(0xffffffffu, mine ? sum - marked_sum : 0);
+        const float marks = KIND == BINARY_RESIDUAL ? UNIT * (float)__reduce_add_sync(0xffffffffu, mine ? marked_sum : 0) : 0.0f;
         if (lane < 4)  // lane-in-quad 0 and 2 hold the upper two limbs, 1 and 3 the lower
             factors[flush * 4 + lane] = make_float2(down / UNIT * (lane & 1 ? 1.0f : 1024.0f), lane == 1 ? ordinary : lane == 3 ? marks : 0.0f);
     }
@@ -162,8 +162,8 @@ __device__ __forceinline__ void item_sums(float (&y)[2], const u8* stage, const 
             for (int h = 0; h < 2; h++) {
                 float s[SUMS];
 #pragma unroll
-                for (int p = 0; p < SUMS; p++) s[p] = factor.x * (float)(c[p][2 * h] * 32 + c[p][2 * h + 1]);
-                y[h] += group_value(s, factor.y, stage, w, r + 8 * h, row0, column0, parity[h], group, KIND == BINARY_RESIDUAL && q >= 2);
+                for (int p = 0; p < SUMS; p++) s[p] = (float)(c[p][2 * h] * 32 + c[p][2 * h + 1]);
+                y[h] += factor.x * group_value(s, factor.y, stage, w, r + 8 * h, row0, column0, parity[h], group, KIND == BINARY_RESIDUAL && q >= 2);
             }
         }
     }
