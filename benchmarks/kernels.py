@@ -95,11 +95,15 @@ def copies_for(weight_bytes: int, cache: int, result_bytes: int) -> int:
 
 def ceilings() -> dict[str, float]:
     """Measured bounds of the machine: bytes per second of a copy (read and written), float16 operations per second."""
-    source = torch.empty(1 << 31, dtype=torch.uint8, device="cuda").random_()
-    copy, _ = seconds_per_call([lambda: torch.empty_like(source).copy_(source)] * 2, 8)
+    source = torch.randn(1 << 29, device="cuda")
+    target = torch.empty_like(source)
+    copy, _ = seconds_per_call([lambda: target.copy_(source)] * 2, 8)
     a = torch.randn(8192, 8192, device="cuda").half()
     product, _ = seconds_per_call([lambda: a @ a] * 2, 8)
-    return {"copy_bytes_per_second": 2 * source.numel() / copy, "float16_operations_per_second": 2 * 8192**3 / product}
+    return {
+        "copy_bytes_per_second": 2 * 4 * source.numel() / copy,
+        "float16_operations_per_second": 2 * 8192**3 / product,
+    }
 
 
 def measure(

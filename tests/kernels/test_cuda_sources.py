@@ -93,7 +93,15 @@ def test_few_vectors(layout, tokens, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "layout", [BinaryResidual(64, True), LevelTable(3, 32), GroupedInteger(5, 8, False)], ids=name_of
+    "layout",
+    [
+        BinaryResidual(64, True),
+        LevelTable(2, 128),
+        LevelTable(3, 32),
+        GroupedInteger(4, 64, True),
+        GroupedInteger(5, 8, False),
+    ],
+    ids=name_of,
 )
 def test_decoded_weight(layout, tmp_path):
     rows, columns = 12, 100

@@ -21,13 +21,18 @@ from whit.kernels.nvrtc import cache_folder
 
 @dataclass(frozen=True)
 class Shape:
-    """Threads of a block, columns a warp takes at a time, blocks of 128 columns interleaved, and whether one vector is
-    multiplied as bit planes (`bits.cuh`) or as limbs (`limbs.cuh`)."""
+    """What may be chosen freely.
+
+    Threads of a block, columns a warp takes at a time, blocks of 128 columns interleaved, whether one vector is
+    multiplied as bit planes (`bits.cuh`) or as limbs (`limbs.cuh`), and how many thread blocks a multiprocessor must
+    have room for: with two, the next kernel of a stream is already there when one ends.
+    """
 
     threads: int
     item: int
     unroll: int
     bitwise: bool = False
+    resident: int = 1
 
 
 @dataclass(frozen=True)
@@ -48,9 +53,9 @@ def gemv_shapes(layout: Layout) -> list[Shape]:
     widest = 512 if layout.bits <= 2 else 256 if layout.bits <= 4 else 128
     narrowest = 256 if layout.bits <= 2 else 128 if layout.bits == 4 else widest
     shapes = [Shape(768, widest, 4, layout.bitwise), Shape(512, widest, 4, layout.bitwise)]
-    shapes += [Shape(1024, widest, 2, layout.bitwise)]
+    shapes += [Shape(1024, widest, 2, layout.bitwise), Shape(512, widest, 2, layout.bitwise, 2)]
     if narrowest < widest:
-        shapes += [Shape(1024, narrowest, 2, layout.bitwise), Shape(512, narrowest, 2, layout.bitwise)]
+        shapes += [Shape(1024, narrowest, 2, layout.bitwise), Shape(512, narrowest, 2, layout.bitwise, 2)]
     if layout.kind == 0 and layout.bitwise:  # two scalar sets double the work per plane of x, not that per limb
         shapes += [Shape(768, widest, 4), Shape(512, widest, 4)]
     return [*shapes, Shape(256, narrowest, 2, layout.bitwise)]
@@ -60,6 +65,11 @@ def small_shapes(layout: Layout) -> list[Shape]:
     """Shapes for 2 to 32 vectors, the likeliest first."""
     items = (128,) if layout.bits == 8 else (256, 512) if layout.bits <= 2 else (256,)
     return [*(Shape(threads, item, 2) for item in items for threads in (512, 256)), Shape(128, items[0], 2)]
+
+
+def room(memory: int, shape: Shape) -> int:
+    """Bytes of shared memory for a block when `shape.resident` of them share what one may have (1 KiB each is lost)."""
+    return (memory + 1024) // shape.resident - 1024
 
 
 def place_gemv(layout: Layout, rows: int, columns: int, processors: int, memory: int, shape: Shape) -> Launch | None:
@@ -78,7 +88,7 @@ def place_gemv(layout: Layout, rows: int, columns: int, processors: int, memory:
         chunk = -(-across // chunks) * item
         for depth in (3, 2):
             shared = chunk // 128 * block + per_round * across * 64 + shape.threads // 32 * depth * stage
-            if shared <= memory:
+            if shared <= room(memory, shape):
                 return Launch(grid, shape, depth, chunk, per_round, shared)
     return None
 
@@ -98,7 +108,7 @@ def place_small(
         totals = per_round * cells if chunks > 1 else 0
         for depth in (3, 2):
             shared = chunk * tokens * 2 + marks + shape.threads // 32 * (cells + depth * stage) + totals
-            if shared <= memory:
+            if shared <= room(memory, shape):
                 return Launch(grid, shape, depth, chunk, per_round, shared)
     return None
 
@@ -152,6 +162,7 @@ def options_of(layout: Layout, shape: Shape, depth: int, tokens: int, bfloat: bo
         "ITEM": shape.item,
         "DEPTH": depth,
         "UNROLL": shape.unroll,
+        "RESIDENT": shape.resident,
     }
     return (*layout.defines(), *(f"-D{key}={int(value)}" for key, value in values.items()))
 

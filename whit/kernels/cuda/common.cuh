@@ -180,13 +180,17 @@ __device__ __forceinline__ float staged_scalar(const u8* stage, int row, int par
     const u16* halves = (const u16*)(stage + PLANES * PLANE_BYTES) + row * SCALAR_WORDS * 2;
     return float_of_half(halves[parity + group * NS + j]);
 }
-// Asks L2 for the codes of an item; allowed before `wait_for_previous_kernel`, since L2 sees every later write.
+// Asks L2 for an item; allowed before `wait_for_previous_kernel`, since L2 sees every later write.
 __device__ __forceinline__ void prefetch_item(const Weight& w, int row0, int column0, int lane) {
 #if EARLY
-    if (row0 < w.rows && lane < 16 * PLANES) {
-        const u8* codes = PLANES == 2 && lane >= 16 ? w.codes[1] : w.codes[0];
-        asm volatile("prefetch.global.L2 [%0];" ::"l"(codes + (size_t)min(row0 + lane % 16, w.rows - 1) * w.width + column0 / 8 * CODE_BITS));
-    }
+    if (row0 >= w.rows || column0 >= w.columns) return;
+    const int row = min(row0 + lane % 16, w.rows - 1);
+    const u8* codes = PLANES == 2 && lane >= 16 ? w.codes[1] : w.codes[0];
+    const u8* scalars = w.scalars + (u32)(row * w.groups + (GROUP >= (1 << 30) ? 0 : column0 / GROUP)) * (NS * 2);
+    const u8* from = codes + (u32)(row * w.width + column0 / 8 * CODE_BITS);
+    if (PLANES == 1 && lane >= 16) from = scalars;
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
+    if (PLANES == 2 && lane < 16) asm volatile("prefetch.global.L2 [%0];" ::"l"(scalars));
 #endif
 }
 

@@ -17,7 +17,7 @@ struct Place {
     }
 };
 
-extern "C" __global__ void __launch_bounds__(THREADS, 1)
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 gemv(const u16* x, Weight w, const u16* bias, u16* y, int chunk_columns, int tiles_per_round) {
     extern __shared__ __align__(16) u8 memory[];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
@@ -45,7 +45,7 @@ gemv(const u16* x, Weight w, const u16* bias, u16* y, int chunk_columns, int til
                 }
             };
             if (!waited) {
-                prefetch_item(w, (first + ahead.tile * (int)gridDim.x) * 16, ahead.column * ICOLS, lane);
+                if (ahead.tile < mine) prefetch_item(w, (first + ahead.tile * (int)gridDim.x) * 16, ahead.column * ICOLS, lane);
                 wait_for_previous_kernel();
                 waited = true;
             }
