@@ -269,9 +269,7 @@ def tune(x: Tensor, packed: Packed, seconds: Callable[[], float]) -> tuple[str, 
     return key, best
 
 
-def register() -> None:
-    """Offer the kernels for the formats they read; the last one registered is asked first."""
-    for name in ("binary-residual", "level-table", "grouped-integer"):
-        register_implementation(name, Implementation("cuda decode + matmul", _supports_many, _decoded_product))
-        register_implementation(name, Implementation("cuda tensor-core product", _supports_few, _product))
-        register_implementation(name, Implementation("cuda bit-plane gemv", _supports_one, _product))
+for _format in ("binary-residual", "level-table", "grouped-integer"):  # the last one registered is asked first
+    register_implementation(_format, Implementation("cuda decode + matmul", _supports_many, _decoded_product))
+    register_implementation(_format, Implementation("cuda tensor-core product", _supports_few, _product))
+    register_implementation(_format, Implementation("cuda bit-plane gemv", _supports_one, _product))
