@@ -262,7 +262,10 @@ def tune(x: Tensor, packed: Packed, seconds: Callable[[], float]) -> tuple[str, 
             continue
         use_shape(device, key, shape)
         _prepared.cache_clear()
-        times[shape] = seconds()
+        try:
+            times[shape] = seconds()
+        except CompilationError:
+            continue  # this compiler or device cannot do it; another shape will
     best = min(times, key=times.__getitem__)
     use_shape(device, key, best)
     _prepared.cache_clear()
