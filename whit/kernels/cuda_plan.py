@@ -201,7 +201,7 @@ def tuned_shapes(device: str) -> dict[str, Shape]:
     for source in (shipped, tuning_file(device)):
         try:
             found |= {key: Shape(**fields) for key, fields in json.loads(source.read_text(encoding="utf-8")).items()}
-        except (OSError, ValueError, TypeError):
+        except (OSError, ValueError, TypeError, AttributeError):
             continue  # absent or of another version: shapes only change speed
     return found
 
