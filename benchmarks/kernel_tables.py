@@ -25,20 +25,21 @@ def kernel_reports() -> dict[str, dict[str, Any]]:
 def kernel_table(report: dict[str, Any]) -> str:
     """Time, bytes, floor and bandwidth of the packed products of one device, as Markdown.
 
-    The floor is the larger of the bytes over the measured copy bandwidth and the operations over the measured float16
-    rate.
+    The floor is the larger of bytes over bandwidth and operations over the measured float16 rate; the bandwidth is the
+    highest that the copy or any record of the run reached.
     """
     limits = report["ceilings"]
+    reached = max(limits["copy_bytes_per_second"], *(row["bytes_per_second"] for row in report["records"]))
     lines = [
-        f"{report['hardware']}, torch {report['torch']}, CUDA {report['cuda']}, {report['dtype']} inputs. Measured "
-        f"ceilings: copy {limits['copy_bytes_per_second'] / 1e12:.2f} TB/s (read and written), 8192 x 8192 x 8192 "
+        f"{report['hardware']}, torch {report['torch']}, CUDA {report['cuda']}, {report['dtype']} inputs, kernels of "
+        f"step {report['step']} below. Highest bandwidth of the run {reached / 1e12:.2f} TB/s, 8192 x 8192 x 8192 "
         f"float16 product {limits['float16_operations_per_second'] / 1e12:.0f} TFLOP/s.",
         "",
         "| outputs x inputs | vectors | weight | bits | µs | floor µs | TB/s | times dense | kernel |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in report["records"]:
-        bandwidth = row["bytes_moved"] / limits["copy_bytes_per_second"]
+        bandwidth = row["bytes_moved"] / reached
         arithmetic = 2 * row["rows"] * row["columns"] * row["vectors"] / limits["float16_operations_per_second"]
         cells = [
             f"{row['rows']} x {row['columns']}",
@@ -64,10 +65,14 @@ def kernel_history() -> dict[str, Any]:
 def kernel_history_table(history: dict[str, Any]) -> str:
     """What was tried on the kernels: change, prediction, and the times that followed, as Markdown."""
     cases = history["cases"]
-    lines = ["| step | change | predicted | " + " | ".join(cases) + " |", "|---|---|---|" + "---|" * len(cases)]
+    lines = [f"{history['hardware']}, float16.", ""]
+    for step in history["steps"]:
+        lines.append(f"{step['name']}. {step['change']}. *Predicted*: {step['predicted']}. *Found*: {step['found']}.")
+    lines += ["", "| step | " + " | ".join(cases) + " |", "|---|" + "---|" * len(cases)]
     for step in history["steps"]:
         times = [f"{step['seconds'][case] * 1e6:.1f}" if case in step["seconds"] else "" for case in cases]
-        lines.append(f"| {step['name']} | {step['change']} | {step['predicted']} | " + " | ".join(times) + " |")
+        if any(times):
+            lines.append(f"| {step['name']} | " + " | ".join(times) + " |")
     return "\n".join(lines) + "\n"
 
 

@@ -170,6 +170,7 @@ def main() -> None:
     parser.add_argument("--counts", nargs="+", type=int, default=list(COUNTS))
     parser.add_argument("--shapes", nargs="+", default=[f"{rows}x{columns}" for rows, columns in SHAPES])
     parser.add_argument("--dtype", choices=["float16", "bfloat16"], default="float16")
+    parser.add_argument("--step", default="3", help="step of docs/kernels.md that is measured")
     parser.add_argument("--tune", action="store_true", help="find and keep the fastest launch shapes first")
     arguments = parser.parse_args()
     torch.manual_seed(SEED)
@@ -187,6 +188,7 @@ def main() -> None:
                 )
     if arguments.output:
         report = {
+            "step": arguments.step,
             "hardware": properties.name,
             "multiprocessors": properties.multi_processor_count,
             "l2_bytes": properties.L2_cache_size,

@@ -1,15 +1,28 @@
 """Launch shapes and the compiled-kernel cache: what can be checked without a GPU."""
 
+import contextlib
 import json
+import warnings
 
 import pytest
+import torch
 
 from whit.formats.dense import Dense
 from whit.formats.grouped_integer import GroupedInteger
 from whit.formats.level_table import LevelTable
-from whit.kernels import cuda_plan, nvrtc
+from whit.kernels import cuda_linear, nvrtc
 from whit.kernels.cuda_layout import WIDEST, layout_of
-from whit.kernels.cuda_plan import Shape, choose, keep_tuned, plan, room, tuned_shapes, tuning_file, tuning_key
+from whit.kernels.cuda_plan import (
+    Shape,
+    choose,
+    gemv_shapes,
+    keep_tuned,
+    plan,
+    room,
+    tuned_shapes,
+    tuning_file,
+    tuning_key,
+)
 
 H200 = (132, 232448)
 
@@ -89,9 +102,37 @@ def test_a_cache_that_cannot_be_written_costs_only_time(monkeypatch, tmp_path):
     assert nvrtc.cached_cubin("one", []) == b"code"
 
 
-def test_shipped_shapes_are_readable():
-    shipped = [path for path in (cuda_plan.files("whit.kernels") / "tuned").iterdir() if path.name.endswith(".json")]
-    for path in shipped:
-        shapes = [Shape(**fields) for fields in json.loads(path.read_text(encoding="utf-8")).values()]
-        assert all(shape.threads % 32 == 0 and shape.item % 128 == 0 for shape in shapes)
-    assert shipped
+def test_devices_without_binary_tensor_cores_get_limbs():
+    layout = layout_of(LevelTable(2, 128), 4096)
+    keep_tuned("No Such GPU", {tuning_key(layout, 512, 4096, 1): Shape(256, 256, 2, True)})
+    for binary, expected in ((True, True), (False, False)):
+        assert choose("No Such GPU", layout, 512, 4096, 1, *H200, binary=binary).shape.bitwise is expected
+        assert plan(layout, 768, 4096, 1, *H200, gemv_shapes(layout, binary)).shape.bitwise is expected
+
+
+def test_a_device_that_kernels_cannot_be_compiled_for_runs_plain_with_one_warning(monkeypatch):
+    def no_compiler(*arguments):
+        raise nvrtc.CompilationError("no NVRTC library was found")
+
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
+    monkeypatch.setattr(cuda_linear, "kernel", no_compiler)
+    cuda_linear._compiles.cache_clear()
+    with pytest.warns(UserWarning, match="plain version on CUDA device 3: no NVRTC library"):
+        assert not cuda_linear._device_works(3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not cuda_linear._device_works(3)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
+    assert not cuda_linear._device_works(4)
+    cuda_linear._compiles.cache_clear()
+
+
+def test_a_machine_without_nvrtc_is_told_what_to_install(monkeypatch):
+    def missing(name):
+        raise OSError(name)
+
+    monkeypatch.setattr(nvrtc.ctypes, "CDLL", missing)
+    with pytest.raises(nvrtc.CompilationError, match=r"no NVRTC library .*\(install a CUDA build of torch"):
+        nvrtc.compiler_library()

@@ -40,7 +40,7 @@ from whit.kernels.cuda_plan import (
     use_shape,
 )
 from whit.kernels.linear import Implementation, register_implementation
-from whit.kernels.nvrtc import CompilationError, Kernel, compiler_library, kernel
+from whit.kernels.nvrtc import CompilationError, Kernel, kernel
 
 FEW = 32
 """Most vectors that the kernels multiply without decoding the weight to memory."""
@@ -70,6 +70,11 @@ def _device_limits(index: int) -> tuple[str, int, int]:
     return properties.name, properties.multi_processor_count, shared_memory
 
 
+def _counts_bits(index: int) -> bool:
+    """Whether the device has tensor cores for one-bit operands: Ampere to Hopper."""
+    return torch.cuda.get_device_capability(index) < (10, 0)
+
+
 def _starts_early(index: int) -> bool:
     """Whether the device has programmatic dependent launch."""
     return torch.cuda.get_device_capability(index) >= (9, 0)
@@ -82,7 +87,8 @@ def _prepared(
     if name == "decode":
         launch = Launch(8 * _device_limits(index)[1], Shape(256, 128, 1), 2, 0, 0, 0)
     else:
-        launch = choose(_device_limits(index)[0], layout, rows, columns, tokens, *_device_limits(index)[1:])
+        limits = _device_limits(index)
+        launch = choose(limits[0], layout, rows, columns, tokens, *limits[1:], binary=_counts_bits(index))
     options = options_of(layout, launch.shape, launch.depth, tokens, bfloat, _starts_early(index))
     return kernel(source_of(*parts_of(name, launch.shape)), name, options, index), launch
 
@@ -165,21 +171,22 @@ def _(tensors: list[Tensor], layout: list[int], rows: int, columns: int, dtype: 
     return tensors[0].new_empty(rows, columns, dtype=dtype)
 
 
-@lru_cache(maxsize=1)
-def _compiler_found() -> bool:
+@lru_cache(maxsize=16)
+def _compiles(index: int) -> bool:
     try:
-        compiler_library()
-    except CompilationError as error:
-        warnings.warn(f"packed layers run in their plain version: {error}", stacklevel=2)
+        with torch.cuda.device(index):
+            kernel('extern "C" __global__ void probe() {}', "probe", (), index)
+    except (CompilationError, OSError) as error:
+        warnings.warn(f"packed layers run in their plain version on CUDA device {index}: {error}", stacklevel=2)
         return False
     return True
 
 
 def _device_works(index: int) -> bool:
-    """Whether kernels can be compiled for a device; says once why not."""
+    """Whether kernels can be compiled for a device and loaded; says once why not."""
     if torch.version.cuda is None or torch.cuda.get_device_capability(index) < (8, 0):
         return False
-    return torch.compiler.is_compiling() or _compiler_found()  # tracing cannot look for libraries
+    return torch.compiler.is_compiling() or _compiles(index)  # tracing cannot look for libraries
 
 
 def _usable(x: Tensor, packed: Packed) -> Layout | None:
@@ -255,7 +262,7 @@ def tune(x: Tensor, packed: Packed, seconds: Callable[[], float]) -> tuple[str, 
     device, processors, memory = _device_limits(x.device.index)
     key = tuning_key(layout, packed.rows, packed.columns, tokens)
     times: dict[Shape, float] = {}
-    for shape in gemv_shapes(layout) if tokens == 1 else small_shapes(layout):
+    for shape in gemv_shapes(layout, _counts_bits(x.device.index)) if tokens == 1 else small_shapes(layout):
         try:
             plan(layout, packed.rows, packed.columns, tokens, processors, memory, [shape])
         except ValueError:

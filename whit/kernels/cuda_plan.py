@@ -48,17 +48,18 @@ class Launch:
     shared: int
 
 
-def gemv_shapes(layout: Layout) -> list[Shape]:
-    """Shapes for one vector, the likeliest first."""
+def gemv_shapes(layout: Layout, binary: bool = True) -> list[Shape]:
+    """Shapes for one vector, the likeliest first; `binary`: the device has binary tensor cores."""
+    bitwise = layout.bitwise and binary
     widest = 512 if layout.bits <= 2 else 256 if layout.bits <= 4 else 128
     narrowest = 256 if layout.bits <= 2 else 128 if layout.bits == 4 else widest
-    shapes = [Shape(768, widest, 4, layout.bitwise), Shape(512, widest, 4, layout.bitwise)]
-    shapes += [Shape(1024, widest, 2, layout.bitwise), Shape(512, widest, 2, layout.bitwise, 2)]
+    shapes = [Shape(768, widest, 4, bitwise), Shape(512, widest, 4, bitwise)]
+    shapes += [Shape(1024, widest, 2, bitwise), Shape(512, widest, 2, bitwise, 2)]
     if narrowest < widest:
-        shapes += [Shape(1024, narrowest, 2, layout.bitwise), Shape(512, narrowest, 2, layout.bitwise, 2)]
-    if layout.kind == 0 and layout.bitwise:  # two scalar sets double the work per plane of x, not that per limb
+        shapes += [Shape(1024, narrowest, 2, bitwise), Shape(512, narrowest, 2, bitwise, 2)]
+    if layout.kind == 0 and bitwise:  # two scalar sets double the work per plane of x, not that per limb
         shapes += [Shape(768, widest, 4), Shape(512, widest, 4)]
-    return [*shapes, Shape(256, narrowest, 2, layout.bitwise)]
+    return [*shapes, Shape(256, narrowest, 2, bitwise)]
 
 
 def small_shapes(layout: Layout) -> list[Shape]:
@@ -224,13 +225,24 @@ def use_shape(device: str, key: str, shape: Shape | None) -> None:
         found[key] = shape
 
 
-def choose(device: str, layout: Layout, rows: int, columns: int, tokens: int, processors: int, memory: int) -> Launch:
+def choose(
+    device: str,
+    layout: Layout,
+    rows: int,
+    columns: int,
+    tokens: int,
+    processors: int,
+    memory: int,
+    *,
+    binary: bool = True,
+) -> Launch:
     """The launch to use: the found shape if there is one and it fits, otherwise `plan`'s."""
     found = tuned_shapes(device).get(tuning_key(layout, rows, columns, tokens))
     if found is not None:
-        shape = replace(found, bitwise=found.bitwise and layout.bitwise)
+        shape = replace(found, bitwise=found.bitwise and layout.bitwise and binary)
         try:
             return plan(layout, rows, columns, tokens, processors, memory, [shape])
         except ValueError:
             pass
-    return plan(layout, rows, columns, tokens, processors, memory)
+    shapes = gemv_shapes(layout, binary) if tokens == 1 else small_shapes(layout)
+    return plan(layout, rows, columns, tokens, processors, memory, shapes)

@@ -24,13 +24,15 @@ MEANINGS = {
     "u16 x_of_float(": "static u16 x_of_float(float f) { return to16(f); }",
     "u32 shared_address(": "",
     "void copy16(": "static void copy16(u8* to, const u8* from, int valid)"
-    " { for (int i = 0; i < 16; i++) to[i] = i < valid ? from[i] : 0; }",
-    "void copy4(": "static void copy4(void* to, const u8* from, int valid)"
-    " { for (int i = 0; i < 4; i++) ((u8*)to)[i] = i < valid ? from[i] : 0; }",
+    " { if (ALIGN == 16) copy_later<16>(to, from, valid);"
+    " else if (ALIGN == 4)"
+    " for (int i = 0; i < 16; i += 4) copy_later<4>(to + i, valid > i ? from + i : from, valid - i);"
+    " else for (int i = 0; i < 16; i++) to[i] = i < valid ? from[i] : 0; }",
+    "void copy4(": "static void copy4(void* to, const u8* from, int valid) { copy_later<4>(to, from, valid); }",
     "void copy_whole(": "template <int BYTES> static void copy_whole(u8* to, const u8* from)"
-    " { memcpy(to, from, BYTES); }",
-    "void copies_commit(": "static void copies_commit() {}",
-    "void copies_wait(": "template <int LEFT> static void copies_wait() {}",
+    " { copy_later<BYTES>(to, from, BYTES); }",
+    "void copies_commit(": "static void copies_commit() { close_group(); }",
+    "void copies_wait(": "template <int LEFT> static void copies_wait() { finish_groups(LEFT); }",
     "void wait_for_previous_kernel(": "static void wait_for_previous_kernel() {}",
     "void prefetch_item(": "static void prefetch_item(const Weight&, int, int, int) {}",
     "void product(int": "static void product(int (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1)"
@@ -96,7 +98,19 @@ def compiled(name: str, layout: Layout, launch: Launch, tokens: int, bfloat: boo
     source = '#include "emulator.h"\n' + translated(source_of(*parts_of(name, launch.shape)))
     path = folder / f"{name}.cpp"
     path.write_text(source + MAIN.replace("CALL", CALLS[name]), encoding="utf-8")
-    command = [str(COMPILER), "-std=c++20", "-O1", "-w", f"-I{HERE}", *options, "-o", str(folder / name), str(path)]
+    command = [
+        str(COMPILER),
+        "-std=c++20",
+        "-O1",
+        "-w",
+        "-fsanitize=alignment",
+        "-fno-sanitize-recover=all",
+        f"-I{HERE}",
+        *options,
+        "-o",
+        str(folder / name),
+        str(path),
+    ]
     subprocess.run(command, check=True, capture_output=True, text=True)
     return folder / name
 

@@ -1,7 +1,7 @@
 // Enough of CUDA to run the kernels of whit/kernels/cuda on a CPU: every thread is a fiber, collectives and barriers hand
 // over, tensor-core products are written out. Slow and exact: it checks indexing, barriers and arithmetic, not speed.
-// Asynchronous copies happen at once. Threads run in ascending or descending order between barriers, so that a missing
-// barrier changes the result of one of the two.
+// Asynchronous copies happen as late as they may, when their group is waited for. Between barriers of the block one
+// warp after the other runs, in ascending or descending order, so that a missing barrier changes one of the two results.
 #include <sys/mman.h>
 #include <ucontext.h>
 #include <unistd.h>
@@ -12,6 +12,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <vector>
 
 #define __device__
@@ -24,9 +25,9 @@ using std::min;
 
 struct Index { int x; };
 static Index threadIdx, blockIdx, gridDim;
-struct uint2 { unsigned x, y; };
-struct uint4 { unsigned x, y, z, w; };
-struct float2 { float x, y; };
+struct alignas(8) uint2 { unsigned x, y; };
+struct alignas(16) uint4 { unsigned x, y, z, w; };
+struct alignas(8) float2 { float x, y; };
 static inline uint2 make_uint2(unsigned a, unsigned b) { return {a, b}; }
 static inline uint4 make_uint4(unsigned a, unsigned b, unsigned c, unsigned d) { return {a, b, c, d}; }
 static inline float2 make_float2(float a, float b) { return {a, b}; }
@@ -35,6 +36,7 @@ static inline float2 make_float2(float a, float b) { return {a, b}; }
 struct Fiber {
     ucontext_t context;
     bool done;
+    int parked;  // generation of the block barrier that it waits for, or -1
     std::vector<char> stack;
 };
 static std::vector<Fiber> fibers;
@@ -62,7 +64,11 @@ struct Barrier {
 };
 static Barrier block_barrier, warp_barriers[32];
 static uint32_t slots[32][32][8];
-static void __syncthreads() { block_barrier.wait((int)fibers.size()); }
+static void __syncthreads() {
+    fibers[current].parked = block_barrier.generation;
+    block_barrier.wait((int)fibers.size());
+    fibers[current].parked = -1;
+}
 static void __syncwarp() { warp_barriers[current / 32].wait(32); }
 
 // Every lane shows its words to the others; `f(slots of the warp, lane)` is its result.
@@ -75,6 +81,27 @@ template <class F> static auto collective(const uint32_t* words, int count, F f)
     return result;
 }
 typedef uint32_t (*Slots)[8];
+
+// ---- Asynchronous copies ---------------------------------------------------------------------------------------------
+// Like vector accesses they must be aligned to their size, as on the device.
+struct Copy {
+    uint8_t* to;
+    const uint8_t* from;
+    int bytes, valid;
+};
+static std::vector<std::deque<std::vector<Copy>>> copy_groups;  // by thread; the last group is still open
+
+template <int BYTES> static void copy_later(void* to, const uint8_t* from, int valid) {
+    if ((uintptr_t)to % BYTES || (uintptr_t)from % BYTES) abort();
+    copy_groups[current].back().push_back({(uint8_t*)to, from, BYTES, valid});
+}
+static void close_group() { copy_groups[current].emplace_back(); }
+static void finish_groups(int left) {
+    auto& groups = copy_groups[current];
+    for (; (int)groups.size() > left + 1; groups.pop_front())
+        for (const Copy& copy : groups.front())
+            for (int i = 0; i < copy.bytes; i++) copy.to[i] = i < copy.valid ? copy.from[i] : 0;
+}
 
 // ---- Intrinsics ------------------------------------------------------------------------------------------------------
 static unsigned __float_as_uint(float f) { unsigned u; memcpy(&u, &f, 4); return u; }
@@ -168,8 +195,10 @@ static void run_blocks(int grid, int threads, size_t shared, bool descending) {
         memset(shared_memory, 0xff, shared);
         block_barrier = Barrier();
         for (Barrier& barrier : warp_barriers) barrier = Barrier();
+        copy_groups.assign(threads, std::deque<std::vector<Copy>>(1));
         for (Fiber& fiber : fibers) {
             fiber.done = false;
+            fiber.parked = -1;
             fiber.stack.resize(1 << 16);
             getcontext(&fiber.context);
             fiber.context.uc_stack.ss_sp = fiber.stack.data();
@@ -177,14 +206,23 @@ static void run_blocks(int grid, int threads, size_t shared, bool descending) {
             fiber.context.uc_link = &scheduler;
             makecontext(&fiber.context, fiber_main, 0);
         }
+        // One warp runs as far as it can before the next: what another warp should have written first is not there yet.
         for (int left = threads; left;)
-            for (int i = 0; i < threads; i++) {
-                const int next = descending ? threads - 1 - i : i;
-                if (fibers[next].done) continue;
-                current = next;
-                threadIdx.x = next;
-                swapcontext(&scheduler, &fibers[next].context);
-                left -= fibers[next].done;
+            for (int turn = 0; turn < threads / 32; turn++) {
+                const int warp = descending ? threads / 32 - 1 - turn : turn;
+                for (bool moved = true; moved;) {
+                    moved = false;
+                    for (int lane = 0; lane < 32; lane++) {
+                        const int next = warp * 32 + (descending ? 31 - lane : lane);
+                        Fiber& fiber = fibers[next];
+                        if (fiber.done || fiber.parked == block_barrier.generation) continue;
+                        moved = true;
+                        current = next;
+                        threadIdx.x = next;
+                        swapcontext(&scheduler, &fiber.context);
+                        left -= fiber.done;
+                    }
+                }
             }
     }
 }
