@@ -12,7 +12,6 @@ are those of the packed weight, the inputs and the outputs, each once.
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import statistics
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from reports import write_report
 from torch import Tensor
 
 from whit.formats import Packed
@@ -200,7 +200,7 @@ def main() -> None:
             "ceilings": limits,
             "records": records,
         }
-        arguments.output.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        write_report(report, arguments.output)
 
 
 if __name__ == "__main__":
