@@ -1,0 +1,207 @@
+"""Time of the packed product against cuBLAS on one GPU, written as JSON.
+
+    python benchmarks/kernels.py --output benchmarks/results/kernels-h200.json
+    python benchmarks/kernels.py --formats level-table-2 --counts 1
+    python benchmarks/kernels.py --tune    # first finds and keeps the fastest launch shape of each case
+
+Each case is a CUDA graph that calls the layer once per copy of its weight; copies together exceed twice the L2 cache,
+so weights come from memory. Codes, scalars and inputs are random. Times are medians over replays, per call. Bytes moved
+are those of the packed weight, the inputs and the outputs, each once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from reports import write_report
+from torch import Tensor
+
+from whit.formats import Packed
+from whit.formats.base import Format
+from whit.formats.binary_residual import BinaryResidual
+from whit.formats.grouped_integer import GroupedInteger
+from whit.formats.level_table import LevelTable
+from whit.kernels import explain, packed_linear
+from whit.kernels.cuda_linear import FEW, tune
+from whit.kernels.cuda_plan import keep_tuned
+
+FORMATS: dict[str, Format] = {
+    "binary-residual": BinaryResidual(128, True),
+    "binary-residual-no-means": BinaryResidual(128, False),
+    "level-table-2": LevelTable(2, 128),
+    "level-table-1": LevelTable(1, 128),
+    "integer-1": GroupedInteger(1, 128, True),
+    "integer-2": GroupedInteger(2, 128, False),
+    "integer-3": GroupedInteger(3, 128, False),
+    "integer-4": GroupedInteger(4, 128, False),
+    "integer-8": GroupedInteger(8, 128, True),
+}
+SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (28672, 8192))
+"""(rows, columns): outputs, inputs."""
+COUNTS = (1, 4, 16, 32, 256, 2048)
+SEED = 0
+
+
+def random_packed(layout: Format, rows: int, columns: int, generator: torch.Generator) -> Packed:
+    """Random codes, normal scalars; one column in 32 marked, more than BiLLM marks."""
+    tensors = {}
+    for name, spec in layout.specs(rows, columns).items():
+        if spec.dtype == torch.uint8:
+            tensor = torch.randint(0, 256, spec.shape, dtype=torch.uint8, device="cuda", generator=generator)
+            if name == "salient":
+                for _ in range(4):
+                    tensor &= torch.randint(0, 256, spec.shape, dtype=torch.uint8, device="cuda", generator=generator)
+        else:
+            tensor = (0.02 * torch.randn(spec.shape, device="cuda", generator=generator)).to(spec.dtype)
+        tensors[name] = tensor
+    return Packed(layout, rows, columns, tensors)
+
+
+def seconds_per_call(calls: list[Callable[[], Tensor]], replays: int = 20) -> tuple[float, float]:
+    """Median time of one call and spread (width of the middle half), from replays of a graph."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for call in calls[:2]:
+            call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = [call() for call in calls]
+    for _ in range(3):
+        graph.replay()
+    times = []
+    for _ in range(replays):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e-3 / len(calls))
+    del outputs
+    times.sort()
+    return statistics.median(times), times[replays * 3 // 4] - times[replays // 4]
+
+
+def copies_for(weight_bytes: int, cache: int, result_bytes: int) -> int:
+    """Copies of a weight that exceed twice the cache, at least two; fewer where results would fill the memory."""
+    return max(2, min(-(-2 * cache // weight_bytes), 200, (1 << 33) // max(1, result_bytes)))
+
+
+def ceilings() -> dict[str, float]:
+    """Measured bounds of the machine: bytes per second of a copy (read and written), float16 operations per second."""
+    source = torch.randn(1 << 29, device="cuda")
+    target = torch.empty_like(source)
+    copy, _ = seconds_per_call([lambda: target.copy_(source)] * 2, 8)
+    a = torch.randn(8192, 8192, device="cuda").half()
+    product, _ = seconds_per_call([lambda: a @ a] * 2, 8)
+    return {
+        "copy_bytes_per_second": 2 * 4 * source.numel() / copy,
+        "float16_operations_per_second": 2 * 8192**3 / product,
+    }
+
+
+def measure(
+    rows: int, columns: int, tokens: int, names: list[str], cache: int, dtype: torch.dtype, tuning: bool
+) -> list[dict[str, Any]]:
+    """The dense baseline and every format on one shape and number of vectors."""
+    generator = torch.Generator("cuda").manual_seed(SEED)
+    x = torch.randn(tokens, columns, device="cuda", generator=generator).to(dtype)
+    moved = 2 * tokens * (rows + columns)
+    records = []
+
+    def add(name: str, kernel: str, weight_bytes: int, calls: list[Callable[[], Tensor]]) -> None:
+        seconds, spread = seconds_per_call(calls)
+        total = weight_bytes + moved
+        records.append(
+            {
+                "format": name,
+                "kernel": kernel,
+                "rows": rows,
+                "columns": columns,
+                "vectors": tokens,
+                "copies": len(calls),
+                "bits_per_weight": weight_bytes * 8 / (rows * columns),
+                "bytes_moved": total,
+                "seconds": seconds,
+                "spread_seconds": spread,
+                "bytes_per_second": total / seconds,
+                "operations_per_second": 2 * rows * columns * tokens / seconds,
+                "times_dense": (records[0]["seconds"] / seconds) if records else 1.0,
+            }
+        )
+        last = records[-1]
+        print(
+            f"{rows:6d} x {columns:5d}  M={tokens:<5d}{name:26s}{seconds * 1e6:9.2f} us  +-{spread * 1e6:5.2f}"
+            f"  {last['bytes_per_second'] / 1e12:6.2f} TB/s  {last['times_dense']:6.2f} x dense  {kernel}",
+            flush=True,
+        )
+
+    dense_bytes = 2 * rows * columns
+    dense = [
+        (0.02 * torch.randn(rows, columns, device="cuda", generator=generator)).to(dtype)
+        for _ in range(copies_for(dense_bytes, cache, moved))
+    ]
+    linear = torch.nn.functional.linear
+    add("dense " + str(dtype).removeprefix("torch."), "cuBLAS", dense_bytes, [lambda w=w: linear(x, w) for w in dense])
+    del dense
+    for name in names:
+        layout = FORMATS[name]
+        size = layout.bytes(rows, columns)
+        weights = [random_packed(layout, rows, columns, generator) for _ in range(copies_for(size, cache, moved))]
+        calls = [lambda w=w: packed_linear(x, w) for w in weights]
+        if tuning and tokens <= FEW:
+            key, shape = tune(x, weights[0], lambda calls=calls: seconds_per_call(calls, 8)[0])
+            keep_tuned(torch.cuda.get_device_name(), {key: shape})
+            print(f"    {key}: {shape}", flush=True)
+        add(name, explain(x, weights[0]), size, calls)
+    return records
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    parser.add_argument("--formats", nargs="+", choices=[*FORMATS], default=[*FORMATS])
+    parser.add_argument("--counts", nargs="+", type=int, default=list(COUNTS))
+    parser.add_argument("--shapes", nargs="+", default=[f"{rows}x{columns}" for rows, columns in SHAPES])
+    parser.add_argument("--dtype", choices=["float16", "bfloat16"], default="float16")
+    parser.add_argument("--step", default="3", help="step of docs/kernels.md that is measured")
+    parser.add_argument("--tune", action="store_true", help="find and keep the fastest launch shapes first")
+    arguments = parser.parse_args()
+    torch.manual_seed(SEED)
+    properties = torch.cuda.get_device_properties(0)
+    with torch.inference_mode():
+        limits = ceilings()
+        print({key: f"{value:.3e}" for key, value in limits.items()}, flush=True)
+        records = []
+        for shape in arguments.shapes:
+            rows, columns = map(int, shape.split("x"))
+            for tokens in arguments.counts:
+                dtype = getattr(torch, arguments.dtype)
+                records += measure(
+                    rows, columns, tokens, arguments.formats, properties.L2_cache_size, dtype, arguments.tune
+                )
+    if arguments.output:
+        report = {
+            "step": arguments.step,
+            "hardware": properties.name,
+            "multiprocessors": properties.multi_processor_count,
+            "l2_bytes": properties.L2_cache_size,
+            "torch": torch.__version__,
+            "cuda": torch.version.cuda,
+            "python": platform.python_version(),
+            "seed": SEED,
+            "dtype": arguments.dtype,
+            "ceilings": limits,
+            "records": records,
+        }
+        write_report(report, arguments.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""Compile a CUDA kernel of whit for the CPU emulator beside this file, and run it."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from whit.kernels.cuda_layout import Layout
+from whit.kernels.cuda_plan import Launch, options_of, parts_of, source_of
+
+HERE = Path(__file__).parent
+COMPILER = shutil.which("g++")
+
+# Functions of the sources that are inline assembly, by what their definition starts with, and what they mean.
+MEANINGS = {
+    "float float_of_half(": "static float float_of_half(u16 h) { return from_half(h); }",
+    "u16 half_of_float(": "static u16 half_of_float(float f) { return to_half(f); }",
+    "u16 x_of_float(": "static u16 x_of_float(float f) { return to16(f); }",
+    "u32 shared_address(": "",
+    "void copy16(": "static void copy16(u8* to, const u8* from, int valid)"
+    " { if (ALIGN == 16) copy_later<16>(to, from, valid);"
+    " else if (ALIGN == 4)"
+    " for (int i = 0; i < 16; i += 4) copy_later<4>(to + i, valid > i ? from + i : from, valid - i);"
+    " else for (int i = 0; i < 16; i++) to[i] = i < valid ? from[i] : 0; }",
+    "void copy4(": "static void copy4(void* to, const u8* from, int valid) { copy_later<4>(to, from, valid); }",
+    "void copy_whole(": "template <int BYTES> static void copy_whole(u8* to, const u8* from)"
+    " { copy_later<BYTES>(to, from, BYTES); }",
+    "void copies_commit(": "static void copies_commit() { close_group(); }",
+    "void copies_wait(": "template <int LEFT> static void copies_wait() { finish_groups(LEFT); }",
+    "void wait_for_previous_kernel(": "static void wait_for_previous_kernel() {}",
+    "void prefetch_item(": "static void prefetch_item(const Weight&, int, int, int) {}",
+    "void product(int": "static void product(int (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1)"
+    " { u32 a[4] = {a0, a1, a2, a3}, b[2] = {b0, b1}; tensor_product(c, 4, a, 2, b, bytes_times_bytes); }",
+    "void product(float": "static void product(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1)"
+    " { u32 b[2] = {b0, b1}; tensor_product(c, 4, a, 2, b, floats_times_floats); }",
+    "void count(": "static void count(int (&c)[4], u32 a0, u32 a1, u32 b)"
+    " { u32 a[2] = {a0, a1}; tensor_product(c, 2, a, 1, &b, ones_in_both); }",
+    "u32 pair_of_floats(": "static u32 pair_of_floats(float low, float high)"
+    " { return to16(low) | (u32)to16(high) << 16; }",
+    "u32 add_pairs(": "static u32 add_pairs(u32 a, u32 b)"
+    " { return to16(from16(a) + from16(b)) | (u32)to16(from16(a >> 16) + from16(b >> 16)) << 16; }",
+}
+CALLS = {
+    "gemv": "gemv((const u16*)x, weight, (const u16*)bias, (u16*)y, chunk, tiles)",
+    "small": "small((const u16*)x, weight, (const u16*)bias, (u16*)y, tokens, chunk, tiles)",
+    "decode": "decode(weight, (u16*)y)",
+}
+MAIN = """
+static uint8_t *x, *bias, *y;
+static Weight weight;
+static int tokens, chunk, tiles;
+int main(int, char** arguments) {
+    long sizes[8], numbers[10];
+    FILE* in = fopen(arguments[1], "rb");
+    if (fread(sizes, 8, 8, in) != 8 || fread(numbers, 8, 10, in) != 10) return 2;
+    uint8_t* tensors[7];
+    for (int i = 0; i < 7; i++) {
+        tensors[i] = sizes[i] ? guarded(sizes[i]) : nullptr;
+        if (sizes[i] && fread(tensors[i], 1, sizes[i], in) != (size_t)sizes[i]) return 3;
+    }
+    fclose(in);
+    const int n[4] = {(int)numbers[0], (int)numbers[1], (int)numbers[2], (int)numbers[3]};
+    weight = {{tensors[0], tensors[1]}, tensors[2], tensors[3], tensors[4], n[0], n[1], n[2], n[3]};
+    x = tensors[5], bias = tensors[6], y = guarded(sizes[7]);
+    memset(y, 0xff, sizes[7]);
+    tokens = numbers[4], chunk = numbers[5], tiles = numbers[6];
+    kernel_body = []() { CALL; };
+    run_blocks(numbers[7], THREADS, numbers[8], numbers[9]);
+    FILE* out = fopen(arguments[2], "wb");
+    fwrite(y, 1, sizes[7], out);
+    return fclose(out);
+}
+"""
+
+
+def translated(source: str) -> str:
+    """The source with its assembly functions replaced; fails if assembly is left."""
+    for start, meaning in MEANINGS.items():
+        pattern = r"(template <[^>]*>\s*)?__device__ __forceinline__ " + re.escape(start)
+        for match in list(re.finditer(pattern, source))[:1]:
+            line_end = source.index("\n", match.start())
+            one_line = source[match.start() : line_end].rstrip().endswith("}")
+            end = line_end if one_line else source.index("\n}\n", match.start()) + 2
+            source = source[: match.start()] + meaning + source[end:]
+    assert "asm(" not in source and "asm volatile(" not in source
+    return source.replace("extern __shared__ __align__(16) u8 memory[];", "u8* memory = shared_memory;")
+
+
+def compiled(name: str, layout: Layout, launch: Launch, tokens: int, bfloat: bool, folder: Path) -> Path:
+    """An executable that runs the kernel `name` once."""
+    options = options_of(layout, launch.shape, launch.depth, tokens, bfloat, early=False)
+    source = '#include "emulator.h"\n' + translated(source_of(*parts_of(name, launch.shape)))
+    path = folder / f"{name}.cpp"
+    path.write_text(source + MAIN.replace("CALL", CALLS[name]), encoding="utf-8")
+    command = [
+        str(COMPILER),
+        "-std=c++20",
+        "-O1",
+        "-w",
+        "-fsanitize=alignment",
+        "-fno-sanitize-recover=all",
+        f"-I{HERE}",
+        *options,
+        "-o",
+        str(folder / name),
+        str(path),
+    ]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    return folder / name
+
+
+def run(
+    program: Path,
+    layout: Layout,
+    launch: Launch,
+    tensors: Sequence[Tensor],
+    shape: tuple[int, int],
+    x: Tensor,
+    bias: Tensor | None,
+    *,
+    descending: bool = False,
+) -> Tensor:
+    """The kernel's result (vectors, rows), or the dense weight from `decode` (x then only gives the dtype).
+
+    Raises:
+        subprocess.CalledProcessError: the kernel touched memory that is not its own.
+    """
+    given = iter(tensors)
+    blobs = [next(given) if name else None for name in layout.names] + [x, bias]
+    rows, columns = shape
+    out = torch.empty((rows, columns) if program.name == "decode" else (len(x), rows), dtype=x.dtype)
+    sizes = [0 if blob is None else blob.numel() * blob.element_size() for blob in blobs]
+    sizes.append(out.numel() * out.element_size())
+    numbers = [
+        rows,
+        columns,
+        layout.width,
+        layout.groups,
+        len(x),
+        launch.chunk,
+        launch.tiles,
+        launch.grid,
+        launch.shared,
+    ]
+    header = torch.tensor([*sizes, *numbers, int(descending)]).view(torch.uint8)
+    content = [blob.contiguous().reshape(-1).view(torch.uint8) for blob in blobs if blob is not None and blob.numel()]
+    source, target = program.with_suffix(".in"), program.with_suffix(".out")
+    source.write_bytes(torch.cat([header, *content]).numpy().tobytes())
+    subprocess.run([str(program), str(source), str(target)], check=True, capture_output=True)
+    return torch.frombuffer(bytearray(target.read_bytes()), dtype=x.dtype).reshape(out.shape)

@@ -1,0 +1,228 @@
+// Enough of CUDA to run the kernels of whit/kernels/cuda on a CPU: every thread is a fiber, collectives and barriers hand
+// over, tensor-core products are written out. Slow and exact: it checks indexing, barriers and arithmetic, not speed.
+// Asynchronous copies happen as late as they may, when their group is waited for. Between barriers of the block one
+// warp after the other runs, in ascending or descending order, so that a missing barrier changes one of the two results.
+#include <sys/mman.h>
+#include <ucontext.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <deque>
+#include <vector>
+
+#define __device__
+#define __forceinline__ inline
+#define __global__
+#define __launch_bounds__(...)
+#define __align__(x)
+using std::max;
+using std::min;
+
+struct Index { int x; };
+static Index threadIdx, blockIdx, gridDim;
+struct alignas(8) uint2 { unsigned x, y; };
+struct alignas(16) uint4 { unsigned x, y, z, w; };
+struct alignas(8) float2 { float x, y; };
+static inline uint2 make_uint2(unsigned a, unsigned b) { return {a, b}; }
+static inline uint4 make_uint4(unsigned a, unsigned b, unsigned c, unsigned d) { return {a, b, c, d}; }
+static inline float2 make_float2(float a, float b) { return {a, b}; }
+
+// ---- Fibers and barriers ---------------------------------------------------------------------------------------------
+struct Fiber {
+    ucontext_t context;
+    bool done;
+    int parked;  // generation of the block barrier that it waits for, or -1
+    std::vector<char> stack;
+};
+static std::vector<Fiber> fibers;
+static ucontext_t scheduler;
+static int current;
+static uint8_t* shared_memory;
+
+static void hand_over() {
+    int me = current;
+    swapcontext(&fibers[me].context, &scheduler);
+    current = me;
+    threadIdx.x = me;
+}
+struct Barrier {
+    int arrived = 0, generation = 0;
+    void wait(int all) {
+        int before = generation;
+        if (++arrived == all) {
+            arrived = 0;
+            generation++;
+        } else {
+            while (generation == before) hand_over();
+        }
+    }
+};
+static Barrier block_barrier, warp_barriers[32];
+static uint32_t slots[32][32][8];
+static void __syncthreads() {
+    fibers[current].parked = block_barrier.generation;
+    block_barrier.wait((int)fibers.size());
+    fibers[current].parked = -1;
+}
+static void __syncwarp() { warp_barriers[current / 32].wait(32); }
+
+// Every lane shows its words to the others; `f(slots of the warp, lane)` is its result.
+template <class F> static auto collective(const uint32_t* words, int count, F f) {
+    int warp = current / 32, lane = current % 32;
+    for (int i = 0; i < count; i++) slots[warp][lane][i] = words[i];
+    __syncwarp();
+    auto result = f(slots[warp], lane);
+    __syncwarp();
+    return result;
+}
+typedef uint32_t (*Slots)[8];
+
+// ---- Asynchronous copies ---------------------------------------------------------------------------------------------
+// Like vector accesses they must be aligned to their size, as on the device.
+struct Copy {
+    uint8_t* to;
+    const uint8_t* from;
+    int bytes, valid;
+};
+static std::vector<std::deque<std::vector<Copy>>> copy_groups;  // by thread; the last group is still open
+
+template <int BYTES> static void copy_later(void* to, const uint8_t* from, int valid) {
+    if ((uintptr_t)to % BYTES || (uintptr_t)from % BYTES) abort();
+    copy_groups[current].back().push_back({(uint8_t*)to, from, BYTES, valid});
+}
+static void close_group() { copy_groups[current].emplace_back(); }
+static void finish_groups(int left) {
+    auto& groups = copy_groups[current];
+    for (; (int)groups.size() > left + 1; groups.pop_front())
+        for (const Copy& copy : groups.front())
+            for (int i = 0; i < copy.bytes; i++) copy.to[i] = i < copy.valid ? copy.from[i] : 0;
+}
+
+// ---- Intrinsics ------------------------------------------------------------------------------------------------------
+static unsigned __float_as_uint(float f) { unsigned u; memcpy(&u, &f, 4); return u; }
+static float __uint_as_float(unsigned u) { float f; memcpy(&f, &u, 4); return f; }
+template <class T> static T __ldg(const T* p) { return *p; }
+static unsigned __reduce_max_sync(unsigned, unsigned v) {
+    return collective(&v, 1, [](Slots s, int) { unsigned m = 0; for (int i = 0; i < 32; i++) m = max(m, s[i][0]); return m; });
+}
+static int __reduce_add_sync(unsigned, int v) {
+    uint32_t word = (uint32_t)v;
+    return collective(&word, 1, [](Slots s, int) { int m = 0; for (int i = 0; i < 32; i++) m += (int)s[i][0]; return m; });
+}
+static unsigned __ballot_sync(unsigned, unsigned v) {
+    return collective(&v, 1, [](Slots s, int) { unsigned m = 0; for (int i = 0; i < 32; i++) m |= (s[i][0] ? 1u : 0u) << i; return m; });
+}
+static unsigned __shfl_xor_sync(unsigned, unsigned v, int with) {
+    return collective(&v, 1, [with](Slots s, int lane) { return s[lane ^ with][0]; });
+}
+static float __shfl_xor_sync(unsigned all, float v, int with) { return __uint_as_float(__shfl_xor_sync(all, __float_as_uint(v), with)); }
+static unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
+    uint64_t bytes = a | (uint64_t)b << 32;
+    unsigned result = 0;
+    for (int i = 0; i < 4; i++) {
+        unsigned nibble = selector >> (4 * i) & 15, byte = bytes >> (8 * (nibble & 7)) & 255;
+        if (nibble & 8) byte = byte & 128 ? 255 : 0;
+        result |= byte << (8 * i);
+    }
+    return result;
+}
+static unsigned __funnelshift_r(unsigned low, unsigned high, unsigned s) { return (unsigned)(((uint64_t)high << 32 | low) >> (s & 31)); }
+static int __float2int_rn(float f) { return std::isnan(f) ? 0 : (int)lrintf(f); }
+static float __fdividef(float a, float b) { return a / b; }
+
+// ---- 16-bit floats and tensor cores ----------------------------------------------------------------------------------
+static float from_half(uint16_t h) { _Float16 x; memcpy(&x, &h, 2); return (float)x; }
+static uint16_t to_half(float f) { _Float16 x = (_Float16)f; uint16_t h; memcpy(&h, &x, 2); return h; }
+static float from_bfloat(uint16_t b) { return __uint_as_float((unsigned)b << 16); }
+static uint16_t to_bfloat(float f) {
+    unsigned u = __float_as_uint(f);
+    return std::isnan(f) ? 0x7fff : (uint16_t)((u + 0x7fff + (u >> 16 & 1)) >> 16);
+}
+static float from16(uint16_t v) { return BF16 ? from_bfloat(v) : from_half(v); }
+static uint16_t to16(float f) { return BF16 ? to_bfloat(f) : to_half(f); }
+
+// m16n8: rows of A in words a, columns of B in words b, as the instruction set lays them out over the lanes. `multiply`
+// is the sum of products of one word of each.
+template <class Sum, class F> static void tensor_product(Sum (&c)[4], int words_a, const uint32_t* a, int words_b, const uint32_t* b, F multiply) {
+    uint32_t shown[8];
+    for (int i = 0; i < words_a; i++) shown[i] = a[i];
+    for (int i = 0; i < words_b; i++) shown[words_a + i] = b[i];
+    collective(shown, words_a + words_b, [&](Slots s, int lane) {
+        for (int e = 0; e < 4; e++) {
+            const int row = lane / 4 + 8 * (e / 2), column = lane % 4 * 2 + e % 2;
+            double sum = 0;
+            for (int quad = 0; quad < 4; quad++)
+                for (int half = 0; half < words_b; half++)
+                    sum += multiply(s[row % 8 * 4 + quad][row / 8 + 2 * half], s[column * 4 + quad][words_a + half]);
+            c[e] += (Sum)sum;
+        }
+        return 0;
+    });
+}
+static double bytes_times_bytes(uint32_t a, uint32_t b) {
+    int sum = 0;
+    for (int j = 0; j < 32; j += 8) sum += (int)(a >> j & 255) * (int)(int8_t)(b >> j);
+    return sum;
+}
+static double ones_in_both(uint32_t a, uint32_t b) { return __builtin_popcount(a & b); }
+static double floats_times_floats(uint32_t a, uint32_t b) {
+    return (double)from16(a) * from16(b) + (double)from16(a >> 16) * from16(b >> 16);
+}
+
+// ---- Launch ----------------------------------------------------------------------------------------------------------
+// A buffer that ends (but for rounding to 16 bytes) where the next page may not be touched.
+static uint8_t* guarded(size_t bytes) {
+    const size_t page = (size_t)sysconf(_SC_PAGESIZE), body = (bytes + page - 1) / page * page;
+    uint8_t* base = (uint8_t*)mmap(nullptr, body + page, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    mprotect(base + body, page, PROT_NONE);
+    return base + body - (bytes + 15) / 16 * 16;
+}
+static void (*kernel_body)();
+static void fiber_main() {
+    kernel_body();
+    fibers[current].done = true;
+}
+static void run_blocks(int grid, int threads, size_t shared, bool descending) {
+    gridDim.x = grid;
+    fibers.resize(threads);
+    shared_memory = guarded(shared);
+    for (blockIdx.x = 0; blockIdx.x < grid; blockIdx.x++) {
+        memset(shared_memory, 0xff, shared);
+        block_barrier = Barrier();
+        for (Barrier& barrier : warp_barriers) barrier = Barrier();
+        copy_groups.assign(threads, std::deque<std::vector<Copy>>(1));
+        for (Fiber& fiber : fibers) {
+            fiber.done = false;
+            fiber.parked = -1;
+            fiber.stack.resize(1 << 16);
+            getcontext(&fiber.context);
+            fiber.context.uc_stack.ss_sp = fiber.stack.data();
+            fiber.context.uc_stack.ss_size = fiber.stack.size();
+            fiber.context.uc_link = &scheduler;
+            makecontext(&fiber.context, fiber_main, 0);
+        }
+        // One warp runs as far as it can before the next: what another warp should have written first is not there yet.
+        for (int left = threads; left;)
+            for (int turn = 0; turn < threads / 32; turn++) {
+                const int warp = descending ? threads / 32 - 1 - turn : turn;
+                for (bool moved = true; moved;) {
+                    moved = false;
+                    for (int lane = 0; lane < 32; lane++) {
+                        const int next = warp * 32 + (descending ? 31 - lane : lane);
+                        Fiber& fiber = fibers[next];
+                        if (fiber.done || fiber.parked == block_barrier.generation) continue;
+                        moved = true;
+                        current = next;
+                        threadIdx.x = next;
+                        swapcontext(&scheduler, &fiber.context);
+                        left -= fiber.done;
+                    }
+                }
+            }
+    }
+}

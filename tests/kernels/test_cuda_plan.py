@@ -1,0 +1,138 @@
+"""Launch shapes and the compiled-kernel cache: what can be checked without a GPU."""
+
+import contextlib
+import json
+import warnings
+
+import pytest
+import torch
+
+from whit.formats.dense import Dense
+from whit.formats.grouped_integer import GroupedInteger
+from whit.formats.level_table import LevelTable
+from whit.kernels import cuda_linear, nvrtc
+from whit.kernels.cuda_layout import WIDEST, layout_of
+from whit.kernels.cuda_plan import (
+    Shape,
+    choose,
+    gemv_shapes,
+    keep_tuned,
+    plan,
+    room,
+    tuned_shapes,
+    tuning_file,
+    tuning_key,
+)
+
+H200 = (132, 232448)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    tuned_shapes.cache_clear()
+    yield
+    tuned_shapes.cache_clear()
+
+
+def test_a_found_shape_is_kept_and_used():
+    layout = layout_of(LevelTable(2, 128), 4096)
+    key, shape = tuning_key(layout, 512, 4096, 1), Shape(256, 256, 2, True)
+    assert choose("No Such GPU", layout, 512, 4096, 1, *H200).shape != shape
+    keep_tuned("No Such GPU", {key: shape})
+    assert choose("No Such GPU", layout, 512, 4096, 1, *H200).shape == shape
+    assert choose("No Such GPU", layout, 512, 4096, 16, *H200).shape != shape
+    assert set(json.loads(tuning_file("No Such GPU").read_text())) == {key}
+
+
+def test_a_found_shape_that_does_not_fit_is_passed_over():
+    layout = layout_of(LevelTable(2, 128), 4096)
+    keep_tuned("No Such GPU", {tuning_key(layout, 512, 4096, 1): Shape(1024, 512, 2, True)})
+    launch = choose("No Such GPU", layout, 512, 4096, 1, 40, 65_536)
+    assert launch.shared <= 65_536
+    assert launch.shape.threads < 1024
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{broken", '{"a": {"threads": 1, "no_such_field": 2}}'])
+def test_a_damaged_file_of_shapes_is_ignored(content):
+    path = tuning_file("No Such GPU")
+    path.parent.mkdir(parents=True)
+    path.write_text(content)
+    assert tuned_shapes("No Such GPU") == {}
+
+
+def test_two_resident_blocks_share_the_memory():
+    assert room(232_448, Shape(512, 512, 2)) == 232_448
+    assert 2 * (room(232_448, Shape(512, 512, 2, resident=2)) + 1024) <= 232_448 + 1024
+
+
+def test_nothing_fits_in_nothing():
+    with pytest.raises(ValueError, match="no launch of 16 x 512 fits 1024 bytes"):
+        plan(layout_of(LevelTable(2, 128), 512), 16, 512, 1, 1, 1024)
+
+
+def test_layouts_say_what_is_multiplied_and_what_only_decoded():
+    assert layout_of(LevelTable(2, 64), 512).multiplies
+    assert layout_of(LevelTable(2, 0), 500).multiplies
+    assert not layout_of(LevelTable(2, 32), 512).multiplies
+    assert not layout_of(LevelTable(3, 128), 512).multiplies
+    assert not layout_of(GroupedInteger(2, 128, True), WIDEST + 8).multiplies
+    assert layout_of(LevelTable(2, 20), 512) is None
+    assert layout_of(Dense("float16"), 512) is None
+
+
+def test_kernels_are_compiled_once(monkeypatch):
+    made = []
+
+    def compile_cubin(source, options):
+        made.append(source)
+        return b"code of " + source.encode()
+
+    monkeypatch.setattr(nvrtc, "compile_cubin", compile_cubin)
+    assert nvrtc.cached_cubin("one", ["-a"]) == b"code of one"
+    assert nvrtc.cached_cubin("one", ["-a"]) == b"code of one"
+    assert nvrtc.cached_cubin("two", ["-a"]) == b"code of two"
+    assert nvrtc.cached_cubin("one", ["-b"]) == b"code of one"
+    assert made == ["one", "two", "one"]
+
+
+def test_a_cache_that_cannot_be_written_costs_only_time(monkeypatch, tmp_path):
+    (tmp_path / "whit").write_text("a file where the folder would be")
+    monkeypatch.setattr(nvrtc, "compile_cubin", lambda source, options: b"code")
+    assert nvrtc.cached_cubin("one", []) == b"code"
+
+
+def test_devices_without_binary_tensor_cores_get_limbs():
+    layout = layout_of(LevelTable(2, 128), 4096)
+    keep_tuned("No Such GPU", {tuning_key(layout, 512, 4096, 1): Shape(256, 256, 2, True)})
+    for binary, expected in ((True, True), (False, False)):
+        assert choose("No Such GPU", layout, 512, 4096, 1, *H200, binary=binary).shape.bitwise is expected
+        assert plan(layout, 768, 4096, 1, *H200, gemv_shapes(layout, binary)).shape.bitwise is expected
+
+
+def test_a_device_that_kernels_cannot_be_compiled_for_runs_plain_with_one_warning(monkeypatch):
+    def no_compiler(*arguments):
+        raise nvrtc.CompilationError("no NVRTC library was found")
+
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setattr(torch.cuda, "device", lambda index: contextlib.nullcontext())
+    monkeypatch.setattr(cuda_linear, "kernel", no_compiler)
+    cuda_linear._compiles.cache_clear()
+    with pytest.warns(UserWarning, match="plain version on CUDA device 3: no NVRTC library"):
+        assert not cuda_linear._device_works(3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not cuda_linear._device_works(3)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
+    assert not cuda_linear._device_works(4)
+    cuda_linear._compiles.cache_clear()
+
+
+def test_a_machine_without_nvrtc_is_told_what_to_install(monkeypatch):
+    def missing(name):
+        raise OSError(name)
+
+    monkeypatch.setattr(nvrtc.ctypes, "CDLL", missing)
+    with pytest.raises(nvrtc.CompilationError, match=r"no NVRTC library .*\(install a CUDA build of torch"):
+        nvrtc.compiler_library()

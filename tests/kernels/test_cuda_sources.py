@@ -1,0 +1,122 @@
+"""The CUDA sources run on a CPU, thread by thread, against the plain meaning: their arithmetic, indexing and barriers.
+
+Every memory access is checked at the end of each tensor and of the shared memory (a fault fails the test); running the
+threads of a block in the opposite order must not change a bit of the result.
+"""
+
+import pytest
+import torch
+
+from tests.kernels.emulator.build import COMPILER, MEANINGS, compiled, run
+from tests.kernels.test_cuda_kernels import error_bound, inputs, name_of, random_packed
+from whit.formats.binary_residual import BinaryResidual
+from whit.formats.grouped_integer import GroupedInteger
+from whit.formats.level_table import LevelTable
+from whit.kernels.cuda_layout import layout_of
+from whit.kernels.cuda_plan import Launch, Shape, place_gemv, place_small, source_of
+
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs g++")
+
+ONE = [
+    (BinaryResidual(128, True), True),
+    (BinaryResidual(128, False), False),
+    (BinaryResidual(64, True), False),
+    (LevelTable(1, 0), True),
+    (LevelTable(2, 128), True),
+    (LevelTable(2, 384), False),
+    (GroupedInteger(1, 64, True), False),
+    (GroupedInteger(2, 128, False), True),
+    (GroupedInteger(3, 128, False), True),
+    (GroupedInteger(3, 64, True), False),
+    (GroupedInteger(4, 128, False), False),
+    (GroupedInteger(8, 0, True), False),
+]
+FEW = [
+    BinaryResidual(128, True),
+    LevelTable(2, 64),
+    GroupedInteger(1, 128, True),
+    GroupedInteger(3, 64, False),
+    GroupedInteger(4, 128, True),
+    GroupedInteger(8, 128, False),
+]
+
+
+def tightest(place, **arguments):
+    """The launch in the least memory, so that x comes in several chunks and rings are short."""
+    launches = (place(memory=memory, **arguments) for memory in range(3_000, 90_000, 500))
+    return next(launch for launch in launches if launch is not None)
+
+
+@pytest.mark.parametrize(
+    ("layout", "bitwise"), ONE, ids=lambda value: name_of(value) if not isinstance(value, bool) else ""
+)
+def test_one_vector(layout, bitwise, tmp_path):
+    shapes = ((33, 1000, torch.float16), (20, 640, torch.bfloat16))
+    for rows, columns, dtype in (shapes[bitwise],) if layout.name != "level-table" else shapes:
+        described = layout_of(layout, columns)
+        item = 128 if layout.to_json().get("bits") == 8 else 256
+        shape = Shape(64, item, 2, bitwise)
+        launch = tightest(place_gemv, layout=described, rows=rows, columns=columns, processors=2, shape=shape)
+        assert launch.chunk < columns
+        program = compiled("gemv", described, launch, 1, dtype == torch.bfloat16, tmp_path)
+        packed = random_packed(layout, rows, columns)
+        x, bias = inputs(1, columns, dtype, "cpu"), torch.linspace(-1, 1, rows).to(dtype)
+        tensors = [packed.tensors[name] for name in described.names if name]
+        actual = run(program, described, launch, tensors, (rows, columns), x, bias)
+        weight = packed.unpack().double()
+        expected = x.double() @ weight.T + bias.double()
+        assert ((actual.double() - expected).abs() <= error_bound(x, weight, expected)).all()
+        assert torch.equal(run(program, described, launch, tensors, (rows, columns), x, bias, descending=True), actual)
+
+
+@pytest.mark.parametrize("layout", FEW, ids=name_of)
+@pytest.mark.parametrize("tokens", [3, 13])
+def test_few_vectors(layout, tokens, tmp_path):
+    rows, columns, dtype = 40, 1000, torch.float16 if tokens == 3 else torch.bfloat16
+    described = layout_of(layout, columns)
+    item, padded = 128 if layout.to_json().get("bits") == 8 else 256, 8 if tokens <= 8 else 16
+    sizes = {"layout": described, "rows": rows, "columns": columns, "tokens": padded, "processors": 2}
+    if tokens == 3:
+        launch = tightest(place_small, shape=Shape(64, item, 2), **sizes)
+        assert launch.chunk < columns
+    else:
+        launch = place_small(memory=90_000, shape=Shape(64, item, 2), **sizes)
+        assert launch.chunk >= columns
+    program = compiled("small", described, launch, padded, dtype == torch.bfloat16, tmp_path)
+    packed = random_packed(layout, rows, columns)
+    x = inputs(tokens, columns, dtype, "cpu")
+    tensors = [packed.tensors[name] for name in described.names if name]
+    actual = run(program, described, launch, tensors, (rows, columns), x, None)
+    weight = packed.unpack().double()
+    expected = x.double() @ weight.T
+    assert ((actual.double() - expected).abs() <= error_bound(x, weight, expected)).all()
+    assert torch.equal(run(program, described, launch, tensors, (rows, columns), x, None, descending=True), actual)
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        BinaryResidual(64, True),
+        LevelTable(2, 128),
+        LevelTable(3, 32),
+        GroupedInteger(4, 64, True),
+        GroupedInteger(5, 8, False),
+    ],
+    ids=name_of,
+)
+def test_decoded_weight(layout, tmp_path):
+    rows, columns = 12, 100
+    described = layout_of(layout, columns)
+    launch = Launch(2, Shape(256, 128, 1), 2, 0, 0, 16)
+    program = compiled("decode", described, launch, 8, False, tmp_path)
+    packed = random_packed(layout, rows, columns)
+    tensors = [packed.tensors[name] for name in described.names if name]
+    x = torch.empty(0, columns, dtype=torch.float16)
+    actual = run(program, described, launch, tensors, (rows, columns), x, None)
+    assert torch.equal(actual, packed.unpack().half())
+
+
+def test_the_emulator_replaces_every_assembly_function():
+    parts = ("common.cuh", "group.cuh", "bits.cuh", "limbs.cuh", "gemv.cu", "small.cu", "decode.cu")
+    source = source_of(*parts)
+    assert all(start in source for start in MEANINGS)

@@ -1,0 +1,99 @@
+// y = W x for one vector, from packed codes.
+//
+// A level is an affine form of bit planes, so with p ranging over the planes of a layout
+//     y[i] = sum_groups base[i, g] * sum_j x[j]  +  sum_p delta_p[i, g] * sum_j plane_p[i, j] * x[j]
+// and the inner sums need no multiplication per weight. They come from tensor cores that take bits (`bits.cuh`) or bytes
+// (`limbs.cuh`), one of which is put before this file with `group.cuh`, the algebra of a group.
+//
+// One thread block per multiprocessor; each keeps x in its operand form in shared memory and walks over row tiles. Each
+// warp takes items of 16 rows x ICOLS columns through a private ring in shared memory, filled by cp.async DEPTH - 1
+// ahead. Partial sums of items are added in a fixed order: same input, same bytes.
+
+// The items of a warp: numbers warp, warp + WARPS, ... of the row tiles of a round, each `across` items wide.
+struct Place {
+    int tile, column;
+    __device__ __forceinline__ void settle(int across) {
+        while (column >= across) column -= across, tile++;
+    }
+};
+
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
+gemv(const u16* x, Weight w, const u16* bias, u16* y, int chunk_columns, int tiles_per_round) {
+    extern __shared__ __align__(16) u8 memory[];
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+    const int chunk_blocks = chunk_columns / 128;
+    u32* x_words = (u32*)memory;
+    float2* factors = (float2*)(x_words + chunk_blocks * X_WORDS);
+    u8* ring = (u8*)(factors + chunk_blocks * (X_FACTORS)) + warp * (DEPTH * STAGE_BYTES);
+    float* partial = (float*)((u8*)(factors + chunk_blocks * (X_FACTORS)) + WARPS * (DEPTH * STAGE_BYTES));
+    const int tiles = (w.rows + 15) / 16, items_across = (w.columns + ICOLS - 1) / ICOLS, chunk_items = chunk_columns / ICOLS;
+    bool waited = false;
+
+    for (int first = blockIdx.x; first < tiles; first += gridDim.x * tiles_per_round) {
+        const int mine = min(tiles_per_round, (tiles - first + (int)gridDim.x - 1) / (int)gridDim.x);
+        for (int begin = 0; begin < items_across; begin += chunk_items) {
+            const int across = min(chunk_items, items_across - begin);
+            Place ahead = {0, warp}, place = {0, warp};
+            ahead.settle(across);
+            auto load = [&](int slot) {
+                if (ahead.tile < mine) {
+                    stage_item(ring + slot * STAGE_BYTES, w, (first + ahead.tile * (int)gridDim.x) * 16, (begin + ahead.column) * ICOLS, lane);
+                    ahead.column += WARPS;
+                    ahead.settle(across);
+                } else {
+                    copies_commit();
+                }
+            };
+            if (!waited) {
+                if (ahead.tile < mine) prefetch_item(w, (first + ahead.tile * (int)gridDim.x) * 16, ahead.column * ICOLS, lane);
+                wait_for_previous_kernel();
+                waited = true;
+            }
+#pragma unroll 1
+            for (int slot = 0; slot < DEPTH - 1; slot++) load(slot);
+            if (items_across > chunk_items || first == blockIdx.x) {
+                if (items_across > chunk_items) __syncthreads();
+                stage_x(x_words, factors, x, w.salient, begin * ICOLS, across * BLOCKS, w.columns, warp, lane);
+                __syncthreads();
+            }
+            int slot = 0;
+            for (place.settle(across); place.tile < mine; place.column += WARPS, place.settle(across)) {
+                load(slot == 0 ? DEPTH - 1 : slot - 1);
+                copies_wait<DEPTH - 1>();
+                __syncwarp();
+                const int row0 = (first + place.tile * (int)gridDim.x) * 16, column0 = (begin + place.column) * ICOLS;
+                const u8* stage = ring + slot * STAGE_BYTES;
+                const u32* item_x_words = x_words + place.column * (BLOCKS * X_WORDS);
+                const float2* item_factors = factors + place.column * (BLOCKS * X_FACTORS);
+                float sums[2];
+                if (column0 + ICOLS <= w.columns)
+                    item_sums<true>(sums, stage, item_x_words, item_factors, w, row0, column0, lane);
+                else
+                    item_sums<false>(sums, stage, item_x_words, item_factors, w, row0, column0, lane);
+#pragma unroll
+                for (int h = 0; h < 2; h++) {
+                    sums[h] += __shfl_xor_sync(0xffffffffu, sums[h], 1);
+                    if (KIND == BINARY_RESIDUAL || BITWISE) sums[h] += __shfl_xor_sync(0xffffffffu, sums[h], 2);
+                }
+                if (lane % 4 == 0) {
+                    float* out = partial + (place.tile * items_across + begin + place.column) * 16 + lane / 4;
+                    out[0] = sums[0];
+                    out[8] = sums[1];
+                }
+                slot = slot == DEPTH - 1 ? 0 : slot + 1;
+                __syncwarp();
+            }
+        }
+        __syncthreads();
+        for (int index = threadIdx.x; index < mine * 16; index += THREADS) {
+            const int tile = index / 16, row = (first + tile * (int)gridDim.x) * 16 + index % 16;
+            if (row < w.rows) {
+                float total = bias ? float_of_x(bias[row]) : 0.0f;
+#pragma unroll 8
+                for (int i = 0; i < items_across; i++) total += partial[(tile * items_across + i) * 16 + index % 16];
+                y[row] = x_of_float(total);
+            }
+        }
+        if (first + (int)gridDim.x * tiles_per_round < tiles) __syncthreads();
+    }
+}

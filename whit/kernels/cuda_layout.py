@@ -1,0 +1,124 @@
+"""What the CUDA kernels need to know of a packed weight, read off its format: one description for all three formats."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from whit.formats.base import Format
+from whit.formats.binary_residual import BinaryResidual
+from whit.formats.bits import packed_width
+from whit.formats.grouped_integer import GroupedInteger
+from whit.formats.level_table import LevelTable
+
+WIDEST = 1 << 16
+"""Columns above which the partial sums of a row would not fit the shared memory of every device."""
+WHOLE_ROW = 1 << 30
+"""`group` when one group spans the row."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Compile-time facts of a kernel.
+
+    `kind` numbers the format, `bits` is per code, `scalars` the 16-bit scalars per group, `group` the columns that
+    share them, `width` the bytes of a packed row, `groups` the groups per row; `names` are the stored tensors in the
+    order codes, second codes, salient, scalars, zeros ("" where there is none).
+    """
+
+    kind: int
+    bits: int
+    scalars: int
+    asymmetric: bool
+    group: int
+    width: int
+    groups: int
+    names: tuple[str, str, str, str, str]
+
+    @property
+    def aligned(self) -> int:
+        """The largest of 16, 4 and 1 that divides the bytes of a packed row."""
+        return 16 if self.width % 16 == 0 else 4 if self.width % 4 == 0 else 1
+
+    @property
+    def multiplies(self) -> bool:
+        """Whether the kernels that multiply packed weights read it; the others can only decode it."""
+        supported_bits = {0: (1,), 1: (1, 2), 2: (1, 2, 3, 4, 8)}[self.kind]
+        narrow = self.width <= packed_width(WIDEST, self.bits)
+        return self.bits in supported_bits and self.group % 64 == 0 and narrow
+
+    @property
+    def bitwise(self) -> bool:
+        """Whether one vector is multiplied as bit planes (`bits.cuh`), not as limbs (`limbs.cuh`)."""
+        return self.bits <= 3 and self.group % 128 == 0
+
+    def item_groups(self, item: int) -> int:
+        """Groups that an item of `item` columns can touch (GROUPS_IN_ITEM in the sources)."""
+        group = self.group
+        return 1 if group % item == 0 else item // group if item % group == 0 else item // group + 2
+
+    def piece(self, item: int) -> int:
+        """Bytes in which the scalars of a row of an item can be copied (PIECE)."""
+        size = 2 * self.scalars
+        if self.group % item and item % self.group:
+            return 2
+        fits = (p for p in (16, 8, 4) if self.groups * size % p == 0 and self.item_groups(item) * size % p == 0)
+        return next(fits, 2)
+
+    def stage_bytes(self, item: int) -> int:
+        """Bytes of one item with its scalars in shared memory (STAGE_BYTES)."""
+        row = item * self.bits // 8 + (16 if self.bits == 3 else 0)
+        halves = self.item_groups(item) * self.scalars
+        scalar_words = halves // 2 if self.piece(item) > 2 else (halves + (2 if self.scalars % 2 else 1)) // 2
+        zero_words = (self.item_groups(item) * self.bits + 62) // 32 + 1 if self.asymmetric else 0
+        planes = 2 if self.kind == 0 else 1
+        return -(-(planes * 16 * row + 64 * (scalar_words + zero_words)) // 16) * 16
+
+    def defines(self) -> tuple[str, ...]:
+        """Preprocessor options."""
+        values = {
+            "KIND": self.kind,
+            "BITS": self.bits,
+            "NS": self.scalars,
+            "ASYM": int(self.asymmetric),
+            "GROUP": self.group,
+            "ALIGN": self.aligned,
+        }
+        return tuple(f"-D{name}={value}" for name, value in values.items())
+
+
+def _group(size: int, columns: int) -> tuple[int, int]:
+    return (size, -(-columns // size)) if 0 < size < columns else (WHOLE_ROW, 1)
+
+
+def _binary_residual(form: BinaryResidual, columns: int) -> Layout:
+    group, groups = _group(form.block_size, columns)
+    names = ("signs", "second", "salient", "scalars", "")
+    return Layout(0, 1, 7 if form.means else 4, False, group, packed_width(columns, 1), groups, names)
+
+
+def _level_table(form: LevelTable, columns: int) -> Layout:
+    group, groups = _group(form.block_size, columns)
+    names = ("codes", "", "", "levels", "")
+    return Layout(1, form.bits, 2**form.bits, False, group, packed_width(columns, form.bits), groups, names)
+
+
+def _grouped_integer(form: GroupedInteger, columns: int) -> Layout:
+    group, groups = _group(form.group_size, columns)
+    names = ("codes", "", "", "scales", "" if form.symmetric else "zeros")
+    return Layout(2, form.bits, 1, not form.symmetric, group, packed_width(columns, form.bits), groups, names)
+
+
+_READERS: dict[type[Format], Callable[[Any, int], Layout]] = {
+    BinaryResidual: _binary_residual,
+    LevelTable: _level_table,
+    GroupedInteger: _grouped_integer,
+}
+
+
+def layout_of(form: Format, columns: int) -> Layout | None:
+    """The description of a weight of `columns` columns; None if no kernel reads the format or groups of this size."""
+    reader = _READERS.get(type(form))
+    layout = None if reader is None else reader(form, columns)
+    return layout if layout is not None and layout.group % 8 == 0 else None

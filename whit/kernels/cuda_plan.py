@@ -1,0 +1,248 @@
+"""How the CUDA kernels of packed products are launched: what fits the device, and which of that was found fastest.
+
+A `Shape` is what may be chosen freely; a `Launch` is a shape made concrete for a weight and a device. Found shapes are
+kept in a JSON file per kind of device: those shipped with the package (`tuned/`), and over them those that
+`benchmarks/kernels.py --tune` has written to the cache folder of this machine. Without an entry the first shape of a
+fixed list that fits is taken. Shapes change speed alone: the sums of a row are the same numbers in another order.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from importlib.resources import files
+from pathlib import Path
+
+from whit.kernels.cuda_layout import Layout
+from whit.kernels.nvrtc import cache_folder
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What may be chosen freely.
+
+    Threads of a block, columns a warp takes at a time, blocks of 128 columns interleaved, whether one vector is
+    multiplied as bit planes (`bits.cuh`) or as limbs (`limbs.cuh`), and how many thread blocks a multiprocessor must
+    have room for: with two, the next kernel of a stream is already there when one ends.
+    """
+
+    threads: int
+    item: int
+    unroll: int
+    bitwise: bool = False
+    resident: int = 1
+
+
+@dataclass(frozen=True)
+class Launch:
+    """`grid` blocks of `shape.threads`; rings of `depth` stages; `chunk` columns of x held at once; `tiles` row tiles
+    per round; `shared` bytes of shared memory."""
+
+    grid: int
+    shape: Shape
+    depth: int
+    chunk: int
+    tiles: int
+    shared: int
+
+
+def gemv_shapes(layout: Layout, binary: bool = True) -> list[Shape]:
+    """Shapes for one vector, the likeliest first; `binary`: the device has binary tensor cores."""
+    bitwise = layout.bitwise and binary
+    widest = 512 if layout.bits <= 2 else 256 if layout.bits <= 4 else 128
+    narrowest = 256 if layout.bits <= 2 else 128 if layout.bits == 4 else widest
+    shapes = [Shape(768, widest, 4, bitwise), Shape(512, widest, 4, bitwise)]
+    shapes += [Shape(1024, widest, 2, bitwise), Shape(512, widest, 2, bitwise, 2)]
+    if narrowest < widest:
+        shapes += [Shape(1024, narrowest, 2, bitwise), Shape(512, narrowest, 2, bitwise, 2)]
+    if layout.kind == 0 and bitwise:  # two scalar sets double the work per plane of x, not that per limb
+        shapes += [Shape(768, widest, 4), Shape(512, widest, 4)]
+    return [*shapes, Shape(256, narrowest, 2, bitwise)]
+
+
+def small_shapes(layout: Layout) -> list[Shape]:
+    """Shapes for 2 to 32 vectors, the likeliest first."""
+    items = (128,) if layout.bits == 8 else (256, 512) if layout.bits <= 2 else (256,)
+    return [*(Shape(threads, item, 2) for item in items for threads in (512, 256)), Shape(128, items[0], 2)]
+
+
+def room(memory: int, shape: Shape) -> int:
+    """Bytes of shared memory for a block when `shape.resident` of them share what one may have (1 KiB each is lost)."""
+    return (memory + 1024) // shape.resident - 1024
+
+
+def place_gemv(layout: Layout, rows: int, columns: int, processors: int, memory: int, shape: Shape) -> Launch | None:
+    """Launch of `gemv` in a shape on a device with `processors` multiprocessors of `memory` bytes of shared memory.
+
+    Columns of x are cut into the fewest equal chunks that fit; None if two stages and one item of x do not.
+    """
+    item, stage = shape.item, layout.stage_bytes(shape.item)
+    tiles, across = -(-rows // 16), -(-columns // item)
+    grid = min(tiles, processors)
+    per_round = max(1, min(-(-tiles // grid), memory // 512 // across))
+    kinds, flushes = (2 if layout.kind == 0 else 1), (1 if layout.group % 128 == 0 else 2)
+    # of x, per block of 128 columns: operand words and pairs of floats
+    block = (1152 if layout.bits == 3 else 256 * kinds) + 32 * kinds if shape.bitwise else 1024 + 32 * flushes
+    for chunks in range(1, across + 1):
+        chunk = -(-across // chunks) * item
+        for depth in (3, 2):
+            shared = chunk // 128 * block + per_round * across * 64 + shape.threads // 32 * depth * stage
+            if shared <= room(memory, shape):
+                return Launch(grid, shape, depth, chunk, per_round, shared)
+    return None
+
+
+def place_small(
+    layout: Layout, rows: int, columns: int, tokens: int, processors: int, memory: int, shape: Shape
+) -> Launch | None:
+    """Launch of `small` for `tokens` vectors (8, 16 or 32 after rounding up); as `place_gemv`."""
+    item, stage = shape.item, layout.stage_bytes(shape.item)
+    tiles, across = -(-rows // 16), -(-columns // item)
+    grid = min(tiles, processors)
+    cells = 16 * (tokens + 1) * 4
+    for chunks in range(1, across + 1):
+        chunk = -(-across // chunks) * item
+        per_round = min(-(-tiles // grid), 16 if chunks > 1 else 1 << 20)
+        marks = chunk * 2 + -(-chunk // 512) * 16 if layout.kind == 0 else 0
+        totals = per_round * cells if chunks > 1 else 0
+        for depth in (3, 2):
+            shared = chunk * tokens * 2 + marks + shape.threads // 32 * (cells + depth * stage) + totals
+            if shared <= room(memory, shape):
+                return Launch(grid, shape, depth, chunk, per_round, shared)
+    return None
+
+
+def plan(
+    layout: Layout,
+    rows: int,
+    columns: int,
+    tokens: int,
+    processors: int,
+    memory: int,
+    shapes: Sequence[Shape] | None = None,
+) -> Launch:
+    """The first of the shapes that fits with the fewest chunks of x.
+
+    Args:
+        layout: of the weight.
+        rows: outputs.
+        columns: inputs.
+        tokens: vectors: 1, or 8, 16 or 32.
+        processors: multiprocessors of the device.
+        memory: bytes of shared memory that a block may have.
+        shapes: to choose from; by default `gemv_shapes` or `small_shapes`.
+
+    Raises:
+        ValueError: nothing fits.
+    """
+    if shapes is None:
+        shapes = gemv_shapes(layout) if tokens == 1 else small_shapes(layout)
+    placed = [
+        place_gemv(layout, rows, columns, processors, memory, shape)
+        if tokens == 1
+        else place_small(layout, rows, columns, tokens, processors, memory, shape)
+        for shape in shapes
+    ]
+    fitting = [launch for launch in placed if launch is not None]
+    if not fitting:
+        raise ValueError(f"no launch of {rows} x {columns} fits {memory} bytes of shared memory")
+    return max(fitting, key=lambda launch: launch.chunk)  # the first of equals
+
+
+def options_of(layout: Layout, shape: Shape, depth: int, tokens: int, bfloat: bool, early: bool) -> tuple[str, ...]:
+    """Preprocessor options of a kernel; `early` asks for programmatic dependent launch."""
+    values = {
+        "BF16": bfloat,
+        "EARLY": early,
+        "BITWISE": shape.bitwise,
+        "TILES": tokens // 8,
+        "PIECE": layout.piece(shape.item),
+        "THREADS": shape.threads,
+        "ITEM": shape.item,
+        "DEPTH": depth,
+        "UNROLL": shape.unroll,
+        "RESIDENT": shape.resident,
+    }
+    return (*layout.defines(), *(f"-D{key}={int(value)}" for key, value in values.items()))
+
+
+def parts_of(name: str, shape: Shape) -> tuple[str, ...]:
+    """The source files of a kernel, in order."""
+    if name == "gemv":
+        return ("common.cuh", "group.cuh", "bits.cuh" if shape.bitwise else "limbs.cuh", "gemv.cu")
+    return ("common.cuh", f"{name}.cu")
+
+
+@lru_cache(maxsize=64)
+def source_of(*names: str) -> str:
+    """The CUDA C++ of a kernel: its parts, one after the other."""
+    folder = files("whit.kernels") / "cuda"
+    return "".join((folder / name).read_text(encoding="utf-8") for name in names)
+
+
+def tuning_key(layout: Layout, rows: int, columns: int, tokens: int) -> str:
+    """What a found shape is filed under."""
+    group = "row" if layout.groups == 1 else str(layout.group)
+    kind = f"{layout.kind}-{layout.bits}-{layout.scalars}{'-zeros' if layout.asymmetric else ''}"
+    return f"{kind}/{group}/{rows}x{columns}/{tokens}"
+
+
+def tuning_file(device: str) -> Path:
+    """Where shapes found on this machine are kept."""
+    return cache_folder() / f"tuned-{device.replace(' ', '-')}.json"
+
+
+@lru_cache(maxsize=8)
+def tuned_shapes(device: str) -> dict[str, Shape]:
+    """Shapes found for a kind of device: the shipped ones, and over them those of this machine."""
+    shipped = files("whit.kernels") / "tuned" / f"{device.replace(' ', '-')}.json"
+    found: dict[str, Shape] = {}
+    for source in (shipped, tuning_file(device)):
+        try:
+            found |= {key: Shape(**fields) for key, fields in json.loads(source.read_text(encoding="utf-8")).items()}
+        except (OSError, ValueError, TypeError, AttributeError):
+            continue  # absent or of another version: shapes only change speed
+    return found
+
+
+def keep_tuned(device: str, shapes: dict[str, Shape]) -> None:
+    """Add found shapes to this machine's file."""
+    path = tuning_file(device)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    merged = {key: asdict(shape) for key, shape in sorted((tuned_shapes(device) | shapes).items())}
+    path.write_text(json.dumps(merged, indent=0) + "\n", encoding="utf-8")
+    tuned_shapes.cache_clear()
+
+
+def use_shape(device: str, key: str, shape: Shape | None) -> None:
+    """Take a shape (or with None no longer any) for what `key` names, in this process alone."""
+    found = tuned_shapes(device)
+    if shape is None:
+        found.pop(key, None)
+    else:
+        found[key] = shape
+
+
+def choose(
+    device: str,
+    layout: Layout,
+    rows: int,
+    columns: int,
+    tokens: int,
+    processors: int,
+    memory: int,
+    *,
+    binary: bool = True,
+) -> Launch:
+    """The launch to use: the found shape if there is one and it fits, otherwise `plan`'s."""
+    found = tuned_shapes(device).get(tuning_key(layout, rows, columns, tokens))
+    if found is not None:
+        shape = replace(found, bitwise=found.bitwise and layout.bitwise and binary)
+        try:
+            return plan(layout, rows, columns, tokens, processors, memory, [shape])
+        except ValueError:
+            pass
+    shapes = gemv_shapes(layout, binary) if tokens == 1 else small_shapes(layout)
+    return plan(layout, rows, columns, tokens, processors, memory, shapes)

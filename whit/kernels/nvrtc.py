@@ -1,0 +1,179 @@
+"""Compile CUDA C++ at first use with NVRTC (it comes with PyTorch's CUDA builds; no toolkit is needed) and launch it.
+
+Compiled kernels are kept in `$XDG_CACHE_HOME/whit/kernels` (default `~/.cache`), named by a hash of source, options and
+compiler version, so that only the first process on a machine waits.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import tempfile
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from whit.errors import WhitError
+
+_MAX_DYNAMIC_SHARED_MEMORY = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+
+
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute: a number, padding, and a value of 64 bytes of which the first int is used."""
+
+    _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int), ("rest", ctypes.c_byte * 60))
+
+
+class _Config(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = (
+        *((name, ctypes.c_uint) for name in ("grid_x", "grid_y", "grid_z", "block_x", "block_y", "block_z", "shared")),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("attribute_count", ctypes.c_uint),
+    )
+
+
+class CompilationError(WhitError):
+    """A CUDA kernel could not be compiled or loaded on this machine."""
+
+
+def compiler_library() -> ctypes.CDLL:
+    """The NVRTC that belongs to this PyTorch.
+
+    Raises:
+        CompilationError: it is not installed.
+    """
+    major = (torch.version.cuda or "").split(".")[0]
+    site = Path(torch.__file__).parent.parent
+    beside = sorted(site.glob(f"nvidia/*/lib/libnvrtc.so.{major}"))
+    for name in (f"libnvrtc.so.{major}", *map(str, beside), "libnvrtc.so", f"nvrtc64_{major}0_0.dll"):
+        try:
+            return ctypes.CDLL(name)
+        except OSError:
+            continue
+    raise CompilationError(
+        f"no NVRTC library for CUDA {torch.version.cuda} was found (install a CUDA build of torch with pip)"
+    )
+
+
+@lru_cache(maxsize=1)
+def _driver() -> ctypes.CDLL:
+    return ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+
+
+def _check(status: int, action: str) -> None:
+    if status:
+        message = ctypes.c_char_p()
+        _driver().cuGetErrorString(status, ctypes.byref(message))
+        detail = (message.value or b"unknown error").decode()
+        raise CompilationError(f"CUDA driver could not {action}: {detail}")
+
+
+def compile_cubin(source: str, options: Sequence[str]) -> bytes:
+    """Machine code of a CUDA C++ source.
+
+    Args:
+        source: self-contained; NVRTC is given no include directory.
+        options: as for nvcc, among them `--gpu-architecture=sm_XY`.
+
+    Raises:
+        CompilationError: with the first line of the compiler's log.
+    """
+    nvrtc = compiler_library()
+    program = ctypes.c_void_p()
+    nvrtc.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"whit.cu", 0, None, None)
+    arguments = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
+    status = nvrtc.nvrtcCompileProgram(program, len(options), arguments)
+    size = ctypes.c_size_t()
+    if status:
+        nvrtc.nvrtcGetProgramLogSize(program, ctypes.byref(size))
+        log = ctypes.create_string_buffer(size.value)
+        nvrtc.nvrtcGetProgramLog(program, log)
+        nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+        first = next((line for line in log.value.decode().splitlines() if "error" in line), f"NVRTC status {status}")
+        raise CompilationError(f"CUDA kernel did not compile: {first}")
+    nvrtc.nvrtcGetCUBINSize(program, ctypes.byref(size))
+    code = ctypes.create_string_buffer(size.value)
+    nvrtc.nvrtcGetCUBIN(program, code)
+    nvrtc.nvrtcDestroyProgram(ctypes.byref(program))
+    return code.raw
+
+
+def cache_folder() -> Path:
+    """Where compiled kernels are kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "whit" / "kernels"
+
+
+def cached_cubin(source: str, options: Sequence[str]) -> bytes:
+    """`compile_cubin`, kept on disk; a folder that cannot be written only costs the next process a compilation."""
+    key = hashlib.sha256("\0".join([source, *options, str(torch.version.cuda)]).encode()).hexdigest()[:32]
+    path = cache_folder() / f"{key}.cubin"
+    try:
+        return path.read_bytes()
+    except OSError:
+        code = compile_cubin(source, options)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as part:
+            part.write(code)
+        Path(part.name).replace(path)  # never a half-written file under the final name
+    except OSError:
+        pass
+    return code
+
+
+class Kernel:
+    """One compiled function on one device."""
+
+    def __init__(self, code: bytes, name: str) -> None:
+        """Load `name` from machine code into the current device's context."""
+        self._module, self._function = ctypes.c_void_p(), ctypes.c_void_p()
+        self._code = code
+        self._shared = 0
+        _check(_driver().cuModuleLoadData(ctypes.byref(self._module), code), "load a kernel")
+        found = _driver().cuModuleGetFunction(ctypes.byref(self._function), self._module, name.encode())
+        _check(found, f"find the kernel {name!r}")
+
+    def launch(
+        self,
+        grid: int,
+        threads: int,
+        shared: int,
+        arguments: Sequence[ctypes._SimpleCData[Any] | ctypes.Structure],
+        *,
+        early: bool = False,
+    ) -> None:
+        """Enqueue on the current stream; returns at once.
+
+        Args:
+            grid: thread blocks.
+            threads: per block.
+            shared: bytes of dynamic shared memory per block.
+            arguments: ctypes values in the order of the kernel's parameters.
+            early: let it start while the kernel before it ends (the kernel then waits by itself; needs Hopper).
+        """
+        if shared > self._shared:
+            status = _driver().cuFuncSetAttribute(self._function, _MAX_DYNAMIC_SHARED_MEMORY, shared)
+            _check(status, f"reserve {shared} bytes of shared memory")
+            self._shared = shared
+        pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(value) for value in arguments))
+        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        attribute = _Attribute(id=_PROGRAMMATIC_STREAM_SERIALIZATION, value=1)
+        config = _Config(grid, 1, 1, threads, 1, 1, shared, stream, ctypes.pointer(attribute), int(early))
+        status = _driver().cuLaunchKernelEx(ctypes.byref(config), self._function, pointers, None)
+        _check(status, "launch a kernel")
+
+
+@lru_cache(maxsize=512)
+def kernel(source: str, name: str, options: tuple[str, ...], device: int) -> Kernel:
+    """The function `name` of a source, compiled for device number `device` (which must be the current one)."""
+    major, minor = torch.cuda.get_device_capability(device)
+    target = f"--gpu-architecture=sm_{major}{minor}"
+    return Kernel(cached_cubin(source, (target, "--std=c++17", *options)), name)
