@@ -7,6 +7,7 @@ bytes, because a method that loses to that is not worth its trouble.
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +183,7 @@ def sections(report: Report) -> dict[str, str]:
 
 
 def plot(model: str, report: Report, path: Path) -> None:
-    """Stored bits of the layers against perplexity (or KL divergence, or output error), log scale."""
+    """Stored bits of the layers against perplexity (or KL divergence, or output error), log scale, and their front."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -192,42 +193,90 @@ def plot(model: str, report: Report, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     key = judged_by(report)
-    figure, axes = plt.subplots(figsize=(8.5, 5.4))
-    labels: list[tuple[float, float, str, str]] = []
+    figure, axes = plt.subplots(figsize=(8.5, 5.8))
+    points = [
+        Point(row["stored_bits_layers"], row["metrics"][key]["value"], name, family(name))
+        for name, row in quantisers(report).items()
+        if row["stored_bits_layers"] < 5 and "damping" not in name and family(name) in COLOURS
+    ]
+    front = pareto_front(points)
+    axes.step([p.bits for p in front], [p.value for p in front], where="post", color="0.75", linewidth=1, zorder=1)
     for name_of_family, colour in COLOURS.items():
-        points = sorted(
-            (row["stored_bits_layers"], row["metrics"][key]["value"], name)
-            for name, row in quantisers(report).items()
-            if family(name) == name_of_family and row["stored_bits_layers"] < 5 and "damping" not in name
-        )
-        if not points:
-            continue
-        axes.plot([p[0] for p in points], [p[1] for p in points], "o", color=colour, label=name_of_family, markersize=6)
-        labels += [(bits, value, name.removeprefix(name_of_family).strip(), colour) for bits, value, name in points]
+        own = [p for p in points if p.family == name_of_family]
+        if own:
+            axes.plot(
+                [p.bits for p in own], [p.value for p in own], "o", color=colour, label=name_of_family, markersize=6
+            )
     if key in report.get("original", {}):
         axes.axhline(report["original"][key]["value"], color="black", linewidth=0.8, linestyle="--", label="original")
     axes.set_yscale("log")
     axes.set_xlim(0.6, 5)
     axes.set_xlabel("stored bits per weight of the compressed layers (everything counted)")
     axes.set_ylabel(COLUMNS[key])
-    axes.set_title(model, loc="left", fontsize=11)
-    axes.legend(frameon=False, fontsize=8)
+    axes.set_title(f"{model}; the line: best so far for no more bits", loc="left", fontsize=11)
+    axes.legend(frameon=False, fontsize=8, loc="upper right")
     axes.grid(True, which="major", axis="y", linewidth=0.3)
     figure.tight_layout()
-    _write_labels(axes, labels)
+    _write_labels(axes, front + [p for p in points if p not in front], points)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
 
 
-def _write_labels(axes: Any, labels: list[tuple[float, float, str, str]]) -> None:
-    """Labels right of their points, pushed upwards where they would cover one another."""
-    placed: list[tuple[float, float, float]] = []  # left and right end, height; pixels
-    for bits, value, text, colour in sorted(labels, key=lambda item: item[1]):
-        x, y = axes.transData.transform((bits, value))
-        right, target = x + 12 + 5.2 * len(text), y
-        while any(x < end and start < right and abs(target - height) < 10 for start, end, height in placed):
-            target += 2
-        placed.append((x, right, target))
-        shift = (7, (target - y) * 72 / axes.figure.dpi - 3)
-        axes.annotate(text, (bits, value), xytext=shift, textcoords="offset points", fontsize=7, color=colour)
+@dataclass(frozen=True)
+class Point:
+    """One row in the plot."""
+
+    bits: float
+    value: float
+    name: str
+    family: str
+
+    @property
+    def label(self) -> str:
+        """Its name without that of its family, which the colour tells."""
+        return self.name.removeprefix(self.family).strip()
+
+
+def pareto_front(points: list[Point]) -> list[Point]:
+    """The points that no other of no more bits equals, by rising bits."""
+    front: list[Point] = []
+    for point in sorted(points, key=lambda item: (item.bits, item.value)):
+        if not front or point.value < front[-1].value:
+            front.append(point)
+    return front
+
+
+def _write_labels(axes: Any, wanted: list[Point], points: list[Point]) -> None:
+    """Labels beside their points, where one fits without covering a point or a label; the first wanted go first."""
+    pixels = axes.figure.dpi / 72
+    taken = [(x - 4, y - 4, x + 4, y + 4) for p in points for x, y in [axes.transData.transform((p.bits, p.value))]]
+    for point in wanted:
+        x, y = axes.transData.transform((point.bits, point.value))
+        width, height = 3.9 * pixels * len(point.label), 7.5 * pixels
+        for left, bottom in (
+            (x + 4, y + 4),
+            (x + 7, y - height / 2),
+            (x - 7 - width, y - height / 2),
+            (x + 5, y - 6 - height),
+            (x - 5 - width, y + 6),
+            (x - 5 - width, y - 6 - height),
+        ):
+            box = (left, bottom, left + width, bottom + height)
+            inside = axes.bbox.x0 < left and box[2] < axes.bbox.x1 and axes.bbox.y0 < bottom
+            if inside and not any(_overlap(box, other) for other in taken):
+                taken.append(box)
+                shift = ((left - x) / pixels, (bottom - y) / pixels + 1)
+                axes.annotate(
+                    point.label,
+                    (point.bits, point.value),
+                    xytext=shift,
+                    textcoords="offset points",
+                    fontsize=7,
+                    color=COLOURS[point.family],
+                )
+                break
+
+
+def _overlap(one: tuple[float, ...], other: tuple[float, ...]) -> bool:
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]

@@ -75,3 +75,12 @@ def test_the_pruning_table_is_that_of_the_committed_layers(monkeypatch: pytest.M
     assert {(row["label"], row["pattern"]): row["method"] for row in rows} == {
         key: method.to_json() for key, method in made.items()
     }
+
+
+def test_the_front_holds_what_no_smaller_row_equals(tables: ModuleType) -> None:
+    point = importlib.import_module("frontier_tables").Point
+    rows = [(2.0, 5.0), (1.0, 9.0), (3.0, 5.0), (2.0, 4.0), (2.5, 6.0), (4.0, 1.0)]
+    points = [point(bits, value, "BiLLM x", "BiLLM") for bits, value in rows]
+    front = importlib.import_module("frontier_tables").pareto_front(points)
+    assert [(item.bits, item.value) for item in front] == [(1.0, 9.0), (2.0, 4.0), (4.0, 1.0)]
+    assert front[0].label == "x"
