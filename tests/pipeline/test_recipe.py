@@ -117,13 +117,25 @@ def test_a_tied_head_is_its_embedding(case_of: Callable[[str], Case], tmp_path: 
     assert "bits=5" in packed.format
 
 
+def test_a_recipe_may_name_the_ends_alone(case_of: Callable[[str], Case], tmp_path: Path) -> None:
+    case = case_of("llama-tied")
+    recipe = Recipe((Step(RTN(bits=4, group_size=16), ("@embedding",)),))
+    plan = plan_of(case, recipe, tmp_path / "plan")
+    assert [layer.name for layer in plan.layers] == ["model.embed_tokens"]
+    assert plan.compressed_bits == plan.layers[0].stored_bytes * 8 / (plan.layers[0].rows * plan.layers[0].columns)
+    result = whit.compress(case.model, recipe, tmp_path / "out", options=case.options)
+    assert isinstance(result, whit.Result)
+    assert [layer.name for layer in result.layers] == ["model.embed_tokens"]
+    assert result.size.compressed_bits == plan.compressed_bits
+    assert "named by no step" in set(result.untouched.values()).pop()
+
+
 @pytest.mark.parametrize(
     ("steps", "words"),
     [
         ((Step(GPTQ()), Step(RTN(), ("*.q_proj",))), "more than one step of the recipe (gptq and rtn)"),
         ((Step(GPTQ(), ("model.layers.7.*",)),), "'model.layers.7.*' names no layer"),
         ((Step(GPTQ(), exclude=("@blocks",)),), "takes all of them away"),
-        ((Step(RTN(), ("lm_head",)),), "names embedding and head alone"),
         ((Step(GPTQ()), Step(GPTQ(), ("lm_head",))), "needs calibration inputs, but 'lm_head'"),
     ],
 )

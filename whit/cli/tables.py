@@ -49,7 +49,8 @@ def plan_view(plan: Plan) -> RenderableType:
         )
     if plan.calibration:
         grid.add_row("calibration", _provenance(plan.calibration))
-    grid.add_row("stored bits", f"{plan.compressed_bits:.3f} per weight of the layers in blocks")
+    counted = "the layers in blocks" if any(layer.block for layer in plan.layers) else "embedding and head"
+    grid.add_row("stored bits", f"{plan.compressed_bits:.3f} per weight of {counted}")
     file_bits = plan.file_bytes * 8 / max(plan.parameters, 1)
     grid.add_row(
         "size on disk",
@@ -133,8 +134,9 @@ def layers_view(result: Result, kernels: Mapping[str, str]) -> RenderableType:
             Text(kernels[layer.name]),
         )
     size = result.size
+    counted = "those in blocks" if any(layer.block for layer in result.layers) else "all"
     totals = (
-        f"{len(result.layers)} layers; those in blocks {size.compressed_bits:.3f} stored bits per weight, "
+        f"{len(result.layers)} layers; {counted} {size.compressed_bits:.3f} stored bits per weight, "
         f"whole model {size.file_bits:.3f} per parameter, {format_bytes(size.file_bytes)} on disk"
     )
     left = [

@@ -54,6 +54,10 @@ class Assignment:
         """Layers of one block ("" for those outside)."""
         return {name: layer for name, layer in self.layers.items() if layer.block == block}
 
+    def main(self) -> list[AssignedLayer]:
+        """The layers that bits per weight and sizes are about: those in blocks, or all if none lies in a block."""
+        return [layer for layer in self.layers.values() if layer.block] or list(self.layers.values())
+
 
 def assign(
     model: nn.Module, stacks: Sequence[Stack], recipe: Recipe, options: RunOptions, dtype: torch.dtype
@@ -115,12 +119,8 @@ def assign(
             del out.layers[source]
             out.untouched[source] = f"shares its weight with {head!r}, which is skipped"
     explain_the_rest(model, out)
-    if not any(layer.block for layer in out.layers.values()):
-        if not any(named[name] for name, block in blocks.items() if block):
-            raise KnobError(
-                "the recipe names embedding and head alone: add a step for layers in the blocks, which are what a run "
-                "compresses (for example method rtn with bits 8)"
-            )
+    meant = any(named[name] for name, block in blocks.items() if block)
+    if not (any(layer.block for layer in out.layers.values()) if meant else out.layers):
         raise ModelError("no layer is left to compress: check --skip, or choose a method with fewer stored bits")
     return out
 

@@ -178,7 +178,7 @@ def _sizes(job: Job, file_bytes: int) -> Sizes:
     blocks = [block for stack in job.stacks for block in stack.blocks]
     counts = [sum(p.numel() for p in job.skeleton.get_submodule(block).parameters()) for block in blocks]
     total = sum(parameter.numel() for parameter in job.skeleton.parameters())
-    inside = [layer for layer in job.assignment.layers.values() if layer.block]
+    inside = job.assignment.main()
     ends = [layer.rows * layer.columns for layer in job.assignment.layers.values() if not layer.block]
     batches = job.calibration.batches
     positions = job.calibration.tokens // len(batches) * min(job.options.batch_size, len(batches))
@@ -198,15 +198,14 @@ def _sizes(job: Job, file_bytes: int) -> Sizes:
 
 def hidden_width(assignment: Assignment) -> int:
     """Width of the hidden states: what most layers in blocks take as inputs."""
-    return Counter(layer.columns for layer in assignment.layers.values() if layer.block).most_common(1)[0][0]
+    return Counter(layer.columns for layer in assignment.main()).most_common(1)[0][0]
 
 
 def _widest_sum(assignment: Assignment) -> int:
     """Outputs of all layers of a block together: what one position of a forward pass may hold at a time."""
     sums = Counter[str]()
-    for layer in assignment.layers.values():
-        if layer.block:
-            sums[layer.block] += layer.rows
+    for layer in assignment.main():
+        sums[layer.block] += layer.rows
     return max(sums.values())
 
 

@@ -81,7 +81,7 @@ def make_result(
     """Everything a finished run found. Layers come in the order of the model, however often it was interrupted."""
     records = {record.name: record for layers in journal.units.values() for record in layers}
     ordered = [records[name] for name in sorted(records, key=list(job.assignment.layers).index)]
-    inside = [record for record in ordered if record.block]
+    inside = [record for record in ordered if record.block] or ordered
     place = job.device
     allocation = recorded_allocation(journal.folder, job.assignment)
     return Result(

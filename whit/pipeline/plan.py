@@ -18,14 +18,16 @@ LEAK_NOTE = "the calibration text is part of the evaluation text (--allow-leak):
 def make_plan(job: Job) -> Plan:
     """The plan of a prepared job, from exact layouts and a quick probe."""
     blocks = [block for stack in job.stacks for block in stack.blocks]
-    layers, packed_bytes, packed_parameters = [], 0, 0
+    layers, sizes = [], {}
     for layer in job.assignment.layers.values():
         description, size = _layout(layer)
         layers.append(
             PlannedLayer(layer.name, layer.block, layer.rows, layer.columns, layer.method.name, description, size)
         )
-        if layer.block:
-            packed_bytes, packed_parameters = packed_bytes + size, packed_parameters + layer.rows * layer.columns
+        sizes[layer.name] = size
+    counted = job.assignment.main()
+    packed_bytes = sum(sizes[layer.name] for layer in counted)
+    packed_parameters = sum(layer.rows * layer.columns for layer in counted)
     done = finished_units(job.output)
     file_bytes = _file_bytes(job)
     available = available_bytes(job.device)

@@ -160,13 +160,14 @@ def size_rows(result: Result) -> list[SummaryRow]:
     """Bytes and honest bits: what is on disk x 8 / parameters."""
     size = result.size
     dense_bits = size.original_dense_bytes * 8 / max(size.parameters, 1)
+    counted = "layers in blocks" if any(layer.block for layer in result.layers) else "embedding and head"
     rows = [SummaryRow("weights as save_pretrained writes them", format_bytes(size.original_dense_bytes), "")]
     if size.original_file_bytes != size.original_dense_bytes:
         rows = [SummaryRow("file given", format_bytes(size.original_file_bytes), ""), *rows]
     return [
         *rows,
         SummaryRow("size on disk", "", format_bytes(size.file_bytes)),
-        SummaryRow("stored bits per weight, layers in blocks", f"{dense_bits:.2f}", f"{size.compressed_bits:.3f}"),
+        SummaryRow(f"stored bits per weight, {counted}", f"{dense_bits:.2f}", f"{size.compressed_bits:.3f}"),
         SummaryRow("stored bits per parameter, whole model", f"{dense_bits:.2f}", f"{size.file_bits:.3f}"),
     ]
 

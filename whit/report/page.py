@@ -75,11 +75,12 @@ def _section(title: str, *children: str | None, hint: str = "") -> Html:
 
 def _header(result: Result) -> Html:
     size = result.size
+    counted = "layers in blocks" if any(layer.block for layer in result.layers) else "embedding and head"
     ratio = size.original_dense_bytes / max(size.file_bytes, 1)
     before_size = f"from {format_bytes(size.original_dense_bytes)}, {ratio:.1f}× smaller"
     tiles = [
         _tile("size on disk", format_bytes(size.file_bytes), before_size),
-        _tile("bits per weight", f"{size.compressed_bits:.2f}", "stored, layers in blocks"),
+        _tile("bits per weight", f"{size.compressed_bits:.2f}", f"stored, {counted}"),
         _tile("bits per parameter", f"{size.file_bits:.2f}", "stored, whole model"),
     ]
     measured = [(name, before, after) for name, before, after in metric_pairs(result) if after is not None]

@@ -59,7 +59,7 @@ class SizeRecord:
 
     Attributes:
         parameters: all parameters of the model, tied ones once.
-        compressed_parameters, compressed_bytes: of the packed layers alone.
+        compressed_parameters, compressed_bytes: of the packed layers in blocks; of all, if none lies in a block.
         file_bytes: weight files and config on disk, headers included.
         original_file_bytes: the weight files the user gave.
         original_dense_bytes: the original's parameters in its 16- or 32-bit dtype (what `save_pretrained` would write).
