@@ -1,0 +1,335 @@
+"""LLM.int8() layers in one to three launches (Triton), for float16 and bfloat16 inputs on a CUDA device.
+
+    1 token         one launch: each program rounds the token for itself and reads its rows of the weight once
+    2 to 32         two: rows of the inputs are rounded and outlier columns listed; INT8 product on tensor cores
+    more            the same, and with "dynamic" one launch before, in which columns are marked
+
+Nothing has a shape that depends on data and nothing waits for the device: outlier columns are listed in a buffer as
+long as the row, and the product loops over as many as the device counted. Codes and integer sums are those of the plain
+meaning, bit for bit; what follows is float32 (outlier columns: 16-bit products, exact, with float32 sums) where the
+plain meaning has float64. Bound on the difference, with u the spacing of the inputs' type and O the outlier columns:
+
+    |error| <= u |y| + 2^-21 (s_t a_i / 127^2 |sum_j d_tj c_ij| + |b_i|) + 2^-18 sum_{j in O} |x_tj v_ij|
+
+so a token's output may differ in its last bit with what it is batched with, "static" or not. Left to the plain meaning:
+`compat`, granularity "tensor", float32 inputs, gradients, rows of more than 32768 columns.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from whit.formats.base import Packed
+from whit.formats.outlier_int8 import OutlierInt8
+from whit.kernels.int8_product import int32_product
+from whit.kernels.launching import (
+    Tile,
+    device_name,
+    interpreted,
+    power_of_two,
+    processors,
+    tuned_tiles,
+    usable,
+)
+from whit.kernels.linear import Implementation, register_implementation
+
+FEW = 32
+"""Most tokens of which every program of the rounding launch looks at all."""
+
+MOST_COLUMNS = 32768
+TOKENS_PER_SHARE = 64
+PICKED = 16
+
+
+def place_of(index: Tensor, columns: int) -> Tensor:
+    """int32 (columns,): where a column stands in the list `index`, else -1; kept as long as the list lives."""
+    capturing = index.is_cuda and torch.cuda.is_current_stream_capturing()
+    found = _PLACES.get(index)
+    if found is not None and found[0]() is index and found[1] == _version(index):
+        kept: Tensor = found[2]
+        return kept
+    place = torch.full((columns,), -1, dtype=torch.int32, device=index.device)
+    place[index.long()] = torch.arange(len(index), dtype=torch.int32, device=index.device)
+    if not capturing:  # what a graph computes is there only when it is replayed
+        _PLACES[index] = (weakref.ref(index), _version(index), place)
+    return place
+
+
+_PLACES = WeakTensorKeyDictionary()  # type: ignore[no-untyped-call]
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def default_tile(tokens: int, rows: int, columns: int, descriptor: bool, many: int) -> Tile:
+    """A launch shape that is good on average, for a device with `many` multiprocessors."""
+    if tokens == 1:
+        words = power_of_two(-(-columns // 4))
+        return Tile(1, 8, words, min(32, max(1, words // 256)), 1)
+    if tokens <= 64:
+        m = max(16, power_of_two(tokens))
+        return Tile(m, 32 if rows <= 32 * 2 * many else 64, 256 if columns >= 1024 else 64, 4, 4)
+    if tokens <= 256 or -(-tokens // 128) * -(-rows // 256) < many:
+        return Tile(128, 128, 128, 8, 4, 8, descriptor)
+    return Tile(128, 256, 128, 8, 4, 8, descriptor)
+
+
+def tile_key(tokens: int, rows: int, columns: int) -> str:
+    """What a found launch shape is filed under."""
+    return f"outlier-int8/{rows}x{columns}/{power_of_two(tokens)}"
+
+
+def choose_tile(tokens: int, rows: int, columns: int, device: torch.device) -> Tile:
+    """The launch shape to use: one found fastest, otherwise the default."""
+    descriptor = columns % 16 == 0 and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+    found = tuned_tiles(device_name(device)).get(tile_key(tokens, rows, columns))
+    if found is not None and (descriptor or not found.descriptor):
+        return found
+    if interpreted():
+        tile = default_tile(tokens, rows, columns, False, 2)
+        return Tile(min(tile.m, 32), min(tile.n, 32), tile.k if tokens == 1 else 64, 4, 1, 2)
+    return default_tile(tokens, rows, columns, descriptor, processors(device))
+
+
+def _nothing(x: Tensor) -> Tensor:
+    """Stands in for a tensor that a kernel is not going to read."""
+    return x
+
+
+@torch.library.custom_op("whit::outlier_int8", mutates_args=())
+def outlier_int8_product(
+    x: Tensor,
+    codes: Tensor,
+    absmax: Tensor,
+    index: Tensor | None,
+    wide: Tensor | None,
+    bias: Tensor | None,
+    threshold: float,
+    dynamic: bool,
+) -> Tensor:
+    """x (m, columns), contiguous, times an LLM.int8() weight: (m, rows). See the top of this file.
+
+    Args:
+        x: float16 or bfloat16.
+        codes, absmax, index, wide: tensors of the format; `index` and `wide` are the stored outlier columns.
+        bias: (rows,) of any float type.
+        threshold: of outliers, if `dynamic`.
+    """
+    out = torch.empty(len(x), len(codes), dtype=x.dtype, device=x.device)
+    if out.numel():
+        tile = choose_tile(len(x), codes.shape[0], codes.shape[1], x.device)
+        if len(x) == 1 and codes.shape[1] % 4 == 0 and codes.data_ptr() % 4 == 0:
+            _one_token(x, codes, absmax, index, wide, bias, threshold, dynamic, out, tile)
+        else:
+            _many_tokens(x, codes, absmax, index, wide, bias, threshold, dynamic, out, tile)
+    return out
+
+
+@outlier_int8_product.register_fake
+def _(
+    x: Tensor,
+    codes: Tensor,
+    absmax: Tensor,
+    index: Tensor | None,
+    wide: Tensor | None,
+    bias: Tensor | None,
+    threshold: float,
+    dynamic: bool,
+) -> Tensor:
+    return x.new_empty(x.shape[0], codes.shape[0])
+
+
+def _one_token(
+    x: Tensor,
+    codes: Tensor,
+    absmax: Tensor,
+    index: Tensor | None,
+    wide: Tensor | None,
+    bias: Tensor | None,
+    threshold: float,
+    dynamic: bool,
+    out: Tensor,
+    tile: Tile,
+) -> None:
+    from whit.kernels.triton.outlier_int8 import one_token
+
+    rows, columns = codes.shape
+    blocks = -(-rows // tile.n)
+    programs = min(blocks, tile.group * processors(x.device))
+    one_token[(programs,)](
+        x,
+        codes.view(torch.int32),
+        codes,
+        absmax,
+        _nothing(absmax) if index is None else place_of(index, columns),
+        _nothing(absmax) if index is None else index,
+        _nothing(absmax) if wide is None else wide,
+        _nothing(absmax) if bias is None else bias,
+        out,
+        rows,
+        columns // 4,
+        columns,
+        0 if index is None else len(index),
+        0 if len(absmax) == 1 else 1,
+        threshold,
+        DYNAMIC=dynamic,
+        WIDE=wide is not None,
+        LISTED=index is not None,
+        BIAS=bias is not None,
+        WORDS=power_of_two(columns // 4),
+        ROWS=tile.n,
+        PICKED=PICKED,
+        LOOP=programs < blocks,
+        HARDWARE=not interpreted(),
+        num_warps=tile.warps,
+        enable_fp_fusion=False,
+    )
+
+
+def _many_tokens(
+    x: Tensor,
+    codes: Tensor,
+    absmax: Tensor,
+    index: Tensor | None,
+    wide: Tensor | None,
+    bias: Tensor | None,
+    threshold: float,
+    dynamic: bool,
+    out: Tensor,
+    tile: Tile,
+) -> None:
+    from whit.kernels.triton.outlier_int8 import ALL_TOKENS, FLAGS, NO_OUTLIERS, STORED, column_flags, split_tokens
+
+    (tokens, columns), device = x.shape, x.device
+    rounded = torch.empty(tokens, columns, dtype=torch.int8, device=device)
+    largest = torch.empty(tokens, dtype=torch.float32, device=device)
+    place = _nothing(absmax) if index is None else place_of(index, columns)
+    loose = placed = counts = flags = _nothing(largest)
+    shares, source = 1, NO_OUTLIERS if index is None else STORED
+    if dynamic:
+        lists = torch.empty(2 * columns + 2, dtype=torch.int32, device=device)
+        loose, placed, counts = lists[:columns], lists[columns : 2 * columns], lists[2 * columns :]
+        source = ALL_TOKENS if tokens <= FEW else FLAGS
+        if tokens > FEW:
+            shares = min(16, -(-tokens // TOKENS_PER_SHARE))
+            flags = torch.empty(shares, columns, dtype=torch.int8, device=device)
+            column_flags[(-(-columns // 128), shares)](
+                x, flags, tokens, columns, -(-tokens // shares), threshold, COLUMNS=128, TOKENS=32, num_warps=4
+            )
+    elif index is not None:
+        loose = placed = index
+    block = power_of_two(columns)
+    split_tokens[(tokens + int(dynamic),)](
+        x,
+        rounded,
+        largest,
+        place,
+        flags,
+        loose,
+        placed,
+        counts,
+        tokens,
+        columns,
+        shares,
+        threshold,
+        FROM=source.value,
+        PLACES=dynamic and index is not None,
+        COLUMNS=block,
+        num_warps=min(32, max(1, block // 512)),
+        enable_fp_fusion=False,
+    )
+    product(x, rounded, largest, codes, absmax, index, wide, bias, dynamic, (place, loose, placed, counts), out, tile)
+
+
+def product(
+    x: Tensor,
+    rounded: Tensor,
+    largest: Tensor,
+    codes: Tensor,
+    absmax: Tensor,
+    index: Tensor | None,
+    wide: Tensor | None,
+    bias: Tensor | None,
+    dynamic: bool,
+    lists: tuple[Tensor, Tensor, Tensor, Tensor],
+    out: Tensor,
+    tile: Tile,
+) -> None:
+    """The last launch: integer product, outlier columns, scales and bias into `out`."""
+    from whit.kernels.triton.outlier_int8 import described, split_product
+
+    (tokens, columns), rows = x.shape, len(codes)
+    left: Any = rounded
+    right: Any = codes
+    aligned = columns % 16 == 0 and codes.data_ptr() % 16 == 0
+    descriptor = tile.descriptor and aligned
+    if descriptor:
+        left, right = described(rounded, [tile.m, tile.k]), described(codes, [tile.n, tile.k])
+    split_product[(-(-tokens // tile.m) * -(-rows // tile.n),)](
+        left,
+        right,
+        x,
+        codes,
+        largest,
+        absmax,
+        *lists,
+        _nothing(absmax) if wide is None else wide,
+        _nothing(absmax) if bias is None else bias,
+        out,
+        tokens,
+        rows,
+        columns,
+        0 if index is None else len(index),
+        0 if len(absmax) == 1 else 1,
+        LOOSE=dynamic or (index is not None and wide is None),
+        PLACED=wide is not None,
+        COUNTED=dynamic,
+        HALF=wide is not None and wide.dtype == x.dtype and not interpreted(),
+        EXACT=not interpreted(),  # the interpreter has no products of bfloat16
+        BIAS=bias is not None,
+        M=tile.m,
+        N=tile.n,
+        K=tile.k,
+        ITEMS=16,
+        GROUP=tile.group,
+        DESCRIPTOR=descriptor,
+        EVEN=columns % tile.k == 0,
+        STAGES=tile.stages,
+        num_warps=tile.warps,
+    )
+
+
+def _supports(x: Tensor, packed: Packed) -> bool:
+    layout = packed.format
+    assert isinstance(layout, OutlierInt8)
+    if layout.compat or layout.granularity == "tensor" or packed.columns > MOST_COLUMNS:
+        return False
+    return usable(x, packed)
+
+
+def _linear(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+    layout, tensors = packed.format, packed.tensors
+    assert isinstance(layout, OutlierInt8)
+    if bias is not None and bias.requires_grad and torch.is_grad_enabled():  # the plain meaning has a derivative
+        return layout.linear_with(int32_product, x, tensors, packed.rows, packed.columns, bias)
+    flat = x.detach().reshape(-1, packed.columns).contiguous()
+    out: Tensor = torch.ops.whit.outlier_int8(
+        flat,
+        tensors["codes"],
+        tensors["absmax"],
+        tensors.get("outlier_index"),
+        tensors.get("outlier_weight"),
+        None if bias is None else bias.detach().contiguous(),
+        layout.threshold,
+        layout.outliers == "dynamic",
+    )
+    return out.reshape(*x.shape[:-1], packed.rows)
+
+
+register_implementation(OutlierInt8.name, Implementation("fused int8 (Triton)", _supports, _linear))

@@ -1,0 +1,370 @@
+"""The Triton kernels of `whit.kernels.outlier_int8`, apart because Triton is not installed everywhere.
+
+Codes of a token are those of `whit.formats.outlier_int8.quantise`, bit for bit: divisions are rounded correctly, and
+these kernels must be compiled without fused multiply-adds (`enable_fp_fusion=False`), which would round once where the
+plain meaning rounds twice. Largest magnitudes are found as integers: the order of non-negative floats is that of their
+bits, and NaN, above infinity, spreads.
+"""
+
+# mypy: ignore-errors
+# ruff: noqa: PLR0915, SIM108
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+LEVELS = tl.constexpr(127.0)
+SMALLEST = tl.constexpr(2.0**-100)
+ROUNDER = tl.constexpr(12582912.0)  # adding and taking away 1.5 * 2**23 rounds to nearest, ties to even
+
+NO_OUTLIERS = tl.constexpr(0)
+STORED = tl.constexpr(1)
+ALL_TOKENS = tl.constexpr(2)
+FLAGS = tl.constexpr(3)
+
+
+def described(matrix, block):
+    """A matrix as the copy engine takes it, in blocks (rows, columns)."""
+    return TensorDescriptor.from_tensor(matrix, block)
+
+
+@triton.jit
+def _codes(values, largest):
+    """rint(127 values / largest) as int32; 0 where largest is 0. torch's 127 / largest is 127 (1 / largest)."""
+    factor = tl.div_rn(1.0, tl.maximum(largest, SMALLEST)) * LEVELS
+    scaled = tl.minimum(tl.maximum(values * factor, -LEVELS), LEVELS)
+    return ((scaled + ROUNDER) - ROUNDER).to(tl.int32)
+
+
+@triton.jit
+def _dot4(left, right, HARDWARE: tl.constexpr):
+    """Sum of the four products of signed bytes of two int32."""
+    if HARDWARE:
+        return tl.inline_asm_elementwise(
+            "dp4a.s32.s32 $0, $1, $2, 0;", "=r,r,r", [left, right], dtype=tl.int32, is_pure=True, pack=1
+        )
+    else:
+        total = ((left << 24) >> 24) * ((right << 24) >> 24)
+        total += ((left << 16) >> 24) * ((right << 16) >> 24)
+        total += ((left << 8) >> 24) * ((right << 8) >> 24)
+        return total + (left >> 24) * (right >> 24)
+
+
+@triton.jit
+def one_token(
+    x,
+    words,  # codes, four to an int32
+    codes,
+    absmax,
+    place,
+    index,
+    wide,
+    bias,
+    out,
+    rows,
+    width,  # int32 words of a row
+    columns,
+    stored,
+    absmax_step,
+    threshold,
+    DYNAMIC: tl.constexpr,
+    WIDE: tl.constexpr,
+    LISTED: tl.constexpr,
+    BIAS: tl.constexpr,
+    WORDS: tl.constexpr,
+    ROWS: tl.constexpr,
+    PICKED: tl.constexpr,
+    LOOP: tl.constexpr,
+    HARDWARE: tl.constexpr,
+):
+    """y of one token. A program takes ROWS rows at a time and asks for them before it looks at x.
+
+    Outlier columns without a 16-bit weight are picked one after the other, PICKED at a time, by integer reductions.
+    """
+    first = tl.program_id(0)
+    blocks = tl.cdiv(rows, ROWS)
+    word = tl.arange(0, WORDS)
+    lane = tl.arange(0, ROWS)
+    inside = word < width
+    row = first * ROWS + lane
+    weights = tl.load(
+        words + row.to(tl.int64)[:, None] * width + word[None, :], mask=(row < rows)[:, None] & inside[None, :], other=0
+    )
+
+    column = word[:, None] * 4 + tl.arange(0, 4)[None, :]
+    values = tl.load(x + column, mask=inside[:, None], other=0.0).to(tl.float32)
+    magnitude = tl.abs(values)
+    if DYNAMIC:
+        crossing = magnitude >= threshold
+    elif LISTED:
+        crossing = tl.load(place + column, mask=inside[:, None], other=-1) >= 0
+    else:
+        crossing = column < 0
+    bits = tl.where(crossing, 0.0, magnitude).to(tl.int32, bitcast=True)
+    largest = tl.max(tl.max(bits, axis=1), axis=0).to(tl.float32, bitcast=True)
+    code = tl.where(crossing, 0, _codes(tl.where(crossing, 0.0, values), largest))
+    packed = tl.sum((code & 255) << (tl.arange(0, 4) * 8)[None, :], axis=1)
+
+    if DYNAMIC:
+        loose = crossing
+        if WIDE:
+            loose = loose & (tl.load(place + column, mask=inside[:, None], other=-1) < 0)
+        keys = tl.where(loose, column, columns)
+        pick = tl.arange(0, PICKED)
+        chosen = tl.full((PICKED,), columns, dtype=tl.int32)
+        latest = tl.min(tl.min(keys, axis=1), axis=0)
+        taken = 0
+        while (latest < columns) & (taken < PICKED):
+            chosen = tl.where(pick == taken, latest, chosen)
+            taken += 1
+            latest = tl.min(tl.min(tl.where(keys > latest, keys, columns), axis=1), axis=0)
+        large = tl.load(x + chosen, mask=chosen < columns, other=0.0).to(tl.float32)
+
+    for block in range(first, blocks, tl.num_programs(0)):
+        row = block * ROWS + lane
+        here = row < rows
+        start = row.to(tl.int64)
+        if LOOP:
+            following = row + tl.num_programs(0) * ROWS
+            ahead = tl.load(
+                words + following.to(tl.int64)[:, None] * width + word[None, :],
+                mask=(following < rows)[:, None] & inside[None, :],
+                other=0,
+            )
+        steps = tl.load(absmax + row * absmax_step, mask=here, other=0.0) / LEVELS
+        extra = tl.zeros((ROWS,), dtype=tl.float32)
+        if WIDE:
+            item = tl.arange(0, 32)
+            sums = tl.zeros((ROWS, 32), dtype=tl.float32)
+            for start_item in range(0, stored, 32):
+                listed = start_item + item
+                known = listed < stored
+                where = tl.load(index + listed, mask=known, other=0)
+                beside = tl.load(x + where, mask=known, other=0.0).to(tl.float32)
+                if DYNAMIC:
+                    beside = tl.where(tl.abs(beside) >= threshold, beside, 0.0)
+                weight = tl.load(
+                    wide + start[:, None] * stored + listed[None, :], mask=here[:, None] & known[None, :], other=0.0
+                )
+                sums += weight.to(tl.float32) * beside[None, :]
+            extra = tl.sum(sums, axis=1)
+        total = tl.sum(_dot4(weights, packed[None, :], HARDWARE), axis=1).to(tl.float32) * (largest / LEVELS)
+        if DYNAMIC:
+            decoded = tl.load(
+                codes + start[:, None] * columns + chosen[None, :],
+                mask=here[:, None] & (chosen < columns)[None, :],
+                other=0,
+            )
+            total += tl.sum(decoded.to(tl.float32) * large[None, :], axis=1)
+            rest = latest
+            while rest < columns:  # more outliers than are picked at once: slow, and right
+                single = tl.load(codes + start * columns + rest, mask=here, other=0)
+                total += single.to(tl.float32) * tl.load(x + rest).to(tl.float32)
+                rest = tl.min(tl.min(tl.where(keys > rest, keys, columns), axis=1), axis=0)
+        elif LISTED and not WIDE:
+            for listed in range(0, stored):
+                where = tl.load(index + listed)
+                decoded = tl.load(codes + start * columns + where, mask=here, other=0)
+                total += decoded.to(tl.float32) * tl.load(x + where).to(tl.float32)
+        total = total * steps + extra
+        if BIAS:
+            given = tl.load(bias + row, mask=here, other=0.0)
+            total += given.to(out.dtype.element_ty).to(tl.float32)
+        tl.store(out + row, total.to(out.dtype.element_ty), mask=here)
+        if LOOP:
+            weights = ahead
+
+
+@triton.jit
+def column_flags(x, flags, tokens, columns, share, threshold, COLUMNS: tl.constexpr, TOKENS: tl.constexpr):
+    """flags (shares, columns) int8: whether a column reaches the threshold among the `share` tokens of a share."""
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = column < columns
+    first = tl.program_id(1) * share
+    last = tl.minimum(first + share, tokens)
+    largest = tl.zeros((TOKENS, COLUMNS), dtype=tl.float32)
+    for start in range(first, last, TOKENS):
+        token = start + tl.arange(0, TOKENS)
+        values = tl.load(
+            x + token.to(tl.int64)[:, None] * columns + column[None, :],
+            mask=(token < last)[:, None] & inside[None, :],
+            other=0.0,
+        )
+        largest = tl.maximum(largest, tl.abs(values.to(tl.float32)))
+    found = tl.max(largest, axis=0) >= threshold
+    tl.store(flags + tl.program_id(1) * columns + column, found.to(tl.int8), mask=inside)
+
+
+@triton.jit
+def split_tokens(
+    x,
+    codes,
+    absmax,
+    place,
+    flags,
+    loose,
+    placed,
+    counts,
+    tokens,
+    columns,
+    shares,
+    threshold,
+    FROM: tl.constexpr,
+    PLACES: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Codes and largest magnitude of one token per program; with FROM >= ALL_TOKENS one program more lists outliers.
+
+    loose and placed (columns,) int32 get the outlier columns without and with a 16-bit weight, ascending, and counts
+    how many there are: any number fits.
+    """
+    token = tl.program_id(0)
+    column = tl.arange(0, COLUMNS)
+    inside = column < columns
+    if FROM == ALL_TOKENS:
+        most = tl.zeros((COLUMNS,), dtype=tl.float32)
+        for other in range(0, tokens):
+            values = tl.load(x + other * columns + column, mask=inside, other=0.0).to(tl.float32)
+            most = tl.maximum(most, tl.abs(values))
+        crossing = most >= threshold
+    elif FROM == FLAGS:
+        found = tl.zeros((COLUMNS,), dtype=tl.int8)
+        for share in range(0, shares):
+            found |= tl.load(flags + share * columns + column, mask=inside, other=0)
+        crossing = found != 0
+    elif FROM == STORED:
+        crossing = tl.load(place + column, mask=inside, other=-1) >= 0
+    else:
+        crossing = column < 0
+    if token < tokens:
+        start = token.to(tl.int64) * columns
+        values = tl.load(x + start + column, mask=inside, other=0.0).to(tl.float32)
+        values = tl.where(crossing, 0.0, values)
+        largest = tl.max(tl.abs(values).to(tl.int32, bitcast=True), axis=0).to(tl.float32, bitcast=True)
+        tl.store(codes + start + column, _codes(values, largest).to(tl.int8), mask=inside)
+        tl.store(absmax + token, largest)
+    else:
+        if PLACES:
+            known = tl.load(place + column, mask=inside, other=-1) >= 0
+        else:
+            known = column < 0
+        first = (crossing & (known == 0)).to(tl.int32)
+        rank = tl.cumsum(first, axis=0) - 1
+        tl.store(loose + rank, column, mask=first != 0)
+        tl.store(counts, tl.sum(first, axis=0))
+        if PLACES:
+            second = (crossing & known).to(tl.int32)
+            rank = tl.cumsum(second, axis=0) - 1
+            tl.store(placed + rank, column, mask=second != 0)
+            tl.store(counts + 1, tl.sum(second, axis=0))
+
+
+@triton.jit
+def _operand(
+    source, first, start, limit, columns, R: tl.constexpr, C: tl.constexpr, DESCRIPTOR: tl.constexpr, EVEN: tl.constexpr
+):
+    """A tile (R, C) of a matrix (limit, columns), zeros beyond its ends."""
+    if DESCRIPTOR:
+        return source.load([first, start])
+    else:
+        row = first + tl.arange(0, R)
+        column = start + tl.arange(0, C)
+        pointers = source + row.to(tl.int64)[:, None] * columns + column[None, :]
+        if EVEN:
+            return tl.load(pointers, mask=(row < limit)[:, None], other=0)
+        else:
+            return tl.load(pointers, mask=(row < limit)[:, None] & (column < columns)[None, :], other=0)
+
+
+@triton.jit
+def split_product(
+    left,  # (tokens, columns) int8: pointer or descriptor
+    right,  # (rows, columns) int8: pointer or descriptor
+    x,
+    codes,
+    input_absmax,
+    absmax,
+    place,
+    loose,
+    placed,
+    counts,
+    wide,
+    bias,
+    out,
+    tokens,
+    rows,
+    columns,
+    stored,
+    absmax_step,
+    LOOSE: tl.constexpr,
+    PLACED: tl.constexpr,
+    COUNTED: tl.constexpr,
+    HALF: tl.constexpr,  # x and wide are multiplied as they are
+    EXACT: tl.constexpr,  # x and codes are
+    BIAS: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    ITEMS: tl.constexpr,
+    GROUP: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
+    EVEN: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """One tile (M, N) of y: the integer product, then the outlier columns in 16 bit, then scales and bias."""
+    program = tl.program_id(0)
+    down, across = tl.cdiv(tokens, M), tl.cdiv(rows, N)
+    band = program // (GROUP * across)
+    height = tl.minimum(down - band * GROUP, GROUP)
+    inner = program % (GROUP * across)
+    first = (band * GROUP + inner % height) * M
+    second = (inner // height) * N
+
+    sums = tl.zeros((M, N), dtype=tl.int32)
+    for start in tl.range(0, columns, K, num_stages=STAGES):
+        one = _operand(left, first, start, tokens, columns, M, K, DESCRIPTOR, EVEN)
+        other = _operand(right, second, start, rows, columns, N, K, DESCRIPTOR, EVEN)
+        sums = tl.dot(one, tl.trans(other), sums, out_dtype=tl.int32)
+
+    token = first + tl.arange(0, M)
+    row = second + tl.arange(0, N)
+    known, here = token < tokens, row < rows
+    total = sums.to(tl.float32) * (tl.load(input_absmax + token, mask=known, other=0.0) / LEVELS)[:, None]
+    from_token = token.to(tl.int64)[:, None] * columns
+    from_row = row.to(tl.int64)
+    item = tl.arange(0, ITEMS)
+    kind = x.dtype.element_ty
+    if LOOSE:
+        count = tl.load(counts) if COUNTED else stored
+        for start in tl.range(0, count, ITEMS, num_stages=1):
+            listed = start + item < count
+            column = tl.load(loose + start + item, mask=listed, other=0)
+            inputs = tl.load(x + from_token + column[None, :], mask=known[:, None] & listed[None, :], other=0.0)
+            decoded = tl.load(
+                codes + from_row[:, None] * columns + column[None, :], mask=here[:, None] & listed[None, :], other=0
+            )
+            if EXACT:
+                total = tl.dot(inputs, tl.trans(decoded.to(kind)), total)
+            else:
+                total = tl.dot(inputs.to(tl.float32), tl.trans(decoded.to(tl.float32)), total, input_precision="ieee")
+    total = total * (tl.load(absmax + row * absmax_step, mask=here, other=0.0) / LEVELS)[None, :]
+    if PLACED:
+        count = tl.load(counts + 1) if COUNTED else stored
+        for start in tl.range(0, count, ITEMS, num_stages=1):
+            listed = start + item < count
+            column = tl.load(placed + start + item, mask=listed, other=0)
+            where = tl.load(place + column, mask=listed, other=0)
+            inputs = tl.load(x + from_token + column[None, :], mask=known[:, None] & listed[None, :], other=0.0)
+            weight = tl.load(
+                wide + from_row[:, None] * stored + where[None, :], mask=here[:, None] & listed[None, :], other=0.0
+            )
+            if HALF:
+                total = tl.dot(inputs, tl.trans(weight), total)
+            else:  # both 16-bit types are exact in tf32
+                total = tl.dot(inputs.to(tl.float32), tl.trans(weight.to(tl.float32)), total, input_precision="tf32")
+    if BIAS:
+        total += tl.load(bias + row, mask=here, other=0.0).to(kind).to(tl.float32)[None, :]
+    tl.store(
+        out + token.to(tl.int64)[:, None] * rows + row[None, :], total.to(kind), mask=known[:, None] & here[None, :]
+    )
