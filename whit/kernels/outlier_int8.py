@@ -49,7 +49,7 @@ PICKED = 16
 def place_of(index: Tensor, columns: int) -> Tensor:
     """int32 (columns,): where a column stands in the list `index`, else -1; kept as long as the list lives."""
     capturing = index.is_cuda and torch.cuda.is_current_stream_capturing()
-    found = _PLACES.get(index)
+    found = _PLACES.get(index)  # type: ignore[no-untyped-call]
     if found is not None and found[0]() is index and found[1] == _version(index):
         kept: Tensor = found[2]
         return kept
@@ -60,7 +60,7 @@ def place_of(index: Tensor, columns: int) -> Tensor:
     return place
 
 
-_PLACES = WeakTensorKeyDictionary()  # type: ignore[no-untyped-call]
+_PLACES = WeakTensorKeyDictionary()
 
 
 def _version(tensor: Tensor) -> int:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 LEVELS = tl.constexpr(127.0)
@@ -24,7 +25,7 @@ ALL_TOKENS = tl.constexpr(2)
 FLAGS = tl.constexpr(3)
 
 
-def described(matrix, block):
+def described(matrix: Tensor, block: list[int]) -> TensorDescriptor:
     """A matrix as the copy engine takes it, in blocks (rows, columns)."""
     return TensorDescriptor.from_tensor(matrix, block)
 
