@@ -110,9 +110,12 @@ def candidates(tokens: int, columns: int) -> list[Tile]:
         ]
     if tokens <= 32:
         return [Tile(16, n, k, 4, stages, 4) for n in (32, 64) for k, stages in ((128, 6), (256, 4), (512, 3))]
-    shapes = [(128, 256, 8, 4), (128, 256, 8, 3), (256, 128, 8, 4), (128, 128, 4, 4), (128, 128, 8, 5), (64, 256, 4, 4)]
-    tiles = [Tile(m, n, 128, warps, stages, 8, True) for m, n, warps, stages in shapes]
-    return [*tiles, Tile(128, 256, 64, 8, 6, 8, True), Tile(128, 256, 128, 8, 4, 16, True), Tile(128, 256, 128, 8, 3)]
+    shapes = [(128, 256, 128, 8, 4), (128, 256, 256, 8, 2), (256, 128, 128, 8, 4), (128, 256, 64, 8, 6)]
+    shapes += [(128, 128, 128, 4, 3), (128, 128, 128, 8, 3), (64, 256, 128, 4, 2), (128, 128, 256, 8, 3)]
+    if tokens <= 1024:
+        shapes += [(64, 128, 128, 4, 4), (64, 128, 256, 4, 2)]
+    tiles = [Tile(m, n, k, warps, stages, 8, True) for m, n, k, warps, stages in shapes]
+    return [*tiles, Tile(128, 256, 128, 8, 4, 16, True), Tile(128, 128, 128, 4, 3)]
 
 
 def tune(tokens: int, packed: Packed, seconds: Callable[[], float]) -> dict[str, float]:

@@ -279,6 +279,15 @@ def _operand(
 
 
 @triton.jit
+def _add_product(inputs, weight, total, HALF: tl.constexpr):
+    """total + inputs weight^T in float32; HALF: in the 16-bit type of the inputs, which holds the weight too."""
+    if HALF:
+        return tl.dot(inputs, tl.trans(weight.to(inputs.dtype)), total)
+    else:  # both 16-bit types, and codes, are exact in tf32
+        return tl.dot(inputs.to(tl.float32), tl.trans(weight.to(tl.float32)), total, input_precision="tf32")
+
+
+@triton.jit
 def split_product(
     left,  # (tokens, columns) int8: pointer or descriptor
     right,  # (rows, columns) int8: pointer or descriptor
@@ -301,8 +310,8 @@ def split_product(
     LOOSE: tl.constexpr,
     PLACED: tl.constexpr,
     COUNTED: tl.constexpr,
-    HALF: tl.constexpr,  # x and wide are multiplied as they are
-    EXACT: tl.constexpr,  # x and codes are
+    HALF: tl.constexpr,  # whether x and wide are of one type
+    EXACT: tl.constexpr,  # whether products of 16-bit numbers can be asked for
     BIAS: tl.constexpr,
     M: tl.constexpr,
     N: tl.constexpr,
@@ -322,48 +331,55 @@ def split_product(
     first = (band * GROUP + inner % height) * M
     second = (inner // height) * N
 
+    token = first + tl.arange(0, M)
+    row = second + tl.arange(0, N)
+    known, here = token < tokens, row < rows
+    from_token = token.to(tl.int64)[:, None] * columns
+    from_row = row.to(tl.int64)[:, None]
+    item = tl.arange(0, ITEMS)
+    kind = x.dtype.element_ty
+    # What the end of the tile needs is asked for now: it arrives while the tensor cores work.
+    by_token = tl.load(input_absmax + token, mask=known, other=0.0) / LEVELS
+    by_row = tl.load(absmax + row * absmax_step, mask=here, other=0.0) / LEVELS
+    if LOOSE:
+        loose_count = tl.load(counts) if COUNTED else stored
+        column = tl.load(loose + item, mask=item < loose_count, other=0)
+        some = (item < loose_count)[None, :]
+        loose_inputs = tl.load(x + from_token + column[None, :], mask=known[:, None] & some, other=0.0)
+        loose_codes = tl.load(codes + from_row * columns + column[None, :], mask=here[:, None] & some, other=0)
+    if PLACED:
+        placed_count = tl.load(counts + 1) if COUNTED else stored
+        column = tl.load(placed + item, mask=item < placed_count, other=0)
+        some = (item < placed_count)[None, :]
+        where = tl.load(place + column, mask=item < placed_count, other=0)
+        placed_inputs = tl.load(x + from_token + column[None, :], mask=known[:, None] & some, other=0.0)
+        placed_weight = tl.load(wide + from_row * stored + where[None, :], mask=here[:, None] & some, other=0.0)
+
     sums = tl.zeros((M, N), dtype=tl.int32)
     for start in tl.range(0, columns, K, num_stages=STAGES):
         one = _operand(left, first, start, tokens, columns, M, K, DESCRIPTOR, EVEN)
         other = _operand(right, second, start, rows, columns, N, K, DESCRIPTOR, EVEN)
         sums = tl.dot(one, tl.trans(other), sums, out_dtype=tl.int32)
 
-    token = first + tl.arange(0, M)
-    row = second + tl.arange(0, N)
-    known, here = token < tokens, row < rows
-    total = sums.to(tl.float32) * (tl.load(input_absmax + token, mask=known, other=0.0) / LEVELS)[:, None]
-    from_token = token.to(tl.int64)[:, None] * columns
-    from_row = row.to(tl.int64)
-    item = tl.arange(0, ITEMS)
-    kind = x.dtype.element_ty
+    total = sums.to(tl.float32) * by_token[:, None]
     if LOOSE:
-        count = tl.load(counts) if COUNTED else stored
-        for start in tl.range(0, count, ITEMS, num_stages=1):
-            listed = start + item < count
-            column = tl.load(loose + start + item, mask=listed, other=0)
-            inputs = tl.load(x + from_token + column[None, :], mask=known[:, None] & listed[None, :], other=0.0)
-            decoded = tl.load(
-                codes + from_row[:, None] * columns + column[None, :], mask=here[:, None] & listed[None, :], other=0
-            )
-            if EXACT:
-                total = tl.dot(inputs, tl.trans(decoded.to(kind)), total)
-            else:
-                total = tl.dot(inputs.to(tl.float32), tl.trans(decoded.to(tl.float32)), total, input_precision="ieee")
-    total = total * (tl.load(absmax + row * absmax_step, mask=here, other=0.0) / LEVELS)[None, :]
+        total = _add_product(loose_inputs, loose_codes, total, EXACT)
+        for start in tl.range(ITEMS, loose_count, ITEMS, num_stages=1):
+            column = tl.load(loose + start + item, mask=start + item < loose_count, other=0)
+            some = (start + item < loose_count)[None, :]
+            loose_inputs = tl.load(x + from_token + column[None, :], mask=known[:, None] & some, other=0.0)
+            loose_codes = tl.load(codes + from_row * columns + column[None, :], mask=here[:, None] & some, other=0)
+            total = _add_product(loose_inputs, loose_codes, total, EXACT)
+    total = total * by_row[None, :]
     if PLACED:
-        count = tl.load(counts + 1) if COUNTED else stored
-        for start in tl.range(0, count, ITEMS, num_stages=1):
-            listed = start + item < count
-            column = tl.load(placed + start + item, mask=listed, other=0)
-            where = tl.load(place + column, mask=listed, other=0)
-            inputs = tl.load(x + from_token + column[None, :], mask=known[:, None] & listed[None, :], other=0.0)
-            weight = tl.load(
-                wide + from_row[:, None] * stored + where[None, :], mask=here[:, None] & listed[None, :], other=0.0
-            )
-            if HALF:
-                total = tl.dot(inputs, tl.trans(weight), total)
-            else:  # both 16-bit types are exact in tf32
-                total = tl.dot(inputs.to(tl.float32), tl.trans(weight.to(tl.float32)), total, input_precision="tf32")
+        total = _add_product(placed_inputs, placed_weight, total, HALF)
+        for start in tl.range(ITEMS, placed_count, ITEMS, num_stages=1):
+            column = tl.load(placed + start + item, mask=start + item < placed_count, other=0)
+            some = (start + item < placed_count)[None, :]
+            where = tl.load(place + column, mask=start + item < placed_count, other=0)
+            placed_inputs = tl.load(x + from_token + column[None, :], mask=known[:, None] & some, other=0.0)
+            placed_weight = tl.load(wide + from_row * stored + where[None, :], mask=here[:, None] & some, other=0.0)
+            total = _add_product(placed_inputs, placed_weight, total, HALF)
     if BIAS:
         total += tl.load(bias + row, mask=here, other=0.0).to(kind).to(tl.float32)[None, :]
     tl.store(
