@@ -83,6 +83,11 @@ def processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
 
 
+def starts_early(device: torch.device) -> bool:
+    """Whether a kernel may be set up while the one before it in the stream ends (programmatic dependent launch)."""
+    return device.type == "cuda" and capability(device) >= (9, 0)
+
+
 def cache_folder() -> Path:
     """Where what was found on this machine is kept."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "whit" / "kernels"

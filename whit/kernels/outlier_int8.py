@@ -18,6 +18,7 @@ so a token's output may differ in its last bit with what it is batched with, "st
 from __future__ import annotations
 
 import weakref
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,6 +34,7 @@ from whit.kernels.launching import (
     interpreted,
     power_of_two,
     processors,
+    starts_early,
     tuned_tiles,
     usable,
 )
@@ -42,19 +44,23 @@ FEW = 32
 """Most tokens of which every program of the rounding launch looks at all."""
 
 MOST_COLUMNS = 32768
+ADDRESSED = 2**31
+"""Numbers of a matrix that 32-bit offsets reach."""
 TOKENS_PER_SHARE = 64
-PICKED = 16
+ITEMS = 16
+"""Outlier columns that cost next to nothing; of more, each costs a little."""
+WEIGHT_ROWS = 128
 
 
 def place_of(index: Tensor, columns: int) -> Tensor:
-    """int32 (columns,): where a column stands in the list `index`, else -1; kept as long as the list lives."""
+    """int16 (columns,): where a column stands in the list `index`, else -1; kept as long as the list lives."""
     capturing = index.is_cuda and torch.cuda.is_current_stream_capturing()
     found = _PLACES.get(index)  # type: ignore[no-untyped-call]
     if found is not None and found[0]() is index and found[1] == _version(index):
         kept: Tensor = found[2]
         return kept
-    place = torch.full((columns,), -1, dtype=torch.int32, device=index.device)
-    place[index.long()] = torch.arange(len(index), dtype=torch.int32, device=index.device)
+    place = torch.full((columns,), -1, dtype=torch.int16, device=index.device)
+    place[index.long()] = torch.arange(len(index), dtype=torch.int16, device=index.device)
     if not capturing:  # what a graph computes is there only when it is replayed
         _PLACES[index] = (weakref.ref(index), _version(index), place)
     return place
@@ -160,7 +166,7 @@ def _one_token(
     from whit.kernels.triton.outlier_int8 import one_token
 
     rows, columns = codes.shape
-    blocks = -(-rows // tile.n)
+    blocks, early = -(-rows // tile.n), starts_early(x.device)
     programs = min(blocks, tile.group * processors(x.device))
     one_token[(programs,)](
         x,
@@ -184,11 +190,13 @@ def _one_token(
         BIAS=bias is not None,
         WORDS=power_of_two(columns // 4),
         ROWS=tile.n,
-        PICKED=PICKED,
+        ITEMS=ITEMS if index is None else min(128, max(ITEMS, power_of_two(len(index)))),
         LOOP=programs < blocks,
         HARDWARE=not interpreted(),
+        EARLY=early,
         num_warps=tile.warps,
         enable_fp_fusion=False,
+        launch_pdl=early,
     )
 
 
@@ -206,58 +214,102 @@ def _many_tokens(
 ) -> None:
     from whit.kernels.triton.outlier_int8 import ALL_TOKENS, FLAGS, NO_OUTLIERS, STORED, column_flags, split_tokens
 
-    (tokens, columns), device = x.shape, x.device
-    rounded = torch.empty(tokens, columns, dtype=torch.int8, device=device)
-    largest = torch.empty(tokens, dtype=torch.float32, device=device)
+    (tokens, columns), rows, device = x.shape, len(codes), x.device
+    early = starts_early(device)
+    split = _Split.empty(x, rows, dynamic, index, wide)
     place = _nothing(absmax) if index is None else place_of(index, columns)
-    loose = placed = counts = flags = _nothing(largest)
-    shares, source = 1, NO_OUTLIERS if index is None else STORED
+    flags, shares = _nothing(codes), 1
+    source = NO_OUTLIERS if index is None else STORED
     if dynamic:
-        lists = torch.empty(2 * columns + 2, dtype=torch.int32, device=device)
-        loose, placed, counts = lists[:columns], lists[columns : 2 * columns], lists[2 * columns :]
         source = ALL_TOKENS if tokens <= FEW else FLAGS
-        if tokens > FEW:
-            shares = min(16, -(-tokens // TOKENS_PER_SHARE))
-            flags = torch.empty(shares, columns, dtype=torch.int8, device=device)
-            column_flags[(-(-columns // 128), shares)](
-                x, flags, tokens, columns, -(-tokens // shares), threshold, COLUMNS=128, TOKENS=32, num_warps=4
-            )
-    elif index is not None:
-        loose = placed = index
-    block = power_of_two(columns)
-    split_tokens[(tokens + int(dynamic),)](
+    if dynamic and tokens > FEW:
+        shares = min(16, -(-tokens // TOKENS_PER_SHARE))
+        flags = torch.empty(shares, -(-columns // 8), dtype=torch.uint8, device=device)
+        column_flags[(-(-columns // 128), shares)](
+            x, flags, tokens, columns, -(-tokens // shares), threshold, COLUMNS=128, TOKENS=32, EARLY=early, num_warps=4
+        )
+    loose, per_program = dynamic or (index is not None and wide is None), -(-tokens // (8 * processors(device)))
+    token_programs = -(-tokens // per_program)
+    gathering = -(-rows // WEIGHT_ROWS) if loose else 0
+    scratch = torch.empty(gathering, ITEMS, dtype=torch.int32, device=device)
+    size = power_of_two(max(columns, 8))
+    split_tokens[(token_programs + (1 + gathering if loose or dynamic else 0),)](
         x,
-        rounded,
-        largest,
+        split.rounded,
+        split.largest,
         place,
+        split.loose if index is None else index,
         flags,
-        loose,
-        placed,
-        counts,
+        split.loose,
+        split.placed,
+        split.spots,
+        split.counts,
+        split.loose_inputs,
+        split.placed_inputs,
+        codes,
+        split.loose_codes,
+        scratch,
         tokens,
+        rows,
         columns,
+        0 if index is None else len(index),
         shares,
+        per_program,
+        token_programs,
         threshold,
         FROM=source.value,
-        PLACES=dynamic and index is not None,
-        COLUMNS=block,
-        num_warps=min(32, max(1, block // 512)),
+        PLACES=wide is not None,
+        LOOSE=loose,
+        BYTES=size // 8,
+        ITEMS=ITEMS,
+        ROWS=WEIGHT_ROWS,
+        EARLY=early and source.value == FLAGS.value,
+        num_warps=min(16, max(1, size // 512)),
         enable_fp_fusion=False,
+        launch_pdl=early and source.value == FLAGS.value,
     )
-    product(x, rounded, largest, codes, absmax, index, wide, bias, dynamic, (place, loose, placed, counts), out, tile)
+    _product(x, split, codes, absmax, index, wide, bias, dynamic, out, tile)
 
 
-def product(
+@dataclass(frozen=True)
+class _Split:
+    """What the launches before the product leave behind; see `split_tokens`."""
+
+    rounded: Tensor
+    largest: Tensor
+    loose: Tensor
+    placed: Tensor
+    spots: Tensor
+    counts: Tensor
+    loose_inputs: Tensor
+    placed_inputs: Tensor
+    loose_codes: Tensor
+
+    @classmethod
+    def empty(cls, x: Tensor, rows: int, dynamic: bool, index: Tensor | None, wide: Tensor | None) -> _Split:
+        """Room for it; a static list of outlier columns stands for what would be listed."""
+        tokens, columns = x.shape
+        rounded = torch.empty(tokens, columns, dtype=torch.int8, device=x.device)
+        largest = torch.empty(tokens, dtype=torch.float32, device=x.device)
+        inputs = torch.empty(2, tokens, ITEMS, dtype=x.dtype, device=x.device)
+        codes = torch.empty(rows if dynamic or wide is None else 0, ITEMS, dtype=torch.int8, device=x.device)
+        if dynamic:
+            loose, placed, spots = torch.empty(3, columns, dtype=torch.int32, device=x.device)
+            counts = torch.empty(2, dtype=torch.int32, device=x.device)
+        else:
+            loose = placed = spots = counts = largest if index is None else index
+        return cls(rounded, largest, loose, placed, spots, counts, inputs[0], inputs[1], codes)
+
+
+def _product(
     x: Tensor,
-    rounded: Tensor,
-    largest: Tensor,
+    split: _Split,
     codes: Tensor,
     absmax: Tensor,
     index: Tensor | None,
     wide: Tensor | None,
     bias: Tensor | None,
     dynamic: bool,
-    lists: tuple[Tensor, Tensor, Tensor, Tensor],
     out: Tensor,
     tile: Tile,
 ) -> None:
@@ -265,20 +317,26 @@ def product(
     from whit.kernels.triton.outlier_int8 import described, split_product
 
     (tokens, columns), rows = x.shape, len(codes)
-    left: Any = rounded
+    left: Any = split.rounded
     right: Any = codes
-    aligned = columns % 16 == 0 and codes.data_ptr() % 16 == 0
-    descriptor = tile.descriptor and aligned
+    descriptor = tile.descriptor and columns % 16 == 0 and codes.data_ptr() % 16 == 0
     if descriptor:
-        left, right = described(rounded, [tile.m, tile.k]), described(codes, [tile.n, tile.k])
+        left, right = described(split.rounded, [tile.m, tile.k]), described(codes, [tile.n, tile.k])
+    early = starts_early(x.device)
     split_product[(-(-tokens // tile.m) * -(-rows // tile.n),)](
         left,
         right,
         x,
         codes,
-        largest,
+        split.largest,
         absmax,
-        *lists,
+        split.loose,
+        split.placed,
+        split.spots,
+        split.counts,
+        split.loose_inputs,
+        split.placed_inputs,
+        split.loose_codes,
         _nothing(absmax) if wide is None else wide,
         _nothing(absmax) if bias is None else bias,
         out,
@@ -296,12 +354,14 @@ def product(
         M=tile.m,
         N=tile.n,
         K=tile.k,
-        ITEMS=16,
+        ITEMS=ITEMS,
         GROUP=tile.group,
         DESCRIPTOR=descriptor,
         EVEN=columns % tile.k == 0,
         STAGES=tile.stages,
+        EARLY=early,
         num_warps=tile.warps,
+        launch_pdl=early,
     )
 
 
@@ -310,7 +370,8 @@ def _supports(x: Tensor, packed: Packed) -> bool:
     assert isinstance(layout, OutlierInt8)
     if layout.compat or layout.granularity == "tensor" or packed.columns > MOST_COLUMNS:
         return False
-    return usable(x, packed)
+    most = x.numel() // packed.columns * max(packed.rows, packed.columns)
+    return most < ADDRESSED and usable(x, packed)
 
 
 def _linear(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:

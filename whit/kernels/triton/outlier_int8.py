@@ -13,6 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 LEVELS = tl.constexpr(127.0)
@@ -75,31 +76,42 @@ def one_token(
     BIAS: tl.constexpr,
     WORDS: tl.constexpr,
     ROWS: tl.constexpr,
-    PICKED: tl.constexpr,
+    ITEMS: tl.constexpr,
     LOOP: tl.constexpr,
+    EARLY: tl.constexpr,
     HARDWARE: tl.constexpr,
 ):
     """y of one token. A program takes ROWS rows at a time and asks for them before it looks at x.
 
-    Outlier columns without a 16-bit weight are picked one after the other, PICKED at a time, by integer reductions.
+    Outlier columns without a 16-bit weight are picked one after the other, ITEMS at a time, by integer reductions.
     """
     first = tl.program_id(0)
     blocks = tl.cdiv(rows, ROWS)
     word = tl.arange(0, WORDS)
     lane = tl.arange(0, ROWS)
+    item = tl.arange(0, ITEMS)
     inside = word < width
     row = first * ROWS + lane
     weights = tl.load(
         words + row.to(tl.int64)[:, None] * width + word[None, :], mask=(row < rows)[:, None] & inside[None, :], other=0
     )
-
     column = word[:, None] * 4 + tl.arange(0, 4)[None, :]
+    if LISTED:
+        spot = tl.load(place + column, mask=inside[:, None], other=-1)
+        listed = tl.load(index + item, mask=item < stored, other=0)
+    if EARLY:  # nothing above depends on the kernel before
+        gdc_launch_dependents()
+        gdc_wait()
     values = tl.load(x + column, mask=inside[:, None], other=0.0).to(tl.float32)
     magnitude = tl.abs(values)
+    if LISTED:
+        beside = tl.load(x + listed, mask=item < stored, other=0.0).to(tl.float32)
+        if DYNAMIC:
+            beside = tl.where(tl.abs(beside) >= threshold, beside, 0.0)
     if DYNAMIC:
         crossing = magnitude >= threshold
     elif LISTED:
-        crossing = tl.load(place + column, mask=inside[:, None], other=-1) >= 0
+        crossing = spot >= 0
     else:
         crossing = column < 0
     bits = tl.where(crossing, 0.0, magnitude).to(tl.int32, bitcast=True)
@@ -109,15 +121,14 @@ def one_token(
 
     if DYNAMIC:
         loose = crossing
-        if WIDE:
-            loose = loose & (tl.load(place + column, mask=inside[:, None], other=-1) < 0)
+        if LISTED:
+            loose = loose & (spot < 0)
         keys = tl.where(loose, column, columns)
-        pick = tl.arange(0, PICKED)
-        chosen = tl.full((PICKED,), columns, dtype=tl.int32)
+        chosen = tl.full((ITEMS,), columns, dtype=tl.int32)
         latest = tl.min(tl.min(keys, axis=1), axis=0)
         taken = 0
-        while (latest < columns) & (taken < PICKED):
-            chosen = tl.where(pick == taken, latest, chosen)
+        while (latest < columns) & (taken < ITEMS):
+            chosen = tl.where(item == taken, latest, chosen)
             taken += 1
             latest = tl.min(tl.min(tl.where(keys > latest, keys, columns), axis=1), axis=0)
         large = tl.load(x + chosen, mask=chosen < columns, other=0.0).to(tl.float32)
@@ -134,41 +145,37 @@ def one_token(
                 other=0,
             )
         steps = tl.load(absmax + row * absmax_step, mask=here, other=0.0) / LEVELS
-        extra = tl.zeros((ROWS,), dtype=tl.float32)
         if WIDE:
-            item = tl.arange(0, 32)
-            sums = tl.zeros((ROWS, 32), dtype=tl.float32)
-            for start_item in range(0, stored, 32):
-                listed = start_item + item
-                known = listed < stored
-                where = tl.load(index + listed, mask=known, other=0)
-                beside = tl.load(x + where, mask=known, other=0.0).to(tl.float32)
-                if DYNAMIC:
-                    beside = tl.where(tl.abs(beside) >= threshold, beside, 0.0)
-                weight = tl.load(
-                    wide + start[:, None] * stored + listed[None, :], mask=here[:, None] & known[None, :], other=0.0
-                )
-                sums += weight.to(tl.float32) * beside[None, :]
-            extra = tl.sum(sums, axis=1)
+            known = here[:, None] & (item < stored)[None, :]
+            beside_weight = tl.load(wide + start[:, None] * stored + item[None, :], mask=known, other=0.0)
+        elif LISTED:
+            known = here[:, None] & (item < stored)[None, :]
+            beside_code = tl.load(codes + start[:, None] * columns + listed[None, :], mask=known, other=0)
+        if DYNAMIC:
+            known = here[:, None] & (chosen < columns)[None, :]
+            decoded = tl.load(codes + start[:, None] * columns + chosen[None, :], mask=known, other=0)
         total = tl.sum(_dot4(weights, packed[None, :], HARDWARE), axis=1).to(tl.float32) * (largest / LEVELS)
         if DYNAMIC:
-            decoded = tl.load(
-                codes + start[:, None] * columns + chosen[None, :],
-                mask=here[:, None] & (chosen < columns)[None, :],
-                other=0,
-            )
             total += tl.sum(decoded.to(tl.float32) * large[None, :], axis=1)
             rest = latest
             while rest < columns:  # more outliers than are picked at once: slow, and right
                 single = tl.load(codes + start * columns + rest, mask=here, other=0)
                 total += single.to(tl.float32) * tl.load(x + rest).to(tl.float32)
                 rest = tl.min(tl.min(tl.where(keys > rest, keys, columns), axis=1), axis=0)
-        elif LISTED and not WIDE:
-            for listed in range(0, stored):
-                where = tl.load(index + listed)
-                decoded = tl.load(codes + start * columns + where, mask=here, other=0)
-                total += decoded.to(tl.float32) * tl.load(x + where).to(tl.float32)
-        total = total * steps + extra
+        if LISTED and not WIDE:
+            total += tl.sum(beside_code.to(tl.float32) * beside[None, :], axis=1)
+            for more in range(ITEMS, stored):
+                where = tl.load(index + more)
+                single = tl.load(codes + start * columns + where, mask=here, other=0)
+                total += single.to(tl.float32) * tl.load(x + where).to(tl.float32)
+        total = total * steps
+        if WIDE:
+            total += tl.sum(beside_weight.to(tl.float32) * beside[None, :], axis=1)
+            for more in range(ITEMS, stored):
+                other = tl.load(x + tl.load(index + more)).to(tl.float32)
+                if DYNAMIC:
+                    other = tl.where(tl.abs(other) >= threshold, other, 0.0)
+                total += tl.load(wide + start * stored + more, mask=here, other=0.0).to(tl.float32) * other
         if BIAS:
             given = tl.load(bias + row, mask=here, other=0.0)
             total += given.to(out.dtype.element_ty).to(tl.float32)
@@ -178,8 +185,13 @@ def one_token(
 
 
 @triton.jit
-def column_flags(x, flags, tokens, columns, share, threshold, COLUMNS: tl.constexpr, TOKENS: tl.constexpr):
-    """flags (shares, columns) int8: whether a column reaches the threshold among the `share` tokens of a share."""
+def column_flags(
+    x, flags, tokens, columns, share, threshold, COLUMNS: tl.constexpr, TOKENS: tl.constexpr, EARLY: tl.constexpr
+):
+    """flags (shares, bytes) uint8: bit j of byte i says whether column 8 i + j reaches the threshold in a share of
+    the tokens."""
+    if EARLY:
+        gdc_launch_dependents()
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < columns
     first = tl.program_id(1) * share
@@ -193,8 +205,45 @@ def column_flags(x, flags, tokens, columns, share, threshold, COLUMNS: tl.conste
             other=0.0,
         )
         largest = tl.maximum(largest, tl.abs(values.to(tl.float32)))
-    found = tl.max(largest, axis=0) >= threshold
-    tl.store(flags + tl.program_id(1) * columns + column, found.to(tl.int8), mask=inside)
+    found = (tl.max(largest, axis=0) >= threshold).to(tl.int32)
+    bits = tl.sum(tl.reshape(found, (COLUMNS // 8, 8)) << tl.arange(0, 8)[None, :], axis=1)
+    byte = tl.program_id(0) * (COLUMNS // 8) + tl.arange(0, COLUMNS // 8)
+    width = tl.cdiv(columns, 8)
+    tl.store(flags + tl.program_id(1) * width + byte, bits.to(tl.uint8), mask=byte < width)
+
+
+@triton.jit
+def _crossing(x, place, flags, tokens, columns, shares, threshold, FROM: tl.constexpr, BYTES: tl.constexpr):
+    """Whether a column is an outlier: (BYTES, 8)."""
+    byte = tl.arange(0, BYTES)
+    bit = tl.arange(0, 8)
+    column = byte[:, None] * 8 + bit[None, :]
+    inside = column < columns
+    if FROM == ALL_TOKENS:
+        most = tl.zeros((BYTES, 8), dtype=tl.float32)
+        for batch in range(0, tokens, 8):
+            for more in tl.static_range(8):
+                token = batch + more
+                values = tl.load(x + token * columns + column, mask=inside & (token < tokens), other=0.0)
+                most = tl.maximum(most, tl.abs(values.to(tl.float32)))
+        return most >= threshold
+    elif FROM == FLAGS:
+        width = tl.cdiv(columns, 8)
+        found = tl.zeros((BYTES,), dtype=tl.int32)
+        for share in range(0, shares):
+            found |= tl.load(flags + share * width + byte, mask=byte < width, other=0).to(tl.int32)
+        return ((found[:, None] >> bit[None, :]) & 1) != 0
+    elif FROM == STORED:
+        return tl.load(place + column, mask=inside, other=-1) >= 0
+    else:
+        return column < 0
+
+
+@triton.jit
+def _ranks(chosen, BYTES: tl.constexpr):
+    """How many of (BYTES, 8) are chosen before each."""
+    flat = tl.reshape(chosen.to(tl.int32), (BYTES * 8,))
+    return tl.reshape(tl.cumsum(flat, axis=0) - flat, (BYTES, 8))
 
 
 @triton.jit
@@ -203,62 +252,100 @@ def split_tokens(
     codes,
     absmax,
     place,
+    index,
     flags,
     loose,
     placed,
+    spots,
     counts,
+    loose_inputs,
+    placed_inputs,
+    weight_codes,
+    loose_codes,
+    scratch,
     tokens,
+    rows,
     columns,
+    stored,
     shares,
+    share,  # tokens of a program
+    token_programs,
     threshold,
     FROM: tl.constexpr,
     PLACES: tl.constexpr,
-    COLUMNS: tl.constexpr,
+    LOOSE: tl.constexpr,
+    BYTES: tl.constexpr,
+    ITEMS: tl.constexpr,
+    ROWS: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
-    """Codes and largest magnitude of one token per program; with FROM >= ALL_TOKENS one program more lists outliers.
+    """Codes and largest magnitudes of some tokens per program, and what the product needs for outlier columns.
 
-    loose and placed (columns,) int32 get the outlier columns without and with a 16-bit weight, ascending, and counts
-    how many there are: any number fits.
+    loose and placed (columns,) int32 get the outlier columns without and with a 16-bit weight, ascending, spots where
+    the latter are stored, and counts how many there are: any number fits. Of the first ITEMS of each, the inputs go to
+    loose_inputs and placed_inputs (tokens, ITEMS), and codes to loose_codes (rows, ITEMS).
     """
-    token = tl.program_id(0)
-    column = tl.arange(0, COLUMNS)
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
+    program = tl.program_id(0)
+    column = tl.arange(0, BYTES)[:, None] * 8 + tl.arange(0, 8)[None, :]
     inside = column < columns
-    if FROM == ALL_TOKENS:
-        most = tl.zeros((COLUMNS,), dtype=tl.float32)
-        for other in range(0, tokens):
-            values = tl.load(x + other * columns + column, mask=inside, other=0.0).to(tl.float32)
-            most = tl.maximum(most, tl.abs(values))
-        crossing = most >= threshold
-    elif FROM == FLAGS:
-        found = tl.zeros((COLUMNS,), dtype=tl.int8)
-        for share in range(0, shares):
-            found |= tl.load(flags + share * columns + column, mask=inside, other=0)
-        crossing = found != 0
-    elif FROM == STORED:
-        crossing = tl.load(place + column, mask=inside, other=-1) >= 0
-    else:
-        crossing = column < 0
-    if token < tokens:
-        start = token.to(tl.int64) * columns
-        values = tl.load(x + start + column, mask=inside, other=0.0).to(tl.float32)
-        values = tl.where(crossing, 0.0, values)
-        largest = tl.max(tl.abs(values).to(tl.int32, bitcast=True), axis=0).to(tl.float32, bitcast=True)
-        tl.store(codes + start + column, _codes(values, largest).to(tl.int8), mask=inside)
-        tl.store(absmax + token, largest)
-    else:
+    crossing = _crossing(x, place, flags, tokens, columns, shares, threshold, FROM, BYTES)
+    without, beside = crossing, crossing
+    if PLACES:
+        spot = tl.load(place + column, mask=inside, other=-1).to(tl.int32)
+        beside = crossing & (spot >= 0)
+        without = crossing & (spot < 0)
+    if program < token_programs:
+        if LOOSE:
+            if FROM == STORED:
+                rank = tl.load(place + column, mask=inside, other=-1).to(tl.int32)
+            else:
+                rank = _ranks(without, BYTES)
         if PLACES:
-            known = tl.load(place + column, mask=inside, other=-1) >= 0
+            if FROM == STORED:
+                rank_beside = spot
+            else:
+                rank_beside = _ranks(beside, BYTES)
+        for token in range(program * share, tl.minimum(program * share + share, tokens)):
+            start = token * columns
+            given = tl.load(x + start + column, mask=inside, other=0.0)
+            values = tl.where(crossing, 0.0, given.to(tl.float32))
+            bits = tl.abs(values).to(tl.int32, bitcast=True)
+            largest = tl.max(tl.max(bits, axis=1), axis=0).to(tl.float32, bitcast=True)
+            tl.store(codes + start + column, _codes(values, largest).to(tl.int8), mask=inside)
+            tl.store(absmax + token, largest)
+            if LOOSE:
+                tl.store(loose_inputs + token * ITEMS + rank, given, mask=without & (rank < ITEMS))
+            if PLACES:
+                tl.store(placed_inputs + token * ITEMS + rank_beside, given, mask=beside & (rank_beside < ITEMS))
+    elif program == token_programs:
+        if FROM >= ALL_TOKENS:
+            rank = _ranks(without, BYTES)
+            tl.store(loose + rank, column, mask=without)
+            tl.store(counts, tl.sum(tl.sum(without.to(tl.int32), axis=1), axis=0))
+            if PLACES:
+                rank_beside = _ranks(beside, BYTES)
+                tl.store(placed + rank_beside, column, mask=beside)
+                tl.store(spots + rank_beside, spot, mask=beside)
+                tl.store(counts + 1, tl.sum(tl.sum(beside.to(tl.int32), axis=1), axis=0))
+    elif LOOSE:
+        block = program - token_programs - 1
+        item = tl.arange(0, ITEMS)
+        if FROM == STORED:
+            count = stored
+            chosen = tl.load(index + item, mask=item < count, other=0)
         else:
-            known = column < 0
-        first = (crossing & (known == 0)).to(tl.int32)
-        rank = tl.cumsum(first, axis=0) - 1
-        tl.store(loose + rank, column, mask=first != 0)
-        tl.store(counts, tl.sum(first, axis=0))
-        if PLACES:
-            second = (crossing & known).to(tl.int32)
-            rank = tl.cumsum(second, axis=0) - 1
-            tl.store(placed + rank, column, mask=second != 0)
-            tl.store(counts + 1, tl.sum(second, axis=0))
+            count = tl.sum(tl.sum(without.to(tl.int32), axis=1), axis=0)
+            rank = _ranks(without, BYTES)
+            tl.store(scratch + block * ITEMS + rank, column, mask=without & (rank < ITEMS))
+            tl.debug_barrier()
+            chosen = tl.load(scratch + block * ITEMS + item, mask=item < count, other=0)
+        row = block * ROWS + tl.arange(0, ROWS)
+        known = (row < rows)[:, None] & (item < count)[None, :]
+        found = tl.load(weight_codes + row.to(tl.int64)[:, None] * columns + chosen[None, :], mask=known, other=0)
+        tl.store(loose_codes + row[:, None] * ITEMS + item[None, :], found, mask=(row < rows)[:, None])
 
 
 @triton.jit
@@ -295,10 +382,13 @@ def split_product(
     codes,
     input_absmax,
     absmax,
-    place,
     loose,
     placed,
+    spots,
     counts,
+    loose_inputs,
+    placed_inputs,
+    loose_codes,
     wide,
     bias,
     out,
@@ -321,8 +411,12 @@ def split_product(
     DESCRIPTOR: tl.constexpr,
     EVEN: tl.constexpr,
     STAGES: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """One tile (M, N) of y: the integer product, then the outlier columns in 16 bit, then scales and bias."""
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
     program = tl.program_id(0)
     down, across = tl.cdiv(tokens, M), tl.cdiv(rows, N)
     band = program // (GROUP * across)
@@ -343,17 +437,15 @@ def split_product(
     by_row = tl.load(absmax + row * absmax_step, mask=here, other=0.0) / LEVELS
     if LOOSE:
         loose_count = tl.load(counts) if COUNTED else stored
-        column = tl.load(loose + item, mask=item < loose_count, other=0)
         some = (item < loose_count)[None, :]
-        loose_inputs = tl.load(x + from_token + column[None, :], mask=known[:, None] & some, other=0.0)
-        loose_codes = tl.load(codes + from_row * columns + column[None, :], mask=here[:, None] & some, other=0)
+        inputs = tl.load(loose_inputs + token[:, None] * ITEMS + item[None, :], mask=known[:, None] & some, other=0.0)
+        decoded = tl.load(loose_codes + row[:, None] * ITEMS + item[None, :], mask=here[:, None] & some, other=0)
     if PLACED:
         placed_count = tl.load(counts + 1) if COUNTED else stored
-        column = tl.load(placed + item, mask=item < placed_count, other=0)
         some = (item < placed_count)[None, :]
-        where = tl.load(place + column, mask=item < placed_count, other=0)
-        placed_inputs = tl.load(x + from_token + column[None, :], mask=known[:, None] & some, other=0.0)
-        placed_weight = tl.load(wide + from_row * stored + where[None, :], mask=here[:, None] & some, other=0.0)
+        where = tl.load(spots + item, mask=item < placed_count, other=0) if COUNTED else item
+        large = tl.load(placed_inputs + token[:, None] * ITEMS + item[None, :], mask=known[:, None] & some, other=0.0)
+        weight = tl.load(wide + from_row * stored + where[None, :], mask=here[:, None] & some, other=0.0)
 
     sums = tl.zeros((M, N), dtype=tl.int32)
     for start in tl.range(0, columns, K, num_stages=STAGES):
@@ -363,23 +455,24 @@ def split_product(
 
     total = sums.to(tl.float32) * by_token[:, None]
     if LOOSE:
-        total = _add_product(loose_inputs, loose_codes, total, EXACT)
-        for start in tl.range(ITEMS, loose_count, ITEMS, num_stages=1):
+        total = _add_product(inputs, decoded, total, EXACT)
+        for start in tl.range(ITEMS, loose_count, ITEMS, num_stages=1):  # more than most models have
             column = tl.load(loose + start + item, mask=start + item < loose_count, other=0)
             some = (start + item < loose_count)[None, :]
-            loose_inputs = tl.load(x + from_token + column[None, :], mask=known[:, None] & some, other=0.0)
-            loose_codes = tl.load(codes + from_row * columns + column[None, :], mask=here[:, None] & some, other=0)
-            total = _add_product(loose_inputs, loose_codes, total, EXACT)
+            inputs = tl.load(x + from_token + column[None, :], mask=known[:, None] & some, other=0.0)
+            decoded = tl.load(codes + from_row * columns + column[None, :], mask=here[:, None] & some, other=0)
+            total = _add_product(inputs, decoded, total, EXACT)
     total = total * by_row[None, :]
     if PLACED:
-        total = _add_product(placed_inputs, placed_weight, total, HALF)
+        total = _add_product(large, weight, total, HALF)
         for start in tl.range(ITEMS, placed_count, ITEMS, num_stages=1):
-            column = tl.load(placed + start + item, mask=start + item < placed_count, other=0)
-            some = (start + item < placed_count)[None, :]
-            where = tl.load(place + column, mask=start + item < placed_count, other=0)
-            placed_inputs = tl.load(x + from_token + column[None, :], mask=known[:, None] & some, other=0.0)
-            placed_weight = tl.load(wide + from_row * stored + where[None, :], mask=here[:, None] & some, other=0.0)
-            total = _add_product(placed_inputs, placed_weight, total, HALF)
+            listed = start + item
+            column = tl.load(placed + listed, mask=listed < placed_count, other=0)
+            where = tl.load(spots + listed, mask=listed < placed_count, other=0) if COUNTED else listed
+            some = (listed < placed_count)[None, :]
+            large = tl.load(x + from_token + column[None, :], mask=known[:, None] & some, other=0.0)
+            weight = tl.load(wide + from_row * stored + where[None, :], mask=here[:, None] & some, other=0.0)
+            total = _add_product(large, weight, total, HALF)
     if BIAS:
         total += tl.load(bias + row, mask=here, other=0.0).to(kind).to(tl.float32)[None, :]
     tl.store(
