@@ -28,8 +28,8 @@ from whit.formats import Packed
 from whit.formats.outlier_int8 import OutlierInt8
 from whit.formats.quantised_inputs import QuantisedInputs
 from whit.formats.scaled_codes import ScaledCodes
-from whit.kernels import explain, outlier_int8, packed_linear
-from whit.kernels.launching import Tile, device_name, keep_tuned, use_tile
+from whit.kernels import explain, packed_linear
+from whit.kernels.launching import Tile, device_name, keep_tuned, tile_key, use_tile
 
 SHAPES = ((4096, 4096), (11008, 4096))
 """(rows, columns): outputs, inputs."""
@@ -102,26 +102,23 @@ def candidates(tokens: int, columns: int) -> list[Tile]:
     """Launch shapes among which `--tune` chooses."""
     if tokens == 1:
         warps = max(1, columns // 1024)
-        return [
-            Tile(1, rows, 0, count, 1, group)
-            for rows in (4, 8, 16)
-            for count in (warps, 2 * warps)
-            for group in (1, 2, 4, 64)
-        ]
+        shapes = [(16, 4), (8, 2), (8, 4), (16, 2), (8, 64), (16, 1)]
+        return [*(Tile(1, rows, 0, warps, 1, group) for rows, group in shapes), Tile(1, 16, 0, 2 * warps, 1, 2)]
     if tokens <= 32:
-        return [Tile(16, n, k, 4, stages, 4) for n in (32, 64) for k, stages in ((128, 6), (256, 4), (512, 3))]
-    shapes = [(128, 256, 128, 8, 4), (128, 256, 256, 8, 2), (256, 128, 128, 8, 4), (128, 256, 64, 8, 6)]
-    shapes += [(128, 128, 128, 4, 3), (128, 128, 128, 8, 3), (64, 256, 128, 4, 2), (128, 128, 256, 8, 3)]
+        return [
+            Tile(16, n, k, 4, stages, 4) for n, k, stages in ((32, 512, 3), (32, 256, 4), (32, 128, 6), (64, 256, 4))
+        ]
+    shapes = [(128, 256, 128, 8, 4, 16), (128, 256, 256, 8, 2, 16), (256, 128, 128, 8, 4, 8), (128, 128, 128, 4, 3, 8)]
+    shapes += [(128, 128, 128, 8, 3, 8), (128, 128, 256, 8, 3, 8), (64, 256, 128, 4, 2, 8)]
     if tokens <= 1024:
-        shapes += [(64, 128, 128, 4, 4), (64, 128, 256, 4, 2)]
-    tiles = [Tile(m, n, k, warps, stages, 8, True) for m, n, k, warps, stages in shapes]
-    return [*tiles, Tile(128, 256, 128, 8, 4, 16, True), Tile(128, 128, 128, 4, 3)]
+        shapes += [(64, 128, 128, 4, 4, 8), (64, 128, 256, 4, 2, 8), (128, 128, 128, 8, 5, 8)]
+    return [Tile(m, n, k, warps, stages, group, True) for m, n, k, warps, stages, group in shapes]
 
 
-def tune(tokens: int, packed: Packed, seconds: Callable[[], float]) -> dict[str, float]:
+def tune(kind: str, tokens: int, packed: Packed, seconds: Callable[[], float]) -> dict[str, float]:
     """Try the candidates, keep and use the fastest; the time of each."""
     device = device_name(packed.tensors["codes"].device)
-    key = outlier_int8.tile_key(tokens, packed.rows, packed.columns)
+    key = tile_key(kind, tokens, packed.rows, packed.columns)
     times: dict[Tile, float] = {}
     errors = []
     for tile in candidates(tokens, packed.columns):
@@ -204,6 +201,17 @@ def measure(
         ]
         add("integer product alone", "torch._int_mm", size // 2, [lambda w=w: torch._int_mm(left, w.T) for w in right])
         del right
+        eight = torch.float8_e4m3fn
+        left = torch.randn(tokens, columns, device="cuda", generator=generator).to(eight)
+        steps = torch.ones(tokens, 1, device="cuda")
+        scales = torch.ones(1, rows, device="cuda")
+        right = [torch.randn(rows, columns, device="cuda").to(eight) for _ in range(copies_for(size // 2, cache))]
+        calls = [
+            lambda w=w: torch._scaled_mm(left, w.T, scale_a=steps, scale_b=scales, out_dtype=torch.bfloat16)
+            for w in right
+        ]
+        add("FP8 product alone", "torch._scaled_mm", size // 2, calls)
+        del right
     for case in cases:
         first = random_packed(case, rows, columns, generator)
         count = copies_for(first.format.bytes(rows, columns), cache)
@@ -211,7 +219,7 @@ def measure(
         calls = [lambda w=w: packed_linear(x, w) for w in layers]
         more = {}
         if tuning and case == "dynamic":
-            more["tried"] = tune(tokens, first, lambda calls=calls: seconds_per_call(calls, 6)[0])
+            more["tried"] = tune("outlier-int8", tokens, first, lambda calls=calls: seconds_per_call(calls, 6)[0])
             for tile, time in list(more["tried"].items())[:4]:
                 print(f"      {time * 1e6:9.2f} us  {tile}", flush=True)
         add(case, explain(x, first), first.format.bytes(rows, columns), calls, **more)
@@ -247,16 +255,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.manual_seed(SEED)
     properties = torch.cuda.get_device_properties(0)
-    records = []
-    with torch.inference_mode():
-        for shape in arguments.shapes:
-            rows, columns = map(int, shape.split("x"))
-            for tokens in arguments.counts:
-                dtype = getattr(torch, arguments.dtype)
-                records += measure(
-                    rows, columns, tokens, arguments.cases, properties.L2_cache_size, dtype, arguments.tune
-                )
-    report = {
+    report: dict[str, Any] = {
         "hardware": properties.name,
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
@@ -264,10 +263,18 @@ def main() -> None:
         "seed": SEED,
         "dtype": arguments.dtype,
         "loud_columns": LOUD,
-        "records": records,
+        "records": [],
     }
-    if arguments.output is not None:
-        write_report(report, arguments.output)
+    dtype = getattr(torch, arguments.dtype)
+    with torch.inference_mode():
+        for shape in arguments.shapes:
+            rows, columns = map(int, shape.split("x"))
+            for tokens in arguments.counts:
+                report["records"] += measure(
+                    rows, columns, tokens, arguments.cases, properties.L2_cache_size, dtype, arguments.tune
+                )
+                if arguments.output is not None:
+                    write_report(report, arguments.output)
 
 
 if __name__ == "__main__":

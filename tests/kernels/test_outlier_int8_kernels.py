@@ -141,17 +141,17 @@ def test_what_the_kernels_leave_alone() -> None:
 @needs_gpu
 @pytest.mark.parametrize(("outliers", "weights", "granularity"), VARIANTS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "columns"), [(33, 203), (130, 1000), (520, 4096)])
 def test_kernels_mean_what_the_format_means_on_a_gpu(
-    outliers: str, weights: str, granularity: str, dtype: torch.dtype
+    outliers: str, weights: str, granularity: str, dtype: torch.dtype, rows: int, columns: int
 ) -> None:
-    for rows, columns in [(64, 512), (33, 200), (7, 13), (130, 1000), (520, 4096), (256, 11008)]:
-        packed = layer(rows, columns, outliers, weights, granularity).to("cuda")
-        bias = torch.randn(rows, generator=torch.Generator().manual_seed(2)).cuda()
-        for tokens in (1, 2, 17, 33, 130, 600):
-            x = inputs(tokens, columns).to("cuda", dtype)
-            assert explain(x, packed) == NAME
-            assert excess(x, packed, bias) <= 1, (rows, columns, tokens)
-        assert excess(inputs(6, 2 * columns).to("cuda", dtype)[:, ::2], packed, None) <= 1
+    packed = layer(rows, columns, outliers, weights, granularity).to("cuda")
+    bias = torch.randn(rows, generator=torch.Generator().manual_seed(2)).cuda()
+    for tokens in (1, 17, 600):
+        x = inputs(tokens, columns).to("cuda", dtype)
+        assert explain(x, packed) == NAME
+        assert excess(x, packed, bias) <= 1, tokens
+    assert excess(inputs(6, 2 * columns).to("cuda", dtype)[:, ::2], packed, bias) <= 1
 
 
 @pytest.mark.gpu
@@ -166,7 +166,7 @@ def test_any_number_of_outliers_on_a_gpu() -> None:
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("tokens", [1, 20, 200])
-def test_graphs_and_compilation_on_a_gpu(tokens: int) -> None:
+def test_graphs_on_a_gpu(tokens: int) -> None:
     packed = layer(256, 1024, "dynamic", "cached", "vector").to("cuda")
     x = inputs(tokens, 1024).to("cuda", torch.bfloat16)
     packed_linear(x, packed)
@@ -177,5 +177,13 @@ def test_graphs_and_compilation_on_a_gpu(tokens: int) -> None:
         x.copy_(inputs(tokens, 1024, seed))
         graph.replay()
         assert torch.equal(out, packed_linear(x, packed))
-    compiled = torch.compile(packed_linear, fullgraph=True)
-    assert torch.equal(compiled(x, packed), out)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_compilation_on_a_gpu() -> None:
+    packed = layer(256, 1024, "dynamic", "cached", "vector").to("cuda")
+    compiled = torch.compile(packed_linear, fullgraph=True, backend="aot_eager")
+    for tokens in (1, 200):
+        x = inputs(tokens, 1024).to("cuda", torch.bfloat16)
+        assert torch.equal(compiled(x, packed), packed_linear(x, packed))

@@ -137,3 +137,33 @@ def device_name(device: torch.device) -> str:
 def power_of_two(size: int) -> int:
     """The least power of two that is no smaller."""
     return 1 << max(0, size - 1).bit_length()
+
+
+def default_tile(tokens: int, rows: int, columns: int, descriptor: bool, many: int) -> Tile:
+    """A launch shape that is good on average for 8-bit operands, for a device with `many` multiprocessors."""
+    if tokens == 1:
+        words = power_of_two(-(-columns // 4))
+        return Tile(1, 16 if rows <= 8192 else 8, words, min(32, max(1, words // 256)), 1, 2)
+    if tokens <= 64:
+        m = max(16, power_of_two(tokens))
+        return Tile(m, 32 if rows <= 32 * 4 * many else 64, 256 if m <= 16 else 128, 4, 4, 4)
+    if tokens <= 256 or -(-tokens // 128) * -(-rows // 256) < 2 * many:
+        return Tile(128, 128, 128, 8, 4, 8, descriptor)
+    return Tile(128, 256, 128, 8, 4, 16, descriptor)
+
+
+def tile_key(kind: str, tokens: int, rows: int, columns: int) -> str:
+    """What a found launch shape is filed under."""
+    return f"{kind}/{rows}x{columns}/{power_of_two(tokens)}"
+
+
+def choose_tile(kind: str, tokens: int, rows: int, columns: int, device: torch.device) -> Tile:
+    """The launch shape to use: one found fastest, otherwise the default."""
+    descriptor = columns % 16 == 0 and device.type == "cuda" and capability(device) >= (9, 0)
+    found = tuned_tiles(device_name(device)).get(tile_key(kind, tokens, rows, columns))
+    if found is not None and (descriptor or not found.descriptor):
+        return found
+    tile = default_tile(tokens, rows, columns, descriptor, processors(device))
+    if interpreted():
+        return Tile(min(tile.m, 32), min(tile.n, 32), tile.k if tokens == 1 else 64, 4, 1, 2)
+    return tile

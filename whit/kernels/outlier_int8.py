@@ -30,12 +30,11 @@ from whit.formats.outlier_int8 import OutlierInt8
 from whit.kernels.int8_product import int32_product
 from whit.kernels.launching import (
     Tile,
-    device_name,
+    choose_tile,
     interpreted,
     power_of_two,
     processors,
     starts_early,
-    tuned_tiles,
     usable,
 )
 from whit.kernels.linear import Implementation, register_implementation
@@ -73,36 +72,6 @@ def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def default_tile(tokens: int, rows: int, columns: int, descriptor: bool, many: int) -> Tile:
-    """A launch shape that is good on average, for a device with `many` multiprocessors."""
-    if tokens == 1:
-        words = power_of_two(-(-columns // 4))
-        return Tile(1, 8, words, min(32, max(1, words // 256)), 1)
-    if tokens <= 64:
-        m = max(16, power_of_two(tokens))
-        return Tile(m, 32 if rows <= 32 * 2 * many else 64, 256 if columns >= 1024 else 64, 4, 4)
-    if tokens <= 256 or -(-tokens // 128) * -(-rows // 256) < many:
-        return Tile(128, 128, 128, 8, 4, 8, descriptor)
-    return Tile(128, 256, 128, 8, 4, 8, descriptor)
-
-
-def tile_key(tokens: int, rows: int, columns: int) -> str:
-    """What a found launch shape is filed under."""
-    return f"outlier-int8/{rows}x{columns}/{power_of_two(tokens)}"
-
-
-def choose_tile(tokens: int, rows: int, columns: int, device: torch.device) -> Tile:
-    """The launch shape to use: one found fastest, otherwise the default."""
-    descriptor = columns % 16 == 0 and device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
-    found = tuned_tiles(device_name(device)).get(tile_key(tokens, rows, columns))
-    if found is not None and (descriptor or not found.descriptor):
-        return found
-    if interpreted():
-        tile = default_tile(tokens, rows, columns, False, 2)
-        return Tile(min(tile.m, 32), min(tile.n, 32), tile.k if tokens == 1 else 64, 4, 1, 2)
-    return default_tile(tokens, rows, columns, descriptor, processors(device))
-
-
 def _nothing(x: Tensor) -> Tensor:
     """Stands in for a tensor that a kernel is not going to read."""
     return x
@@ -129,7 +98,7 @@ def outlier_int8_product(
     """
     out = torch.empty(len(x), len(codes), dtype=x.dtype, device=x.device)
     if out.numel():
-        tile = choose_tile(len(x), codes.shape[0], codes.shape[1], x.device)
+        tile = choose_tile("outlier-int8", len(x), codes.shape[0], codes.shape[1], x.device)
         if len(x) == 1 and codes.shape[1] % 4 == 0 and codes.data_ptr() % 4 == 0:
             _one_token(x, codes, absmax, index, wide, bias, threshold, dynamic, out, tile)
         else:
@@ -223,10 +192,10 @@ def _many_tokens(
     if dynamic:
         source = ALL_TOKENS if tokens <= FEW else FLAGS
     if dynamic and tokens > FEW:
-        shares = min(16, -(-tokens // TOKENS_PER_SHARE))
+        shares = min(16, power_of_two(-(-tokens // TOKENS_PER_SHARE)))
         flags = torch.empty(shares, -(-columns // 8), dtype=torch.uint8, device=device)
         column_flags[(-(-columns // 128), shares)](
-            x, flags, tokens, columns, -(-tokens // shares), threshold, COLUMNS=128, TOKENS=32, EARLY=early, num_warps=4
+            x, flags, tokens, columns, -(-tokens // shares), threshold, COLUMNS=128, TOKENS=64, EARLY=early, num_warps=4
         )
     loose, per_program = dynamic or (index is not None and wide is None), -(-tokens // (8 * processors(device)))
     token_programs = -(-tokens // per_program)
@@ -253,10 +222,10 @@ def _many_tokens(
         rows,
         columns,
         0 if index is None else len(index),
-        shares,
         per_program,
         token_programs,
         threshold,
+        SHARES=shares,
         FROM=source.value,
         PLACES=wide is not None,
         LOOSE=loose,
@@ -265,6 +234,7 @@ def _many_tokens(
         ROWS=WEIGHT_ROWS,
         EARLY=early and source.value == FLAGS.value,
         num_warps=min(16, max(1, size // 512)),
+        maxnreg=80 if size <= 8192 else None,  # the many programs that round tokens need no more
         enable_fp_fusion=False,
         launch_pdl=early and source.value == FLAGS.value,
     )

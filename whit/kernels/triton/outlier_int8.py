@@ -213,7 +213,9 @@ def column_flags(
 
 
 @triton.jit
-def _crossing(x, place, flags, tokens, columns, shares, threshold, FROM: tl.constexpr, BYTES: tl.constexpr):
+def _crossing(
+    x, place, flags, tokens, columns, threshold, SHARES: tl.constexpr, FROM: tl.constexpr, BYTES: tl.constexpr
+):
     """Whether a column is an outlier: (BYTES, 8)."""
     byte = tl.arange(0, BYTES)
     bit = tl.arange(0, 8)
@@ -230,7 +232,7 @@ def _crossing(x, place, flags, tokens, columns, shares, threshold, FROM: tl.cons
     elif FROM == FLAGS:
         width = tl.cdiv(columns, 8)
         found = tl.zeros((BYTES,), dtype=tl.int32)
-        for share in range(0, shares):
+        for share in tl.static_range(SHARES):
             found |= tl.load(flags + share * width + byte, mask=byte < width, other=0).to(tl.int32)
         return ((found[:, None] >> bit[None, :]) & 1) != 0
     elif FROM == STORED:
@@ -267,10 +269,10 @@ def split_tokens(
     rows,
     columns,
     stored,
-    shares,
     share,  # tokens of a program
     token_programs,
     threshold,
+    SHARES: tl.constexpr,
     FROM: tl.constexpr,
     PLACES: tl.constexpr,
     LOOSE: tl.constexpr,
@@ -291,7 +293,7 @@ def split_tokens(
     program = tl.program_id(0)
     column = tl.arange(0, BYTES)[:, None] * 8 + tl.arange(0, 8)[None, :]
     inside = column < columns
-    crossing = _crossing(x, place, flags, tokens, columns, shares, threshold, FROM, BYTES)
+    crossing = _crossing(x, place, flags, tokens, columns, threshold, SHARES, FROM, BYTES)
     without, beside = crossing, crossing
     if PLACES:
         spot = tl.load(place + column, mask=inside, other=-1).to(tl.int32)
@@ -308,9 +310,12 @@ def split_tokens(
                 rank_beside = spot
             else:
                 rank_beside = _ranks(beside, BYTES)
-        for token in range(program * share, tl.minimum(program * share + share, tokens)):
+        last = tl.minimum(program * share + share, tokens)
+        following = tl.load(x + program * share * columns + column, mask=inside, other=0.0)
+        for token in range(program * share, last):
             start = token * columns
-            given = tl.load(x + start + column, mask=inside, other=0.0)
+            given = following
+            following = tl.load(x + start + columns + column, mask=inside & (token + 1 < last), other=0.0)
             values = tl.where(crossing, 0.0, given.to(tl.float32))
             bits = tl.abs(values).to(tl.int32, bitcast=True)
             largest = tl.max(tl.max(bits, axis=1), axis=0).to(tl.float32, bitcast=True)
@@ -360,9 +365,9 @@ def _operand(
         column = start + tl.arange(0, C)
         pointers = source + row.to(tl.int64)[:, None] * columns + column[None, :]
         if EVEN:
-            return tl.load(pointers, mask=(row < limit)[:, None], other=0)
+            return tl.load(pointers, mask=(row < limit)[:, None], other=0.0)
         else:
-            return tl.load(pointers, mask=(row < limit)[:, None] & (column < columns)[None, :], other=0)
+            return tl.load(pointers, mask=(row < limit)[:, None] & (column < columns)[None, :], other=0.0)
 
 
 @triton.jit

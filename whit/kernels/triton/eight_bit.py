@@ -1,0 +1,346 @@
+"""The Triton kernels of `whit.kernels.eight_bit`, apart because Triton is not installed everywhere.
+
+As in `outlier_int8.py`, rounding must give the numbers of the plain meaning: divisions are rounded correctly, and the
+kernels that round are compiled without fused multiply-adds.
+"""
+
+# mypy: ignore-errors
+# ruff: noqa: PLR0124, SIM108
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from whit.kernels.triton.outlier_int8 import _dot4, _operand
+
+ROUNDER = tl.constexpr(12582912.0)  # adding and taking away 1.5 * 2**23 rounds to nearest, ties to even
+
+UNROUNDED = tl.constexpr(0)
+INT8 = tl.constexpr(1)
+E4M3 = tl.constexpr(2)
+E5M2 = tl.constexpr(3)
+
+
+@triton.jit
+def _scale(largest, maximum, RECIPROCAL: tl.constexpr):
+    """largest / maximum, 1 where that is 0; torch on a GPU multiplies by the reciprocal of a number."""
+    if RECIPROCAL:
+        scale = largest * tl.div_rn(1.0, maximum)
+    else:
+        scale = tl.div_rn(largest, maximum)
+    return tl.where(scale == 0.0, 1.0, scale)
+
+
+@triton.jit
+def _limited(values, scale, maximum):
+    """values / scale within +-maximum; NaN stays."""
+    ratio = tl.div_rn(values, scale)
+    return tl.where(ratio > maximum, maximum, tl.where(ratio < -maximum, -maximum, ratio))
+
+
+@triton.jit
+def _whole(values):
+    """Nearest whole numbers, ties to even, int32."""
+    return ((values + ROUNDER) - ROUNDER).to(tl.int32)
+
+
+@triton.jit
+def _nearest(values, KIND: tl.constexpr):
+    """Nearest numbers of e4m3 or e5m2, float32: whole multiples of the spacing of their binade."""
+    MANTISSA: tl.constexpr = 3 if KIND == E4M3 else 2
+    LOWEST: tl.constexpr = -6 if KIND == E4M3 else -14
+    exponent = tl.maximum(((values.to(tl.int32, bitcast=True) >> 23) & 255) - 127, LOWEST) - MANTISSA
+    spacing = ((exponent + 127) << 23).to(tl.float32, bitcast=True)
+    inverse = ((127 - exponent) << 23).to(tl.float32, bitcast=True)
+    nearest = ((values * inverse + ROUNDER) - ROUNDER) * spacing
+    return tl.where(values == values, nearest, values)
+
+
+@triton.jit
+def _rounded(values, KIND: tl.constexpr):
+    """Values in the 8-bit type of the inputs."""
+    if KIND == INT8:
+        return _whole(values).to(tl.int8)
+    elif KIND == E4M3:
+        return _nearest(values, KIND).to(tl.float8e4nv)
+    else:
+        return _nearest(values, KIND).to(tl.float8e5)
+
+
+@triton.jit
+def _numbers(words, KIND: tl.constexpr, HARDWARE: tl.constexpr):
+    """The four numbers whose codes lie in an int32, float32."""
+    if KIND == INT8:  # a byte in the significand of 2**23
+        first = (((words & 255) ^ 128) | 0x4B000000).to(tl.float32, bitcast=True) - 8388736.0
+        second = ((((words >> 8) & 255) ^ 128) | 0x4B000000).to(tl.float32, bitcast=True) - 8388736.0
+        third = ((((words >> 16) & 255) ^ 128) | 0x4B000000).to(tl.float32, bitcast=True) - 8388736.0
+        fourth = ((((words >> 24) & 255) ^ 128) | 0x4B000000).to(tl.float32, bitcast=True) - 8388736.0
+        return first, second, third, fourth
+    elif HARDWARE:
+        if KIND == E4M3:
+            return tl.inline_asm_elementwise(
+                """{
+                .reg .b16 l, h, a, b;
+                .reg .b32 p, q;
+                mov.b32 {l, h}, $4;
+                cvt.rn.f16x2.e4m3x2 p, l;
+                cvt.rn.f16x2.e4m3x2 q, h;
+                mov.b32 {a, b}, p;
+                cvt.f32.f16 $0, a;
+                cvt.f32.f16 $1, b;
+                mov.b32 {a, b}, q;
+                cvt.f32.f16 $2, a;
+                cvt.f32.f16 $3, b;
+                }""",
+                "=f,=f,=f,=f,r",
+                [words],
+                dtype=(tl.float32, tl.float32, tl.float32, tl.float32),
+                is_pure=True,
+                pack=1,
+            )
+        else:  # e5m2 is the upper byte of float16
+            return (
+                ((words & 255) << 8).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32),
+                (words & 0xFF00).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32),
+                ((words >> 8) & 0xFF00).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32),
+                ((words >> 16) & 0xFF00).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32),
+            )
+    else:
+        return (
+            _float8(words & 255, KIND),
+            _float8((words >> 8) & 255, KIND),
+            _float8((words >> 16) & 255, KIND),
+            _float8((words >> 24) & 255, KIND),
+        )
+
+
+@triton.jit
+def _float8(code, KIND: tl.constexpr):
+    """The number of an e4m3 or e5m2 code, from its fields."""
+    MANTISSA: tl.constexpr = 3 if KIND == E4M3 else 2
+    BIAS: tl.constexpr = 7 if KIND == E4M3 else 15
+    exponent = (code & 127) >> MANTISSA
+    significand = (code & ((1 << MANTISSA) - 1)) | tl.where(exponent > 0, 1 << MANTISSA, 0)
+    power = ((tl.maximum(exponent, 1) - BIAS - MANTISSA + 127) << 23).to(tl.float32, bitcast=True)
+    value = significand.to(tl.float32) * power
+    return tl.where(code > 127, -value, value)
+
+
+@triton.jit
+def _four(values, WORDS: tl.constexpr):
+    """(WORDS, 4) -> its four columns."""
+    even, odd = tl.split(tl.reshape(values, (WORDS, 2, 2)))
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    return first, second, third, fourth
+
+
+@triton.jit
+def one_token(
+    x,
+    words,  # codes, four to an int32
+    scales,
+    input_scale,
+    bias,
+    out,
+    rows,
+    width,  # int32 words of a row
+    scale_step,
+    maximum,
+    factor,
+    INPUTS: tl.constexpr,
+    WEIGHT: tl.constexpr,
+    STATIC: tl.constexpr,
+    BIAS: tl.constexpr,
+    WORDS: tl.constexpr,
+    ROWS: tl.constexpr,
+    LOOP: tl.constexpr,
+    EARLY: tl.constexpr,
+    HARDWARE: tl.constexpr,
+):
+    """y of one token. A program takes ROWS rows at a time and asks for them before it looks at x."""
+    first = tl.program_id(0)
+    blocks = tl.cdiv(rows, ROWS)
+    word = tl.arange(0, WORDS)
+    lane = tl.arange(0, ROWS)
+    inside = word < width
+    row = first * ROWS + lane
+    weights = tl.load(
+        words + row.to(tl.int64)[:, None] * width + word[None, :], mask=(row < rows)[:, None] & inside[None, :], other=0
+    )
+    if EARLY:  # nothing above depends on the kernel before
+        gdc_launch_dependents()
+        gdc_wait()
+    column = word[:, None] * 4 + tl.arange(0, 4)[None, :]
+    values = tl.load(x + column, mask=inside[:, None], other=0.0).to(tl.float32)
+    scale = 1.0
+    if INPUTS != UNROUNDED:
+        if STATIC:
+            scale = tl.load(input_scale)
+        else:
+            bits = tl.abs(values).to(tl.int32, bitcast=True)
+            scale = _scale(tl.max(tl.max(bits, axis=1), axis=0).to(tl.float32, bitcast=True), maximum, HARDWARE)
+        values = _limited(values, scale, maximum)
+    if INPUTS == INT8:
+        packed = tl.sum((_whole(values) & 255) << (tl.arange(0, 4) * 8)[None, :], axis=1)
+    else:
+        if INPUTS != UNROUNDED:
+            values = _nearest(values, INPUTS)
+        one, two, three, four = _four(values, WORDS)
+    for block in range(first, blocks, tl.num_programs(0)):
+        row = block * ROWS + lane
+        here = row < rows
+        if LOOP:
+            following = row + tl.num_programs(0) * ROWS
+            ahead = tl.load(
+                words + following.to(tl.int64)[:, None] * width + word[None, :],
+                mask=(following < rows)[:, None] & inside[None, :],
+                other=0,
+            )
+        by_row = tl.load(scales + row * scale_step, mask=here, other=0.0).to(tl.float32) * factor
+        if INPUTS == INT8:
+            total = tl.sum(_dot4(weights, packed[None, :], HARDWARE), axis=1).to(tl.float32)
+        else:
+            w_one, w_two, w_three, w_four = _numbers(weights, WEIGHT, HARDWARE)
+            terms = tl.fma(w_two, two[None, :], w_one * one[None, :])
+            terms = tl.fma(w_four, four[None, :], tl.fma(w_three, three[None, :], terms))
+            total = tl.sum(terms, axis=1)
+        total = total * scale * by_row
+        if BIAS:
+            total += tl.load(bias + row, mask=here, other=0.0).to(tl.float32)
+        tl.store(out + row, total.to(out.dtype.element_ty), mask=here)
+        if LOOP:
+            weights = ahead
+
+
+@triton.jit
+def round_tokens(
+    x,
+    codes,
+    scales,
+    input_scale,
+    columns,
+    maximum,
+    KIND: tl.constexpr,
+    STATIC: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    RECIPROCAL: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """Codes and scale of one token per program, or codes alone where the scale is stored."""
+    if EARLY:
+        gdc_launch_dependents()
+    token = tl.program_id(0)
+    column = tl.arange(0, COLUMNS)
+    inside = column < columns
+    start = token.to(tl.int64) * columns
+    values = tl.load(x + start + column, mask=inside, other=0.0).to(tl.float32)
+    if STATIC:
+        scale = tl.load(input_scale)
+    else:
+        largest = tl.max(tl.abs(values).to(tl.int32, bitcast=True), axis=0).to(tl.float32, bitcast=True)
+        scale = _scale(largest, maximum, RECIPROCAL)
+    tl.store(codes + start + column, _rounded(_limited(values, scale, maximum), KIND), mask=inside)
+    tl.store(scales + token, scale)
+
+
+@triton.jit
+def scaled_product(
+    left,  # (tokens, columns), 8 or 16 bits: pointer or descriptor
+    right,  # (rows, columns), 8 bits: pointer or descriptor
+    input_scales,
+    scales,
+    bias,
+    out,
+    tokens,
+    rows,
+    columns,
+    scale_step,
+    factor,
+    INTEGER: tl.constexpr,
+    WIDEN: tl.constexpr,
+    SCALED: tl.constexpr,
+    BIAS: tl.constexpr,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    GROUP: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
+    EVEN: tl.constexpr,
+    STAGES: tl.constexpr,
+    PART: tl.constexpr,
+    EARLY: tl.constexpr,
+):
+    """One tile (M, N) of y: the product of codes, or (WIDEN) of 16-bit inputs with codes, then scales and bias."""
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
+    program = tl.program_id(0)
+    down, across = tl.cdiv(tokens, M), tl.cdiv(rows, N)
+    band = program // (GROUP * across)
+    height = tl.minimum(down - band * GROUP, GROUP)
+    inner = program % (GROUP * across)
+    first = (band * GROUP + inner % height) * M
+    second = (inner // height) * N
+    token = first + tl.arange(0, M)
+    row = second + tl.arange(0, N)
+    known, here = token < tokens, row < rows
+    by_row = tl.load(scales + row * scale_step, mask=here, other=0.0).to(tl.float32) * factor
+    if INTEGER:
+        sums = tl.zeros((M, N), dtype=tl.int32)
+    else:
+        sums = tl.zeros((M, N), dtype=tl.float32)
+    for start in tl.range(0, columns, K, num_stages=STAGES):
+        one = _operand(left, first, start, tokens, columns, M, K, DESCRIPTOR, EVEN)
+        other = _operand(right, second, start, rows, columns, N, K, DESCRIPTOR, EVEN)
+        if INTEGER:
+            sums = tl.dot(one, tl.trans(other), sums, out_dtype=tl.int32)
+        elif WIDEN:
+            sums = tl.dot(one, tl.trans(other.to(one.dtype)), sums)
+        else:
+            sums = tl.dot(one, tl.trans(other), sums, max_num_imprecise_acc=PART)
+    total = sums.to(tl.float32)
+    if SCALED:
+        total = total * tl.load(input_scales + token, mask=known, other=0.0)[:, None]
+    total = total * by_row[None, :]
+    if BIAS:
+        total += tl.load(bias + row, mask=here, other=0.0).to(tl.float32)[None, :]
+    tl.store(
+        out + token.to(tl.int64)[:, None] * rows + row[None, :],
+        total.to(out.dtype.element_ty),
+        mask=known[:, None] & here[None, :],
+    )
+
+
+@triton.jit
+def decode(
+    codes,
+    table,
+    scales,
+    out,
+    rows,
+    columns,
+    width,  # bytes of a row
+    group,
+    groups,
+    scale_rows,  # 0 where one scale is for all rows
+    BITS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """The dense weight (rows, columns) in 16 bit from codes of 8 or 4 bits: scale times number, rounded once."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    known = (row < rows)[:, None] & (column < columns)[None, :]
+    start = row.to(tl.int64)[:, None]
+    if BITS == 8:
+        code = tl.load(codes + start * width + column[None, :], mask=known, other=0).to(tl.int32)
+    else:
+        byte = tl.load(codes + start * width + (column >> 1)[None, :], mask=known, other=0).to(tl.int32)
+        code = (byte >> ((column & 1) * 4)[None, :]) & 15
+    number = tl.load(table + code)
+    scale = tl.load(scales + start * scale_rows * groups + (column // group)[None, :], mask=known, other=0.0)
+    tl.store(
+        out + start * columns + column[None, :], (number * scale.to(tl.float32)).to(out.dtype.element_ty), mask=known
+    )
