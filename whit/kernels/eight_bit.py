@@ -174,6 +174,7 @@ def _round_tokens(x: Tensor, input_scale: Tensor | None, numbers: NumberSystem) 
         EARLY=starts_early(x.device),
         num_warps=min(16, max(1, size // 512)),
         enable_fp_fusion=False,
+        launch_pdl=starts_early(x.device),
     )
     return rounded, steps
 

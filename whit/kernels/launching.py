@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from whit.formats.base import Packed
+from whit.kernels.nvrtc import cache_folder
 
 HALVES = (torch.float16, torch.bfloat16)
 
@@ -86,11 +87,6 @@ def processors(device: torch.device) -> int:
 def starts_early(device: torch.device) -> bool:
     """Whether a kernel may be set up while the one before it in the stream ends (programmatic dependent launch)."""
     return device.type == "cuda" and capability(device) >= (9, 0)
-
-
-def cache_folder() -> Path:
-    """Where what was found on this machine is kept."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "whit" / "kernels"
 
 
 def tuning_file(device: str) -> Path:

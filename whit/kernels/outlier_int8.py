@@ -195,7 +195,17 @@ def _many_tokens(
         shares = min(16, power_of_two(-(-tokens // TOKENS_PER_SHARE)))
         flags = torch.empty(shares, -(-columns // 8), dtype=torch.uint8, device=device)
         column_flags[(-(-columns // 128), shares)](
-            x, flags, tokens, columns, -(-tokens // shares), threshold, COLUMNS=128, TOKENS=64, EARLY=early, num_warps=4
+            x,
+            flags,
+            tokens,
+            columns,
+            -(-tokens // shares),
+            threshold,
+            COLUMNS=128,
+            TOKENS=64,
+            EARLY=early,
+            launch_pdl=early,
+            num_warps=4,
         )
     loose, per_program = dynamic or (index is not None and wide is None), -(-tokens // (8 * processors(device)))
     token_programs = -(-tokens // per_program)
@@ -232,11 +242,11 @@ def _many_tokens(
         BYTES=size // 8,
         ITEMS=ITEMS,
         ROWS=WEIGHT_ROWS,
-        EARLY=early and source.value == FLAGS.value,
+        EARLY=early,
         num_warps=min(16, max(1, size // 512)),
         maxnreg=80 if size <= 8192 else None,  # the many programs that round tokens need no more
         enable_fp_fusion=False,
-        launch_pdl=early and source.value == FLAGS.value,
+        launch_pdl=early,
     )
     _product(x, split, codes, absmax, index, wide, bias, dynamic, out, tile)
 

@@ -231,6 +231,7 @@ def round_tokens(
     """Codes and scale of one token per program, or codes alone where the scale is stored."""
     if EARLY:
         gdc_launch_dependents()
+        gdc_wait()
     token = tl.program_id(0)
     column = tl.arange(0, COLUMNS)
     inside = column < columns

@@ -192,6 +192,7 @@ def column_flags(
     the tokens."""
     if EARLY:
         gdc_launch_dependents()
+        gdc_wait()
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     inside = column < columns
     first = tl.program_id(1) * share
