@@ -28,7 +28,8 @@ HALVES = (torch.float16, torch.bfloat16)
 @dataclass(frozen=True)
 class Tile:
     """Launch shape: outputs `m` x `n` of a program, `k` columns at a time in `stages` buffers, `warps` of 32 threads,
-    `group` tiles of m that are taken before the next n, and whether tiles are fetched by the copy engine."""
+    `group` tiles of m that are taken before the next n, and whether tiles are fetched by the copy engine. If `tail` is
+    not 0, so many programs fit into a multiprocessor, and the last tiles may be divided among more programs."""
 
     m: int
     n: int
@@ -37,6 +38,7 @@ class Tile:
     stages: int
     group: int = 8
     descriptor: bool = False
+    tail: int = 0
 
 
 @lru_cache(maxsize=1)
@@ -161,5 +163,5 @@ def choose_tile(kind: str, tokens: int, rows: int, columns: int, device: torch.d
         return found
     tile = default_tile(tokens, rows, columns, descriptor, processors(device))
     if interpreted():
-        return Tile(min(tile.m, 32), min(tile.n, 32), tile.k if tokens == 1 else 64, 4, 1, 2)
+        return Tile(min(tile.m, 32), min(tile.n, 32), tile.k if tokens == 1 else 64, 4, 1, 2, tail=4)
     return tile

@@ -49,6 +49,8 @@ TOKENS_PER_SHARE = 64
 ITEMS = 16
 """Outlier columns that cost next to nothing; of more, each costs a little."""
 WEIGHT_ROWS = 128
+MOST_PARTS = 4
+DIVIDED = 1024
 
 
 def place_of(index: Tensor, columns: int) -> Tensor:
@@ -208,11 +210,10 @@ def _many_tokens(
             num_warps=4,
         )
     loose, per_program = dynamic or (index is not None and wide is None), -(-tokens // (8 * processors(device)))
-    token_programs = -(-tokens // per_program)
     gathering = -(-rows // WEIGHT_ROWS) if loose else 0
     scratch = torch.empty(gathering, ITEMS, dtype=torch.int32, device=device)
     size = power_of_two(max(columns, 8))
-    split_tokens[(token_programs + (1 + gathering if loose or dynamic else 0),)](
+    split_tokens[(gathering + 1 + -(-tokens // per_program),)](
         x,
         split.rounded,
         split.largest,
@@ -228,12 +229,13 @@ def _many_tokens(
         codes,
         split.loose_codes,
         scratch,
+        split.arrived,
         tokens,
         rows,
         columns,
         0 if index is None else len(index),
         per_program,
-        token_programs,
+        gathering,
         threshold,
         SHARES=shares,
         FROM=source.value,
@@ -264,6 +266,7 @@ class _Split:
     loose_inputs: Tensor
     placed_inputs: Tensor
     loose_codes: Tensor
+    arrived: Tensor
 
     @classmethod
     def empty(cls, x: Tensor, rows: int, dynamic: bool, index: Tensor | None, wide: Tensor | None) -> _Split:
@@ -273,12 +276,26 @@ class _Split:
         largest = torch.empty(tokens, dtype=torch.float32, device=x.device)
         inputs = torch.empty(2, tokens, ITEMS, dtype=x.dtype, device=x.device)
         codes = torch.empty(rows if dynamic or wide is None else 0, ITEMS, dtype=torch.int8, device=x.device)
+        arrived = torch.empty(DIVIDED, dtype=torch.int32, device=x.device)
         if dynamic:
             loose, placed, spots = torch.empty(3, columns, dtype=torch.int32, device=x.device)
             counts = torch.empty(2, dtype=torch.int32, device=x.device)
         else:
             loose = placed = spots = counts = largest if index is None else index
-        return cls(rounded, largest, loose, placed, spots, counts, inputs[0], inputs[1], codes)
+        return cls(rounded, largest, loose, placed, spots, counts, inputs[0], inputs[1], codes, arrived)
+
+
+def _divided(tiles: int, tile: Tile, columns: int, many: int) -> tuple[int, int, int]:
+    """Tiles that one program takes each, those that are divided, and among how many programs.
+
+    The last round of tiles, if it leaves at least half of the device idle, is divided along the columns.
+    """
+    slots = tile.tail * many
+    if not slots or tiles % slots == 0:
+        return tiles, 0, 1
+    rest = tiles % slots
+    parts = min(slots // rest, MOST_PARTS, -(-columns // tile.k))
+    return (tiles - rest, rest, parts) if parts > 1 and rest <= DIVIDED else (tiles, 0, 1)
 
 
 def _product(
@@ -303,7 +320,9 @@ def _product(
     if descriptor:
         left, right = described(split.rounded, [tile.m, tile.k]), described(codes, [tile.n, tile.k])
     early = starts_early(x.device)
-    split_product[(-(-tokens // tile.m) * -(-rows // tile.n),)](
+    whole, divided, parts = _divided(-(-tokens // tile.m) * -(-rows // tile.n), tile, columns, processors(x.device))
+    sums = torch.empty(divided * parts if parts > 1 else 0, tile.m, tile.n, dtype=torch.int32, device=x.device)
+    split_product[(whole + divided * parts,)](
         left,
         right,
         x,
@@ -320,11 +339,15 @@ def _product(
         _nothing(absmax) if wide is None else wide,
         _nothing(absmax) if bias is None else bias,
         out,
+        sums,
+        split.arrived,
         tokens,
         rows,
         columns,
         0 if index is None else len(index),
         0 if len(absmax) == 1 else 1,
+        whole,
+        -(-columns // tile.k // parts) * tile.k,
         LOOSE=dynamic or (index is not None and wide is None),
         PLACED=wide is not None,
         COUNTED=dynamic,
@@ -339,6 +362,7 @@ def _product(
         DESCRIPTOR=descriptor,
         EVEN=columns % tile.k == 0,
         STAGES=tile.stages,
+        PARTS=parts,
         EARLY=early,
         num_warps=tile.warps,
         launch_pdl=early,

@@ -7,7 +7,7 @@ bits, and NaN, above infinity, spreads.
 """
 
 # mypy: ignore-errors
-# ruff: noqa: PLR0915, SIM108
+# ruff: noqa: PLR0915, SIM102, SIM108
 from __future__ import annotations
 
 import triton
@@ -24,6 +24,8 @@ NO_OUTLIERS = tl.constexpr(0)
 STORED = tl.constexpr(1)
 ALL_TOKENS = tl.constexpr(2)
 FLAGS = tl.constexpr(3)
+
+DIVIDED = tl.constexpr(1024)  # most tiles that are divided
 
 
 def described(matrix: Tensor, block: list[int]) -> TensorDescriptor:
@@ -243,10 +245,12 @@ def _crossing(
 
 
 @triton.jit
-def _ranks(chosen, BYTES: tl.constexpr):
-    """How many of (BYTES, 8) are chosen before each."""
-    flat = tl.reshape(chosen.to(tl.int32), (BYTES * 8,))
-    return tl.reshape(tl.cumsum(flat, axis=0) - flat, (BYTES, 8))
+def _ranks(chosen):
+    """How many of (bytes, 8) are chosen before each, row by row."""
+    bits = chosen.to(tl.int32)
+    of_byte = tl.sum(bits, axis=1)
+    before = tl.cumsum(of_byte, axis=0) - of_byte
+    return before[:, None] + tl.cumsum(bits, axis=1) - bits
 
 
 @triton.jit
@@ -266,12 +270,13 @@ def split_tokens(
     weight_codes,
     loose_codes,
     scratch,
+    arrived,
     tokens,
     rows,
     columns,
     stored,
     share,  # tokens of a program
-    token_programs,
+    gathering,  # programs that gather codes
     threshold,
     SHARES: tl.constexpr,
     FROM: tl.constexpr,
@@ -291,28 +296,28 @@ def split_tokens(
     if EARLY:
         gdc_launch_dependents()
         gdc_wait()
-    program = tl.program_id(0)
+    # Programs that gather come first: their chain of loads is the longest.
+    program = tl.program_id(0) - gathering - 1
     column = tl.arange(0, BYTES)[:, None] * 8 + tl.arange(0, 8)[None, :]
     inside = column < columns
+    following = tl.load(x + program * share * columns + column, mask=inside & (program >= 0), other=0.0)
     crossing = _crossing(x, place, flags, tokens, columns, threshold, SHARES, FROM, BYTES)
     without, beside = crossing, crossing
     if PLACES:
         spot = tl.load(place + column, mask=inside, other=-1).to(tl.int32)
         beside = crossing & (spot >= 0)
         without = crossing & (spot < 0)
-    if program < token_programs:
-        if LOOSE:
-            if FROM == STORED:
-                rank = tl.load(place + column, mask=inside, other=-1).to(tl.int32)
-            else:
-                rank = _ranks(without, BYTES)
+    if LOOSE:
+        if FROM == STORED:
+            rank = tl.load(place + column, mask=inside, other=-1).to(tl.int32)
+        else:
+            rank = _ranks(without)
+    if program >= 0:
         if PLACES:
-            if FROM == STORED:
-                rank_beside = spot
-            else:
-                rank_beside = _ranks(beside, BYTES)
+            rank_beside = spot if FROM == STORED else _ranks(beside)
+        if program == 0:
+            tl.store(arrived + tl.arange(0, DIVIDED), tl.zeros((DIVIDED,), dtype=tl.int32))
         last = tl.minimum(program * share + share, tokens)
-        following = tl.load(x + program * share * columns + column, mask=inside, other=0.0)
         for token in range(program * share, last):
             start = token * columns
             given = following
@@ -326,25 +331,23 @@ def split_tokens(
                 tl.store(loose_inputs + token * ITEMS + rank, given, mask=without & (rank < ITEMS))
             if PLACES:
                 tl.store(placed_inputs + token * ITEMS + rank_beside, given, mask=beside & (rank_beside < ITEMS))
-    elif program == token_programs:
+    elif program == -1:
         if FROM >= ALL_TOKENS:
-            rank = _ranks(without, BYTES)
             tl.store(loose + rank, column, mask=without)
             tl.store(counts, tl.sum(tl.sum(without.to(tl.int32), axis=1), axis=0))
             if PLACES:
-                rank_beside = _ranks(beside, BYTES)
+                rank_beside = _ranks(beside)
                 tl.store(placed + rank_beside, column, mask=beside)
                 tl.store(spots + rank_beside, spot, mask=beside)
                 tl.store(counts + 1, tl.sum(tl.sum(beside.to(tl.int32), axis=1), axis=0))
     elif LOOSE:
-        block = program - token_programs - 1
+        block = program + gathering + 1
         item = tl.arange(0, ITEMS)
         if FROM == STORED:
             count = stored
             chosen = tl.load(index + item, mask=item < count, other=0)
         else:
             count = tl.sum(tl.sum(without.to(tl.int32), axis=1), axis=0)
-            rank = _ranks(without, BYTES)
             tl.store(scratch + block * ITEMS + rank, column, mask=without & (rank < ITEMS))
             tl.debug_barrier()
             chosen = tl.load(scratch + block * ITEMS + item, mask=item < count, other=0)
@@ -398,11 +401,15 @@ def split_product(
     wide,
     bias,
     out,
+    parts,
+    arrived,
     tokens,
     rows,
     columns,
     stored,
     absmax_step,
+    whole,  # tiles that are not divided
+    share,  # columns of a part of the others
     LOOSE: tl.constexpr,
     PLACED: tl.constexpr,
     COUNTED: tl.constexpr,
@@ -417,17 +424,32 @@ def split_product(
     DESCRIPTOR: tl.constexpr,
     EVEN: tl.constexpr,
     STAGES: tl.constexpr,
+    PARTS: tl.constexpr,
     EARLY: tl.constexpr,
 ):
-    """One tile (M, N) of y: the integer product, then the outlier columns in 16 bit, then scales and bias."""
+    """One tile (M, N) of y: the integer product, then the outlier columns in 16 bit, then scales and bias.
+
+    Tiles from `whole` on are divided along the columns among PARTS programs each, so that the last tiles occupy all
+    multiprocessors. The last program to arrive adds the others' sums, which are integers: in any order the same.
+    """
     if EARLY:
         gdc_launch_dependents()
         gdc_wait()
     program = tl.program_id(0)
+    from_column, to_column = 0, columns
+    part, divided = 0, 0
+    if PARTS > 1:
+        if program >= whole:
+            divided = program - whole
+            part = divided % PARTS
+            divided = divided // PARTS
+            from_column = part * share
+            to_column = tl.minimum(from_column + share, columns)
+    tile = tl.minimum(program, whole + divided)
     down, across = tl.cdiv(tokens, M), tl.cdiv(rows, N)
-    band = program // (GROUP * across)
+    band = tile // (GROUP * across)
     height = tl.minimum(down - band * GROUP, GROUP)
-    inner = program % (GROUP * across)
+    inner = tile % (GROUP * across)
     first = (band * GROUP + inner % height) * M
     second = (inner // height) * N
 
@@ -454,10 +476,21 @@ def split_product(
         weight = tl.load(wide + from_row * stored + where[None, :], mask=here[:, None] & some, other=0.0)
 
     sums = tl.zeros((M, N), dtype=tl.int32)
-    for start in tl.range(0, columns, K, num_stages=STAGES):
+    for start in tl.range(from_column, to_column, K, num_stages=STAGES):
         one = _operand(left, first, start, tokens, columns, M, K, DESCRIPTOR, EVEN)
         other = _operand(right, second, start, rows, columns, N, K, DESCRIPTOR, EVEN)
         sums = tl.dot(one, tl.trans(other), sums, out_dtype=tl.int32)
+
+    if PARTS > 1:
+        if program >= whole:
+            cell = tl.arange(0, M)[:, None] * N + tl.arange(0, N)[None, :]
+            tl.store(parts + (divided * PARTS + part) * (M * N) + cell, sums)
+            tl.debug_barrier()
+            if tl.atomic_add(arrived + divided, 1) < PARTS - 1:
+                return
+            sums = tl.load(parts + divided * PARTS * (M * N) + cell, cache_modifier=".cg")
+            for other_part in tl.static_range(1, PARTS):
+                sums += tl.load(parts + (divided * PARTS + other_part) * (M * N) + cell, cache_modifier=".cg")
 
     total = sums.to(tl.float32) * by_token[:, None]
     if LOOSE:
