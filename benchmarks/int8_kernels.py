@@ -36,7 +36,7 @@ SHAPES = ((4096, 4096), (11008, 4096))
 COUNTS = (1, 16, 512, 4096)
 LOUD = 7
 SEED = 0
-CASES = ("none", "dynamic", "static", "cached", "int8-w8a8", "fp8-w8a8", "fp8-w8a16", "int8-w8a16", "fp4-w4a16")
+CASES = ("dynamic", "none", "static", "cached", "int8-w8a8", "fp8-w8a8", "fp8-w8a16", "int8-w8a16", "fp4-w4a16")
 
 
 def random_packed(case: str, rows: int, columns: int, generator: torch.Generator) -> Packed:
@@ -98,30 +98,45 @@ def copies_for(weight_bytes: int, cache: int) -> int:
     return max(2, min(-(-2 * cache // weight_bytes), 40))
 
 
-def candidates(tokens: int, columns: int) -> list[Tile]:
-    """Launch shapes among which `--tune` chooses."""
+def candidates(tokens: int, width: int) -> list[Tile]:
+    """Launch shapes among which `--tune` chooses; `width` bytes of codes in a row."""
     if tokens == 1:
-        warps = max(1, columns // 1024)
-        shapes = [(16, 4), (8, 2), (8, 4), (16, 2), (8, 64), (16, 1)]
-        return [*(Tile(1, rows, 0, warps, 1, group) for rows, group in shapes), Tile(1, 16, 0, 2 * warps, 1, 2)]
+        warps = max(1, width // 1024)
+        shapes = [(16, 4), (8, 2), (8, 4), (16, 2), (4, 4), (8, 64)]
+        return [*(Tile(1, rows, 0, warps, 1, group) for rows, group in shapes), Tile(1, 8, 0, 2 * warps, 1, 2)]
     if tokens <= 32:
         return [
             Tile(16, n, k, 4, stages, 4) for n, k, stages in ((32, 512, 3), (32, 256, 4), (32, 128, 6), (64, 256, 4))
         ]
-    shapes = [(128, 256, 128, 8, 4, 16), (128, 256, 256, 8, 2, 16), (256, 128, 128, 8, 4, 8), (128, 128, 128, 4, 3, 8)]
-    shapes += [(128, 128, 128, 8, 3, 8), (128, 128, 256, 8, 3, 8), (64, 256, 128, 4, 2, 8)]
+    shapes = [(128, 256, 128, 8, 4, 16, 0), (128, 256, 128, 8, 4, 16, 1), (256, 128, 128, 8, 4, 8, 0)]
+    shapes += [(128, 128, 128, 4, 3, 8, 0), (128, 128, 128, 4, 3, 16, 0), (128, 128, 128, 4, 3, 8, 2)]
     if tokens <= 1024:
-        shapes += [(64, 128, 128, 4, 4, 8), (64, 128, 256, 4, 2, 8), (128, 128, 128, 8, 5, 8)]
-    return [Tile(m, n, k, warps, stages, group, True) for m, n, k, warps, stages, group in shapes]
+        shapes += [(64, 128, 128, 4, 4, 8, 0), (64, 128, 128, 4, 4, 8, 2), (128, 128, 256, 8, 3, 8, 0)]
+        shapes += [(128, 128, 128, 8, 5, 8, 0), (128, 128, 128, 8, 5, 8, 1), (64, 128, 128, 4, 3, 8, 3)]
+    return [Tile(m, n, k, warps, stages, group, True, tail) for m, n, k, warps, stages, group, tail in shapes]
+
+
+def tuned_kind(case: str, tokens: int) -> str:
+    """What the shape of a case is filed under, if the case is the one by which it is chosen."""
+    if case == "dynamic":
+        return "outlier-int8"
+    if case == "int8-w8a8":
+        return "eight-bit"
+    if case == "fp8-w8a16" and tokens <= 16:
+        return "one-8" if tokens == 1 else "weight-only"
+    return "one-4" if case == "fp4-w4a16" and tokens == 1 else ""
 
 
 def tune(kind: str, tokens: int, packed: Packed, seconds: Callable[[], float]) -> dict[str, float]:
     """Try the candidates, keep and use the fastest; the time of each."""
-    device = device_name(packed.tensors["codes"].device)
-    key = tile_key(kind, tokens, packed.rows, packed.columns)
+    device = device_name(torch.device("cuda", 0))
+    codes = packed.tensors.get("codes", packed.tensors.get("weight_codes"))
+    assert codes is not None
+    width = codes.shape[1]
+    key = tile_key(kind, tokens, packed.rows, width)
     times: dict[Tile, float] = {}
     errors = []
-    for tile in candidates(tokens, packed.columns):
+    for tile in candidates(tokens, width):
         use_tile(device, key, tile)
         try:
             times[tile] = seconds()
@@ -218,8 +233,9 @@ def measure(
         layers = [first, *(random_packed(case, rows, columns, generator) for _ in range(count - 1))]
         calls = [lambda w=w: packed_linear(x, w) for w in layers]
         more = {}
-        if tuning and case == "dynamic":
-            more["tried"] = tune("outlier-int8", tokens, first, lambda calls=calls: seconds_per_call(calls, 6)[0])
+        kind = tuned_kind(case, tokens)
+        if tuning and kind:
+            more["tried"] = tune(kind, tokens, first, lambda calls=calls: seconds_per_call(calls, 6)[0])
             for tile, time in list(more["tried"].items())[:4]:
                 print(f"      {time * 1e6:9.2f} us  {tile}", flush=True)
         add(case, explain(x, first), first.format.bytes(rows, columns), calls, **more)

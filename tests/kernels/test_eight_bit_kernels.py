@@ -29,16 +29,8 @@ needs_interpreter = pytest.mark.skipif(
     not interpreted(), reason="runs in Triton's interpreter, started by a test below"
 )
 PAIRS = [("int8", "int8"), ("e4m3fn", "e4m3fn"), ("e4m3", "e4m3fn"), ("e5m2", "e4m3fn"), ("e4m3fn", "e5m2")]
-ALONE = [
-    ("int8", 0),
-    ("int8", -1),
-    ("e4m3fn", 0),
-    ("e5m2", 0),
-    ("e3m4", 0),
-    ("e4m3fn", 16),
-    ("int4", 16),
-    ("e2m1fn", 0),
-]
+ALONE = [("int8", 0), ("int8", -1), ("e4m3fn", 0), ("e5m2", 0), ("e3m4", 0), ("e2m5fn", 0), ("e4m3fn", 16)]
+ALONE += [("int8", 24), ("int4", 16), ("int4", 0), ("e2m1fn", 0), ("e2m1fn", 32), ("e3m0", 64), ("e1m2fn", -1)]
 
 
 def weight_only(system: str, group: int, rows: int, columns: int) -> Packed:
@@ -100,8 +92,9 @@ def test_interpreted_kernels_with_weights_alone(system: str, group: int) -> None
         packed = weight_only(system, group, 33, 72)
         bias = torch.randn(33, generator=torch.Generator().manual_seed(2))
         x = inputs(tokens, 72, torch.float16)
-        assert explain(x, packed) == ("8-bit weights (Triton)" if native else "decode + matmul (Triton)")
-        if not native or system == "int8" or tokens == 1:
+        one = tokens == 1 and group != 24  # groups of the kernel for one token are powers of two
+        assert explain(x, packed) == ("few vectors (Triton)" if native or one else "decode + matmul (Triton)")
+        if not native or system == "int8" or tokens == 1:  # the interpreter has no product of FP8 numbers
             assert excess(x, packed, bias) <= 1
 
 

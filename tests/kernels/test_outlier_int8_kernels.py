@@ -19,7 +19,7 @@ from torch import Tensor
 from whit.formats import Packed
 from whit.formats.outlier_int8 import OutlierInt8
 from whit.kernels import explain, packed_linear
-from whit.kernels.launching import interpreted
+from whit.kernels.launching import Tile, interpreted, tile_key, use_tile
 from whit.methods import LayerStatistics, make_method
 
 needs_gpu = pytest.mark.skipif(
@@ -140,10 +140,12 @@ def test_what_the_kernels_leave_alone() -> None:
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize(("outliers", "weights", "granularity"), VARIANTS)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize(("rows", "columns"), [(33, 203), (130, 1000), (520, 4096)])
+@pytest.mark.parametrize(
+    ("rows", "columns", "dtype"),
+    [(33, 203, torch.float16), (130, 1000, torch.bfloat16), (520, 4096, torch.bfloat16)],
+)
 def test_kernels_mean_what_the_format_means_on_a_gpu(
-    outliers: str, weights: str, granularity: str, dtype: torch.dtype, rows: int, columns: int
+    outliers: str, weights: str, granularity: str, rows: int, columns: int, dtype: torch.dtype
 ) -> None:
     packed = layer(rows, columns, outliers, weights, granularity).to("cuda")
     bias = torch.randn(rows, generator=torch.Generator().manual_seed(2)).cuda()
@@ -152,6 +154,25 @@ def test_kernels_mean_what_the_format_means_on_a_gpu(
         assert explain(x, packed) == NAME
         assert excess(x, packed, bias) <= 1, tokens
     assert excess(inputs(6, 2 * columns).to("cuda", dtype)[:, ::2], packed, bias) <= 1
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("tile", [Tile(128, 256, 128, 8, 4, 8, True, 1), Tile(128, 128, 128, 4, 3, 8, True, 2)])
+def test_divided_tiles_on_a_gpu(tile: Tile) -> None:
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("needs the copy engine of compute capability 9.0")
+    packed = layer(1100, 1024, "dynamic", "cached", "vector").to("cuda")
+    device, key = torch.cuda.get_device_name(), tile_key("outlier-int8", 4096, 1100, 1024)
+    x = inputs(4000, 1024).to("cuda", torch.bfloat16)
+    use_tile(device, key, Tile(128, 128, 128, 8, 3, 8))
+    expected = packed_linear(x, packed)
+    use_tile(device, key, tile)
+    try:
+        for _ in range(3):
+            assert torch.equal(packed_linear(x, packed), expected)
+    finally:
+        use_tile(device, key, None)
 
 
 @pytest.mark.gpu

@@ -3,12 +3,12 @@
     inputs rounded too    1 token: one launch, in which each program rounds the token for itself
     (`QuantisedInputs`)   more: tokens are rounded by one launch, codes multiplied by another (FP8 of many tokens:
                           `torch._scaled_mm`)
-    weights alone         1 token: one launch; up to 64: 16-bit tensor cores, codes widened on their way to them
-    (`ScaledCodes`)       more: the weight decoded to 16 bit by one launch, then the library's product
+    weights alone         1 token: one launch, any numbers of 8 or 4 bits, also scaled in groups
+    (`ScaledCodes`)       up to 64: INT8, E4M3 and E5M2 on 16-bit tensor cores, codes widened on their way to them
+                          more: the weight decoded to 16 bit by one launch, then the library's product
 
-Weights are read as they are stored, once. Those of other number systems, of 4 bits or scaled in groups are decoded
-first whatever the number of tokens. Bounds on the difference from the plain meaning, relative to sum_j |x_j w_j|, where
-u is the spacing of the inputs' type and the output's own rounding comes on top:
+Weights are read as they are stored, once. Bounds on the difference from the plain meaning, relative to
+sum_j |x_j w_j|, where u is the spacing of the inputs' type and the output's own rounding comes on top:
 
     INT8 inputs    n 2^-24 for n columns: integer sums are exact, the plain meaning's float32 sums are not
     FP8 inputs     2^-9: tensor cores add with less than float32's precision
@@ -17,14 +17,13 @@ u is the spacing of the inputs' type and the output's own rounding comes on top:
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from whit.formats.base import Packed
-from whit.formats.minifloat import NumberSystem, number_system
+from whit.formats.minifloat import Minifloat, NumberSystem, number_system
 from whit.formats.quantised_inputs import QuantisedInputs
 from whit.formats.scaled_codes import WHOLE_TENSOR, ScaledCodes
 from whit.kernels.launching import (
@@ -45,42 +44,49 @@ ADDRESSED = 2**31
 MOST_COLUMNS = 32768
 FEW = 64
 """Most tokens for which widening codes on their way to the tensor cores beats decoding the weight first."""
-DECODED_ROWS, DECODED_COLUMNS = 16, 256
+DECODED_ROWS, DECODED_COLUMNS, SCALES = 16, 256, 1024
 
 
 @torch.library.custom_op("whit::eight_bit_product", mutates_args=())
 def eight_bit_product(
-    x: Tensor, codes: Tensor, scales: Tensor, input_scale: Tensor | None, bias: Tensor | None, inputs: str, weight: str
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    input_scale: Tensor | None,
+    bias: Tensor | None,
+    inputs: str,
+    weight: str,
+    group: int,
 ) -> Tensor:
-    """x (m, columns), contiguous, times 8-bit codes: (m, rows). See the top of this file.
+    """x (m, columns), contiguous, times codes: (m, rows). See the top of this file.
 
     Args:
         x: float16 or bfloat16.
-        codes: uint8 (rows, columns).
-        scales: (rows, 1) or (1, 1).
+        codes: uint8 (rows, columns); for one token also (rows, columns / 2), two codes of 4 bits each.
+        scales: (rows, 1) or (1, 1); for one token also (rows, groups).
         input_scale: float32 (1,), if it is stored.
         bias: (rows,) of any float type.
         inputs: number system of the inputs, or "" where they are left alone.
         weight: number system of the codes.
+        group: columns that share a scale, if positive.
     """
     out = torch.empty(len(x), len(codes), dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
+    if len(x) == 1 and codes.shape[1] % 4 == 0 and codes.data_ptr() % 4 == 0:
+        _one_token(x, codes, scales, input_scale, bias, inputs, weight, group, out)
+        return out
     native = number_system(weight).native
     assert native is not None
-    if len(x) == 1 and codes.shape[1] % 4 == 0 and codes.data_ptr() % 4 == 0:
-        _one_token(x, codes, scales, input_scale, bias, inputs, native, out)
-    elif not inputs:
+    if not inputs:
         _product(x, codes.view(native), scales, None, bias, out)
     else:
-        rounded, steps = _round_tokens(x, input_scale, number_system(inputs))
-        if _library_multiplies(x, codes, rounded.dtype, native):
+        numbers = number_system(inputs)
+        library = _library_multiplies(x, codes, numbers.native, native)
+        rounded, steps, by_row = _round_tokens(x, input_scale, numbers, scales, len(codes) if library else 0)
+        if library:
             found = torch._scaled_mm(
-                rounded,
-                codes.view(native).T,
-                scale_a=steps.unsqueeze(1),
-                scale_b=scales.float().T.expand(1, len(codes)).contiguous(),
-                out_dtype=torch.bfloat16,
+                rounded, codes.view(native).T, scale_a=steps[:, None], scale_b=by_row[None], out_dtype=torch.bfloat16
             )
             return found if bias is None else found.add_(bias.to(found.dtype))
         _product(rounded, codes.view(native), scales, steps, bias, out)
@@ -89,12 +95,19 @@ def eight_bit_product(
 
 @eight_bit_product.register_fake
 def _(
-    x: Tensor, codes: Tensor, scales: Tensor, input_scale: Tensor | None, bias: Tensor | None, inputs: str, weight: str
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    input_scale: Tensor | None,
+    bias: Tensor | None,
+    inputs: str,
+    weight: str,
+    group: int,
 ) -> Tensor:
     return x.new_empty(x.shape[0], codes.shape[0])
 
 
-def _library_multiplies(x: Tensor, codes: Tensor, inputs: torch.dtype, weight: torch.dtype) -> bool:
+def _library_multiplies(x: Tensor, codes: Tensor, inputs: torch.dtype | None, weight: torch.dtype) -> bool:
     """Whether `torch._scaled_mm` takes these with a scale per row."""
     fits = codes.shape[0] % 16 == 0 and codes.shape[1] % 16 == 0 and len(x) > FEW and x.dtype == torch.bfloat16
     return fits and (inputs, weight) == (E4M3, E4M3) and x.is_cuda and capability(x.device) >= (9, 0)
@@ -108,6 +121,13 @@ def _kind(native: torch.dtype | None) -> int:
     return int(kinds.get(native, kernels.E5M2).value)
 
 
+def _mantissa(numbers: NumberSystem) -> tuple[int, float]:
+    """Bits of the significand (-1: integers), and what fields read as float16 have to be multiplied with."""
+    if isinstance(numbers, Minifloat):
+        return numbers.mantissa_bits, 2.0 ** (15 - numbers.bias)
+    return -1, 1.0
+
+
 def _one_token(
     x: Tensor,
     codes: Tensor,
@@ -115,16 +135,22 @@ def _one_token(
     input_scale: Tensor | None,
     bias: Tensor | None,
     inputs: str,
-    weight: torch.dtype,
+    weight: str,
+    group: int,
     out: Tensor,
 ) -> None:
     from whit.kernels.triton.eight_bit import one_token
 
-    rows, columns = codes.shape
-    numbers = number_system(inputs) if inputs else None
-    tile = choose_tile("eight-bit", 1, rows, columns, x.device)
+    rows = len(codes)
+    numbers, weights = number_system(inputs) if inputs else None, number_system(weight)
+    words = codes.shape[1] // 4
+    each = 32 // weights.bits
+    integer = numbers is not None and numbers.native == torch.int8
+    tile = choose_tile("eight-bit" if integer else f"one-{weights.bits}", 1, rows, codes.shape[1], x.device)
     blocks, early = -(-rows // tile.n), starts_early(x.device)
     programs = min(blocks, tile.group * processors(x.device))
+    mantissa, factor = _mantissa(weights)
+    unit = weights.native == E4M3 and not interpreted() and capability(x.device) >= (8, 9)
     one_token[(programs,)](
         x,
         codes.view(torch.int32),
@@ -133,15 +159,19 @@ def _one_token(
         scales if bias is None else bias,
         out,
         rows,
-        columns // 4,
+        words,
         0 if len(scales) == 1 else 1,
+        scales.shape[1],
         1.0 if numbers is None else numbers.maximum,
-        1.0,
+        1.0 if unit or integer else factor,
         INPUTS=_kind(None if numbers is None else numbers.native),
-        WEIGHT=_kind(weight),
+        BITS=weights.bits,
+        MANTISSA=mantissa,
+        E4M3_UNIT=unit,
         STATIC=input_scale is not None,
         BIAS=bias is not None,
-        WORDS=power_of_two(columns // 4),
+        WORDS=power_of_two(words),
+        GROUP=max(group, 0) // each,
         ROWS=tile.n,
         LOOP=programs < blocks,
         EARLY=early,
@@ -152,31 +182,40 @@ def _one_token(
     )
 
 
-def _round_tokens(x: Tensor, input_scale: Tensor | None, numbers: NumberSystem) -> tuple[Tensor, Tensor]:
-    """Codes (m, columns) in the native dtype of a number system, and float32 scales (m,)."""
+def _round_tokens(
+    x: Tensor, input_scale: Tensor | None, numbers: NumberSystem, scales: Tensor, rows: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes (m, columns) in the native dtype, float32 scales (m,), and those of `rows` rows of the weight."""
     from whit.kernels.triton.eight_bit import round_tokens
 
     tokens, columns = x.shape
     rounded = torch.empty(tokens, columns, dtype=numbers.native, device=x.device)
     steps = torch.empty(tokens, dtype=torch.float32, device=x.device)
+    by_row = torch.empty(rows, dtype=torch.float32, device=x.device)
     size = power_of_two(columns)
-    round_tokens[(tokens,)](
+    round_tokens[(tokens + -(-rows // SCALES),)](
         x,
         rounded,
         steps,
         steps if input_scale is None else input_scale,
+        scales,
+        by_row,
+        tokens,
+        rows,
         columns,
+        0 if len(scales) == 1 else 1,
         numbers.maximum,
         KIND=_kind(numbers.native),
         STATIC=input_scale is not None,
         COLUMNS=size,
+        ROWS=SCALES,
         RECIPROCAL=x.is_cuda,
         EARLY=starts_early(x.device),
         num_warps=min(16, max(1, size // 512)),
         enable_fp_fusion=False,
         launch_pdl=starts_early(x.device),
     )
-    return rounded, steps
+    return rounded, steps, by_row
 
 
 def _product(
@@ -233,18 +272,22 @@ def decoded_codes(
     from whit.kernels.triton.eight_bit import decode
 
     out = torch.empty(rows, columns, dtype=dtype, device=codes.device)
+    numbers = number_system(system)
+    mantissa, factor = _mantissa(numbers)
     decode[(-(-rows // DECODED_ROWS), -(-columns // DECODED_COLUMNS))](
         codes,
-        _table(system, codes.device),
         scales,
         out,
         rows,
         columns,
         codes.shape[1],
-        group if group > 0 else columns,
+        max(group, 1),
         scales.shape[1],
         0 if len(scales) == 1 else 1,
-        BITS=number_system(system).bits,
+        factor,
+        BITS=numbers.bits,
+        MANTISSA=mantissa,
+        GROUP=0 if group <= 0 else group if DECODED_COLUMNS % group == 0 else -1,
         ROWS=DECODED_ROWS,
         COLUMNS=DECODED_COLUMNS,
         num_warps=4,
@@ -255,11 +298,6 @@ def decoded_codes(
 @decoded_codes.register_fake
 def _(codes: Tensor, scales: Tensor, rows: int, columns: int, group: int, system: str, dtype: torch.dtype) -> Tensor:
     return codes.new_empty(rows, columns, dtype=dtype)
-
-
-@lru_cache(maxsize=64)
-def _table(system: str, device: torch.device) -> Tensor:
-    return torch.tensor(number_system(system).code_values(), dtype=torch.float32, device=device)
 
 
 def _fits(x: Tensor, packed: Packed) -> bool:
@@ -289,25 +327,30 @@ def _rounded(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
     if bias is not None and bias.requires_grad and torch.is_grad_enabled():  # these have a derivative
         return (int8_linear if layout.numbers.native == torch.int8 else float8_linear)(x, packed, bias)
     tensors = layout.inner(packed.tensors, packed.rows, packed.columns).tensors
-    return _call(x, packed, tensors["codes"], tensors["scales"], bias, layout.system, layout.weight.system)
+    return _call(x, packed, tensors["codes"], tensors["scales"], bias, layout.system, layout.weight.system, 0)
 
 
 def _call(
-    x: Tensor, packed: Packed, codes: Tensor, scales: Tensor, bias: Tensor | None, inputs: str, weight: str
+    x: Tensor, packed: Packed, codes: Tensor, scales: Tensor, bias: Tensor | None, inputs: str, weight: str, group: int
 ) -> Tensor:
     flat = x.detach().reshape(-1, packed.columns).contiguous()
     given = None if bias is None else bias.detach().contiguous()
     stored = packed.tensors.get("input_scales") if inputs else None
-    out: Tensor = torch.ops.whit.eight_bit_product(flat, codes, scales, stored, given, inputs, weight)
+    out: Tensor = torch.ops.whit.eight_bit_product(flat, codes, scales, stored, given, inputs, weight, group)
     return out.reshape(*x.shape[:-1], packed.rows)
 
 
 def _supports_few(x: Tensor, packed: Packed) -> bool:
     layout = packed.format
     assert isinstance(layout, ScaledCodes)
-    if layout.group_size > 0 or layout.numbers.native is None or x.numel() > FEW * packed.columns:
+    if not _fits(x, packed) or x.numel() > FEW * packed.columns:
         return False
-    return _fits(x, packed) and _float8_here(x, layout.numbers.native)
+    numbers, group = layout.numbers, layout.group_size
+    if x.numel() == packed.columns and packed.tensors["codes"].shape[1] % 4 == 0 and numbers.bits in (4, 8):
+        shared = group % (32 // numbers.bits) == 0 and group & (group - 1) == 0
+        if group <= 0 or (shared and group <= packed.columns):
+            return packed.columns % (32 // numbers.bits) == 0
+    return group <= 0 and numbers.native is not None and _float8_here(x, numbers.native)
 
 
 def _few(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
@@ -315,7 +358,9 @@ def _few(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
     assert isinstance(layout, ScaledCodes)
     if bias is not None and bias.requires_grad and torch.is_grad_enabled():
         return _decoded(x, packed, bias)
-    return _call(x, packed, packed.tensors["codes"], packed.tensors["scales"], bias, "", layout.system)
+    return _call(
+        x, packed, packed.tensors["codes"], packed.tensors["scales"], bias, "", layout.system, layout.group_size
+    )
 
 
 def _supports_decoded(x: Tensor, packed: Packed) -> bool:
@@ -336,4 +381,4 @@ def _decoded(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
 # The last one registered is asked first.
 register_implementation(QuantisedInputs.name, Implementation("fused 8-bit (Triton)", _supports_rounded, _rounded))
 register_implementation(ScaledCodes.name, Implementation("decode + matmul (Triton)", _supports_decoded, _decoded))
-register_implementation(ScaledCodes.name, Implementation("8-bit weights (Triton)", _supports_few, _few))
+register_implementation(ScaledCodes.name, Implementation("few vectors (Triton)", _supports_few, _few))
