@@ -16,7 +16,7 @@ import importlib.util
 import platform
 import statistics
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -93,11 +93,6 @@ def seconds_per_call(calls: list[Callable[[], Any]], replays: int = 20) -> tuple
     return statistics.median(times), times[replays * 3 // 4] - times[replays // 4]
 
 
-def copies_for(weight_bytes: int, cache: int) -> int:
-    """Copies of a weight that exceed twice the cache."""
-    return max(2, min(-(-2 * cache // weight_bytes), 40))
-
-
 def candidates(tokens: int, width: int) -> list[Tile]:
     """Launch shapes among which `--tune` chooses; `width` bytes of codes in a row."""
     if tokens == 1:
@@ -151,113 +146,126 @@ def tune(kind: str, tokens: int, packed: Packed, seconds: Callable[[], float]) -
     return {str(tuple(asdict(tile).values())): time for tile, time in sorted(times.items(), key=lambda item: item[1])}
 
 
-def bitsandbytes_layer(rows: int, columns: int, threshold: float) -> Callable[[Tensor], Tensor] | None:
-    """A layer of bitsandbytes, if it is installed."""
-    if importlib.util.find_spec("bitsandbytes") is None:
-        return None
-    import bitsandbytes
+@dataclass
+class Case:
+    """One shape and number of tokens, and its records so far; the first is the dense product."""
 
-    layer = bitsandbytes.nn.Linear8bitLt(columns, rows, bias=False, has_fp16_weights=False, threshold=threshold)
-    return layer.cuda()
+    rows: int
+    columns: int
+    tokens: int
+    cache: int
+    records: list[dict[str, Any]] = field(default_factory=list)
 
+    @property
+    def dense_bytes(self) -> int:
+        """Of a 16-bit weight."""
+        return 2 * self.rows * self.columns
 
-def measure(
-    rows: int, columns: int, tokens: int, cases: list[str], cache: int, dtype: torch.dtype, tuning: bool
-) -> list[dict[str, Any]]:
-    """The dense baseline, the integer product alone and every case on one shape and number of tokens."""
-    generator = torch.Generator("cuda").manual_seed(SEED)
-    x = torch.randn(tokens, columns, device="cuda", generator=generator)
-    x[:, loud_columns(columns)] *= 20
-    x = x.to(dtype)
-    moved = 2 * tokens * (rows + columns)
-    records: list[dict[str, Any]] = []
+    def copies(self, weight_bytes: int) -> int:
+        """Copies of a weight that exceed twice the cache."""
+        return max(2, min(-(-2 * self.cache // weight_bytes), 40))
 
-    def add(name: str, kernel: str, weight_bytes: int, calls: list[Callable[[], Any]], **more: Any) -> None:
-        seconds, spread = seconds_per_call(calls)
-        total = weight_bytes + moved
-        records.append(
+    def keep(self, name: str, kernel: str, seconds: float, **more: Any) -> None:
+        """Add a record and print it."""
+        dense = self.records[0]["seconds"] if self.records else seconds
+        operations = 2 * self.rows * self.columns * self.tokens
+        self.records.append(
             {
                 "case": name,
                 "kernel": kernel,
-                "rows": rows,
-                "columns": columns,
-                "tokens": tokens,
-                "copies": len(calls),
-                "bytes_moved": total,
+                "rows": self.rows,
+                "columns": self.columns,
+                "tokens": self.tokens,
                 "seconds": seconds,
-                "spread_seconds": spread,
-                "bytes_per_second": total / seconds,
-                "operations_per_second": 2 * rows * columns * tokens / seconds,
-                "times_dense": records[0]["seconds"] / seconds if records else 1.0,
+                "operations_per_second": operations / seconds,
+                "times_dense": dense / seconds,
                 **more,
             }
         )
-        last = records[-1]
         print(
-            f"{rows:6d} x {columns:5d}  M={tokens:<5d}{name:20s}{seconds * 1e6:9.2f} us  +-{spread * 1e6:5.2f}"
-            f"  {last['bytes_per_second'] / 1e12:5.2f} TB/s {last['operations_per_second'] / 1e12:7.1f} TOP/s"
-            f"  {last['times_dense']:5.2f} x dense  {kernel}",
+            f"{self.rows:6d} x {self.columns:5d}  M={self.tokens:<5d}{name:22s}{seconds * 1e6:9.2f} us"
+            f"  +-{more.get('spread_seconds', 0.0) * 1e6:5.2f}  {more.get('bytes_per_second', 0.0) / 1e12:5.2f} TB/s"
+            f" {operations / seconds / 1e12:7.1f} TOP/s  {dense / seconds:5.2f} x dense  {kernel}",
             flush=True,
         )
 
-    size = 2 * rows * columns
-    dense = [
-        (0.02 * torch.randn(rows, columns, device="cuda", generator=generator)).to(dtype)
-        for _ in range(copies_for(size, cache))
-    ]
+    def time(self, name: str, kernel: str, weight_bytes: int, calls: list[Callable[[], Any]], **more: Any) -> None:
+        """Time calls that use one copy of the weight each."""
+        seconds, spread = seconds_per_call(calls)
+        moved = weight_bytes + 2 * self.tokens * (self.rows + self.columns)
+        numbers = {"bytes_moved": moved, "bytes_per_second": moved / seconds, "spread_seconds": spread}
+        self.keep(name, kernel, seconds, copies=len(calls), **numbers, **more)
+
+
+def measure_baselines(case: Case, x: Tensor, generator: torch.Generator) -> None:
+    """The dense product, and for many tokens the products of 8-bit codes that are there already."""
+    rows, columns, tokens = case.rows, case.columns, case.tokens
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, device="cuda", generator=generator)
+
+    dense = [(0.02 * random(rows, columns)).to(x.dtype) for _ in range(case.copies(case.dense_bytes))]
     linear = torch.nn.functional.linear
-    add("dense " + str(dtype).removeprefix("torch."), "cuBLAS", size, [lambda w=w: linear(x, w) for w in dense])
+    name = "dense " + str(x.dtype).removeprefix("torch.")
+    case.time(name, "cuBLAS", case.dense_bytes, [lambda w=w: linear(x, w) for w in dense])
     del dense
-    if tokens > 16:
-        left = torch.randint(-127, 128, (tokens, columns), dtype=torch.int8, device="cuda", generator=generator)
-        right = [
-            random_packed("none", rows, columns, generator).tensors["codes"]
-            for _ in range(copies_for(size // 2, cache))
-        ]
-        add("integer product alone", "torch._int_mm", size // 2, [lambda w=w: torch._int_mm(left, w.T) for w in right])
-        del right
-        eight = torch.float8_e4m3fn
-        left = torch.randn(tokens, columns, device="cuda", generator=generator).to(eight)
-        steps = torch.ones(tokens, 1, device="cuda")
-        scales = torch.ones(1, rows, device="cuda")
-        right = [torch.randn(rows, columns, device="cuda").to(eight) for _ in range(copies_for(size // 2, cache))]
-        calls = [
-            lambda w=w: torch._scaled_mm(left, w.T, scale_a=steps, scale_b=scales, out_dtype=torch.bfloat16)
-            for w in right
-        ]
-        add("FP8 product alone", "torch._scaled_mm", size // 2, calls)
-        del right
-    for case in cases:
-        first = random_packed(case, rows, columns, generator)
-        count = copies_for(first.format.bytes(rows, columns), cache)
-        layers = [first, *(random_packed(case, rows, columns, generator) for _ in range(count - 1))]
-        calls = [lambda w=w: packed_linear(x, w) for w in layers]
+    if tokens <= 16:
+        return
+    size = case.dense_bytes // 2
+    left = random(tokens, columns).mul_(40).to(torch.int8)
+    right = [random(rows, columns).mul_(40).to(torch.int8) for _ in range(case.copies(size))]
+    case.time("INT8 product alone", "torch._int_mm", size, [lambda w=w: torch._int_mm(left, w.T) for w in right])
+    eight, steps, scales = torch.float8_e4m3fn, torch.ones(tokens, 1, device="cuda"), torch.ones(1, rows, device="cuda")
+    inputs, weights = random(tokens, columns).to(eight), [item.to(eight) for item in right]
+    given = {"scale_a": steps, "scale_b": scales, "out_dtype": torch.bfloat16}
+    calls = [lambda w=w: torch._scaled_mm(inputs, w.T, **given) for w in weights]
+    case.time("FP8 product alone", "torch._scaled_mm", size, calls)
+
+
+def measure_bitsandbytes(case: Case, x: Tensor) -> None:
+    """Layers of bitsandbytes, if it is installed; it asks the device for sizes, so there is no graph."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return
+    import bitsandbytes
+
+    for threshold in (6.0, 0.0):
+        layer = bitsandbytes.nn.Linear8bitLt(
+            case.columns, case.rows, bias=False, has_fp16_weights=False, threshold=threshold
+        ).cuda()
+        half = x.half()
+        for _ in range(3):
+            layer(half)
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        for _ in range(20):
+            layer(half)
+        end.record()
+        end.synchronize()
+        version = bitsandbytes.__version__
+        case.keep(f"bitsandbytes {version}, threshold {threshold:g}", "", start.elapsed_time(end) * 1e-3 / 20)
+
+
+def measure(case: Case, names: list[str], dtype: torch.dtype, tuning: bool) -> list[dict[str, Any]]:
+    """Baselines and every named layer."""
+    generator = torch.Generator("cuda").manual_seed(SEED)
+    x = torch.randn(case.tokens, case.columns, device="cuda", generator=generator)
+    x[:, loud_columns(case.columns)] *= 20
+    x = x.to(dtype)
+    measure_baselines(case, x, generator)
+    for name in names:
+        first = random_packed(name, case.rows, case.columns, generator)
+        size = first.format.bytes(case.rows, case.columns)
+        others = (random_packed(name, case.rows, case.columns, generator) for _ in range(case.copies(size) - 1))
+        calls = [lambda w=w: packed_linear(x, w) for w in (first, *others)]
         more = {}
-        kind = tuned_kind(case, tokens)
+        kind = tuned_kind(name, case.tokens)
         if tuning and kind:
-            more["tried"] = tune(kind, tokens, first, lambda calls=calls: seconds_per_call(calls, 6)[0])
+            more["tried"] = tune(kind, case.tokens, first, lambda calls=calls: seconds_per_call(calls, 6)[0])
             for tile, time in list(more["tried"].items())[:4]:
                 print(f"      {time * 1e6:9.2f} us  {tile}", flush=True)
-        add(case, explain(x, first), first.format.bytes(rows, columns), calls, **more)
-    for threshold in (6.0, 0.0):
-        layer = bitsandbytes_layer(rows, columns, threshold)
-        if layer is not None:
-            half = x.half()
-            torch.cuda.synchronize()
-            for _ in range(3):
-                layer(half)
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            for _ in range(20):
-                layer(half)
-            end.record()
-            end.synchronize()
-            seconds = start.elapsed_time(end) * 1e-3 / 20
-            records.append(
-                {"case": f"bitsandbytes {threshold}", "kernel": "", "rows": rows, "columns": columns, "tokens": tokens}
-                | {"seconds": seconds, "times_dense": records[0]["seconds"] / seconds}
-            )
-    return records
+        case.time(name, explain(x, first), size, calls, **more)
+    measure_bitsandbytes(case, x)
+    return case.records
 
 
 def main() -> None:
@@ -286,9 +294,8 @@ def main() -> None:
         for shape in arguments.shapes:
             rows, columns = map(int, shape.split("x"))
             for tokens in arguments.counts:
-                report["records"] += measure(
-                    rows, columns, tokens, arguments.cases, properties.L2_cache_size, dtype, arguments.tune
-                )
+                case = Case(rows, columns, tokens, properties.L2_cache_size)
+                report["records"] += measure(case, arguments.cases, dtype, arguments.tune)
                 if arguments.output is not None:
                     write_report(report, arguments.output)
 
