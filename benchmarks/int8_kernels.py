@@ -212,8 +212,8 @@ def measure_baselines(case: Case, x: Tensor, generator: torch.Generator) -> None
     if tokens <= 16:
         return
     size = case.dense_bytes // 2
-    left = random(tokens, columns).mul_(40).to(torch.int8)
-    right = [random(rows, columns).mul_(40).to(torch.int8) for _ in range(case.copies(size))]
+    left = random(tokens, columns).mul_(40).clamp_(-127, 127).to(torch.int8)
+    right = [random(rows, columns).mul_(40).clamp_(-127, 127).to(torch.int8) for _ in range(case.copies(size))]
     case.time("INT8 product alone", "torch._int_mm", size, [lambda w=w: torch._int_mm(left, w.T) for w in right])
     eight, steps, scales = torch.float8_e4m3fn, torch.ones(tokens, 1, device="cuda"), torch.ones(1, rows, device="cuda")
     inputs, weights = random(tokens, columns).to(eight), [item.to(eight) for item in right]
