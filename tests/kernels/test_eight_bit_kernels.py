@@ -119,6 +119,14 @@ def test_interpreted_kernels_spread_nan() -> None:
         assert bool((packed_linear(torch.zeros_like(x), rounded(pair, False, 0, 9, 48)) == 0).all())
 
 
+@needs_interpreter
+def test_interpreted_kernels_are_traced_without_a_break() -> None:
+    compiled = torch.compile(packed_linear, fullgraph=True, backend="aot_eager")
+    for packed in (rounded(PAIRS[0], False, 0, 9, 48), weight_only("e4m3fn", 0, 9, 48)):
+        x = inputs(1, 48, torch.float16)
+        assert torch.equal(compiled(x, packed), packed_linear(x, packed))
+
+
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 @pytest.mark.skipif(interpreted(), reason="this is the interpreter's process")
 def test_kernels_in_the_interpreter() -> None:

@@ -113,6 +113,15 @@ def test_interpreted_kernels_spread_nan_and_leave_zeros() -> None:
         assert bool((packed_linear(torch.zeros_like(x), packed) == 0).all())
 
 
+@needs_interpreter
+def test_interpreted_kernels_are_traced_without_a_break() -> None:
+    compiled = torch.compile(packed_linear, fullgraph=True, backend="aot_eager")
+    packed = layer(9, 40, "dynamic", "cached", "vector")
+    for tokens in (1, 3):
+        x = inputs(tokens, 40).half()
+        assert torch.equal(compiled(x, packed), packed_linear(x, packed))
+
+
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 @pytest.mark.skipif(interpreted(), reason="this is the interpreter's process")
 def test_kernels_in_the_interpreter() -> None:

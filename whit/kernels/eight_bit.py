@@ -17,6 +17,7 @@ sum_j |x_j w_j|, where u is the spacing of the inputs' type and the output's own
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,12 +28,13 @@ from whit.formats.minifloat import Minifloat, NumberSystem, number_system
 from whit.formats.quantised_inputs import QuantisedInputs
 from whit.formats.scaled_codes import WHOLE_TENSOR, ScaledCodes
 from whit.kernels.launching import (
-    Tile,
     capability,
     choose_tile,
+    fitted,
     interpreted,
     power_of_two,
     processors,
+    shared_memory,
     starts_early,
     usable,
 )
@@ -227,9 +229,9 @@ def _product(
     (tokens, columns), rows = left.shape, len(right)
     tile = choose_tile("eight-bit" if steps is not None else "weight-only", tokens, rows, columns, left.device)
     if steps is None:  # 16-bit inputs take twice the room
-        tile = Tile(tile.m, tile.n, min(tile.k, 128), tile.warps, tile.stages, tile.group)
+        tile = fitted(replace(tile, k=min(tile.k, 128), descriptor=False), 2, shared_memory(left.device))
     elif left.dtype != torch.int8:  # float32 sums of parts of the row need registers of their own
-        tile = Tile(tile.m, min(tile.n, 128), tile.k, tile.warps, tile.stages, tile.group, tile.descriptor)
+        tile = replace(tile, n=min(tile.n, 128))
     descriptor = tile.descriptor and columns % 16 == 0 and right.data_ptr() % 16 == 0
     one: Any = described(left, [tile.m, tile.k]) if descriptor else left
     other: Any = described(right, [tile.n, tile.k]) if descriptor else right
@@ -306,7 +308,7 @@ def _fits(x: Tensor, packed: Packed) -> bool:
 
 
 def _float8_here(x: Tensor, *dtypes: torch.dtype | None) -> bool:
-    return torch.int8 in dtypes or interpreted() or capability(x.device) >= (8, 9)
+    return torch.int8 in dtypes or not x.is_cuda or capability(x.device) >= (8, 9)
 
 
 def _supports_rounded(x: Tensor, packed: Packed) -> bool:

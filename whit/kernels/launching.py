@@ -11,7 +11,7 @@ import importlib.util
 import json
 import os
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
@@ -41,34 +41,41 @@ class Tile:
     tail: int = 0
 
 
-@lru_cache(maxsize=1)
 def interpreted() -> bool:
     """Whether Triton runs its kernels in Python on a CPU (TRITON_INTERPRET=1), which tests do."""
     return os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton") is not None
 
 
-@lru_cache(maxsize=1)
-def _triton_found() -> bool:
-    if importlib.util.find_spec("triton") is not None:
-        return True
-    warnings.warn(
-        "Triton is missing, so 8-bit layers run without their fused kernels on this GPU (remedy: pip install triton)",
-        stacklevel=2,
-    )
-    return False
-
-
 @lru_cache(maxsize=16)
+def _works(index: int) -> bool:
+    """Whether a kernel can be compiled for a CUDA device and started; says once why not."""
+    try:
+        from whit.kernels.triton.probe import one
+
+        one[(1,)](torch.empty(1, dtype=torch.int32, device=f"cuda:{index}"))
+    except Exception as error:  # whatever a missing compiler, driver or library leads to
+        reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
+        warnings.warn(
+            f"Triton is missing or unusable, so 8-bit layers run without their fused kernels on CUDA device {index}: "
+            f"{reason[0]} (remedy: pip install triton, and a C compiler)",
+            stacklevel=2,
+        )
+        return False
+    return True
+
+
 def capability(device: torch.device) -> tuple[int, int]:
     """Compute capability of a CUDA device."""
     return torch.cuda.get_device_capability(device)
 
 
-def runs_triton(device: torch.device, least: tuple[int, int] = (8, 0)) -> bool:
-    """Whether the kernels can run on a device: CUDA of that compute capability with Triton, or interpreted."""
-    if device.type == "cuda" and torch.version.cuda is not None:
-        return capability(device) >= least and _triton_found()
-    return device.type == "cpu" and interpreted()
+def runs_triton(device: torch.device) -> bool:
+    """Whether the kernels can run on a device: CUDA of compute capability 8.0 with Triton, or interpreted."""
+    if device.type != "cuda":
+        return device.type == "cpu" and interpreted()
+    if torch.version.cuda is None or capability(device) < (8, 0):
+        return False
+    return torch.compiler.is_compiling() or _works(device.index)  # tracing cannot look for libraries
 
 
 def usable(x: Tensor, packed: Packed) -> bool:
@@ -164,4 +171,28 @@ def choose_tile(kind: str, tokens: int, rows: int, columns: int, device: torch.d
     tile = default_tile(tokens, rows, columns, descriptor, processors(device))
     if interpreted():
         return Tile(min(tile.m, 32), min(tile.n, 32), tile.k if tokens == 1 else 64, 4, 1, 2, tail=4)
-    return tile
+    return tile if tokens == 1 else fitted(tile, 1, shared_memory(device))
+
+
+def fitted(tile: Tile, input_bytes: int, room: int) -> Tile:
+    """The tile with as many of its stages, and then of its columns, as fit into `room` bytes of shared memory.
+
+    Args:
+        tile: with 8-bit weights.
+        input_bytes: of one input.
+        room: what a program may have; 64 bytes for each row and column of the tile are left for outliers.
+    """
+    stages, k = tile.stages, tile.k
+    room -= 64 * (tile.m + tile.n) + 1024
+    while stages * k * (input_bytes * tile.m + tile.n) > room and (stages > 2 or k > 32):
+        stages, k = (stages - 1, k) if stages > 2 else (stages, k // 2)
+    return replace(tile, stages=stages, k=k)
+
+
+@lru_cache(maxsize=16)
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program may have; plenty where kernels are interpreted."""
+    if device.type != "cuda":
+        return 1 << 20
+    room: int = torch.cuda.get_device_properties(device).shared_memory_per_block_optin  # type: ignore[attr-defined]
+    return room
