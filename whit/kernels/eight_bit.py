@@ -227,7 +227,7 @@ def _product(
     from whit.kernels.triton.outlier_int8 import described
 
     (tokens, columns), rows = left.shape, len(right)
-    tile = choose_tile("eight-bit" if steps is not None else "weight-only", tokens, rows, columns, left.device)
+    tile = choose_tile("eight-bit" if steps is not None else "weight-only", max(tokens, 2), rows, columns, left.device)
     if steps is None:  # 16-bit inputs take twice the room
         tile = fitted(replace(tile, k=min(tile.k, 128), descriptor=False), 2, shared_memory(left.device))
     elif left.dtype != torch.int8:  # float32 sums of parts of the row need registers of their own

@@ -148,7 +148,7 @@ def default_tile(tokens: int, rows: int, columns: int, descriptor: bool, many: i
     """A launch shape that is good on average for 8-bit operands, for a device with `many` multiprocessors."""
     if tokens == 1:
         words = power_of_two(-(-columns // 4))
-        return Tile(1, 8, words, min(32, max(1, words // 256)), 1, 2)
+        return Tile(1, min(8, max(2, 16384 // words)), words, min(32, max(1, words // 256)), 1, 2)
     if tokens <= 64:
         m = max(16, power_of_two(tokens))
         return Tile(m, 32 if rows <= 32 * 4 * many else 64, 256 if m <= 16 else 128, 4, 4, 4)
