@@ -29,7 +29,7 @@ from whit.formats.outlier_int8 import OutlierInt8
 from whit.formats.quantised_inputs import QuantisedInputs
 from whit.formats.scaled_codes import ScaledCodes
 from whit.kernels import explain, packed_linear
-from whit.kernels.launching import Tile, device_name, keep_tuned, tile_key, use_tile
+from whit.kernels.launching import Tile, device_name, keep_tuned, power_of_two, tile_key, use_tile
 
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008))
 """(rows, columns): outputs, inputs."""
@@ -96,7 +96,7 @@ def seconds_per_call(calls: list[Callable[[], Any]], replays: int = 20) -> tuple
 def candidates(tokens: int, width: int) -> list[Tile]:
     """Launch shapes among which `--tune` chooses; `width` bytes of codes in a row."""
     if tokens == 1:
-        warps = max(1, width // 1024)
+        warps = max(1, power_of_two(width // 4) // 256)
         shapes = [(16, 4), (8, 2), (8, 4), (16, 2), (4, 4), (8, 64)]
         return [*(Tile(1, rows, 0, warps, 1, group) for rows, group in shapes), Tile(1, 8, 0, 2 * warps, 1, 2)]
     if tokens <= 32:
