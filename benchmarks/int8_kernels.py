@@ -93,22 +93,18 @@ def seconds_per_call(calls: list[Callable[[], Any]], replays: int = 20) -> tuple
     return statistics.median(times), times[replays * 3 // 4] - times[replays // 4]
 
 
-def candidates(tokens: int, width: int) -> list[Tile]:
+def candidates(kind: str, tokens: int, width: int) -> list[Tile]:
     """Launch shapes among which `--tune` chooses; `width` bytes of codes in a row."""
     if tokens == 1:
         warps = max(1, power_of_two(width // 4) // 256)
-        shapes = [(16, 4), (8, 2), (8, 4), (16, 2), (4, 4), (8, 64)]
-        return [*(Tile(1, rows, 0, warps, 1, group) for rows, group in shapes), Tile(1, 8, 0, 2 * warps, 1, 2)]
+        shapes = [(8, warps, 2), (8, 2 * warps, 2), (4, warps, 4), (16, warps, 2)]
+        return [Tile(1, rows, 0, count, 1, group) for rows, count, group in shapes]
     if tokens <= 32:
-        return [
-            Tile(16, n, k, 4, stages, 4) for n, k, stages in ((32, 512, 3), (32, 256, 4), (32, 128, 6), (64, 256, 4))
-        ]
-    shapes = [(128, 256, 128, 8, 4, 16, 0), (128, 256, 128, 8, 4, 16, 1), (256, 128, 128, 8, 4, 8, 0)]
-    shapes += [(128, 128, 128, 4, 3, 8, 0), (128, 128, 128, 4, 3, 16, 0), (128, 128, 128, 4, 3, 8, 2)]
-    if tokens <= 1024:
-        shapes += [(64, 128, 128, 4, 4, 8, 0), (64, 128, 128, 4, 4, 8, 2), (128, 128, 256, 8, 3, 8, 0)]
-        shapes += [(128, 128, 128, 8, 5, 8, 0), (128, 128, 128, 8, 5, 8, 1), (64, 128, 128, 4, 3, 8, 3)]
-    return [Tile(m, n, k, warps, stages, group, True, tail) for m, n, k, warps, stages, group, tail in shapes]
+        return [Tile(16, 32, 256, 4, 4, 4), Tile(16, 32, 128, 4, 6, 4)]
+    shapes = [(64, 128, 4, 4, 8, 0), (128, 128, 4, 3, 8, 0), (128, 256, 8, 4, 16, 0)]
+    if kind == "outlier-int8":
+        shapes += [(128, 256, 8, 4, 16, 1), (64, 128, 4, 4, 8, 2)]
+    return [Tile(m, n, 128, warps, stages, group, True, tail) for m, n, warps, stages, group, tail in shapes]
 
 
 def tuned_kind(case: str, tokens: int) -> str:
@@ -131,7 +127,7 @@ def tune(kind: str, tokens: int, packed: Packed, seconds: Callable[[], float]) -
     key = tile_key(kind, tokens, packed.rows, width)
     times: dict[Tile, float] = {}
     errors = []
-    for tile in candidates(tokens, width):
+    for tile in candidates(kind, tokens, width):
         use_tile(device, key, tile)
         try:
             times[tile] = seconds()

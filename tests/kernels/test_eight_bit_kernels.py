@@ -149,27 +149,28 @@ def test_what_the_kernels_leave_alone() -> None:
     assert explain(torch.ones(2, 32).half(), grouped) == "plain"
 
 
+GPU_SHAPES = [(33, 200, torch.float16), (528, 4096, torch.bfloat16)]
+
+
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize("pair", PAIRS)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_rounded_inputs_on_a_gpu(pair: tuple[str, str], dtype: torch.dtype) -> None:
-    for static, group, rows, columns in [(True, -1, 33, 200), (False, 0, 528, 4096)]:
-        packed = rounded(pair, static, group, rows, columns).to("cuda")
-        bias = torch.randn(rows, generator=torch.Generator().manual_seed(2)).cuda()
-        for tokens in (1, 17, 300):
-            x = inputs(tokens, columns, dtype).cuda()
-            if tokens == 1 or pair[0][:4] == pair[1][:4]:
-                assert explain(x, packed) == "fused 8-bit (Triton)"
-                assert excess(x, packed, bias) <= 1, (static, group, rows, tokens)
+@pytest.mark.parametrize(("rows", "columns", "dtype"), GPU_SHAPES)
+def test_rounded_inputs_on_a_gpu(pair: tuple[str, str], rows: int, columns: int, dtype: torch.dtype) -> None:
+    packed = rounded(pair, rows == 33, -int(rows == 33), rows, columns).to("cuda")
+    bias = torch.randn(rows, generator=torch.Generator().manual_seed(2)).cuda()
+    for tokens in (1, 17, 300):
+        x = inputs(tokens, columns, dtype).cuda()
+        if tokens == 1 or pair[0][:4] == pair[1][:4]:
+            assert explain(x, packed) == "fused 8-bit (Triton)"
+            assert excess(x, packed, bias) <= 1, tokens
 
 
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize(("system", "group"), ALONE)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_weights_alone_on_a_gpu(system: str, group: int, dtype: torch.dtype) -> None:
-    for rows, columns in [(33, 200), (520, 4096)]:
+def test_weights_alone_on_a_gpu(system: str, group: int) -> None:
+    for rows, columns, dtype in GPU_SHAPES:
         packed = weight_only(system, group, rows, columns).to("cuda")
         bias = torch.randn(rows, generator=torch.Generator().manual_seed(2)).cuda()
         for tokens in (1, 17, 100):

@@ -34,6 +34,7 @@ from whit.kernels.launching import (
     interpreted,
     power_of_two,
     processors,
+    registers,
     shared_memory,
     starts_early,
     usable,
@@ -179,6 +180,7 @@ def _one_token(
         EARLY=early,
         HARDWARE=not interpreted(),
         num_warps=tile.warps,
+        maxnreg=registers(tile),
         enable_fp_fusion=numbers is None,  # fused products would round the inputs otherwise than the plain meaning
         launch_pdl=early,
     )

@@ -145,16 +145,26 @@ def power_of_two(size: int) -> int:
 
 
 def default_tile(tokens: int, rows: int, columns: int, descriptor: bool, many: int) -> Tile:
-    """A launch shape that is good on average for 8-bit operands, for a device with `many` multiprocessors."""
+    """A launch shape that is good on average for 8-bit operands, for a device with `many` multiprocessors.
+
+    For one token, `group` programs to a multiprocessor, `n` rows at a time; `columns` counts bytes of codes then.
+    """
     if tokens == 1:
         words = power_of_two(-(-columns // 4))
-        return Tile(1, min(8, max(2, 16384 // words)), words, min(32, max(1, words // 256)), 1, 2)
+        warps = min(32, max(1, words // 256))
+        return Tile(1, min(8, max(2, 16384 // words)), words, warps, 1, 2 if warps <= 8 else 1)
     if tokens <= 64:
         m = max(16, power_of_two(tokens))
         return Tile(m, 32 if rows <= 32 * 4 * many else 64, 256 if m <= 16 else 128, 4, 4, 4)
-    if tokens <= 256 or -(-tokens // 128) * -(-rows // 256) < 2 * many:
-        return Tile(128, 128, 128, 8, 4, 8, descriptor)
-    return Tile(128, 256, 128, 8, 4, 16, descriptor)
+    if tokens <= 1024:
+        return Tile(64, 128, 128, 4, 4, 8, descriptor)
+    return Tile(128, 128, 128, 4, 3, 8, descriptor)
+
+
+def registers(tile: Tile) -> int | None:
+    """Registers of a thread with which `group` programs fit into a multiprocessor; None: no need to limit them."""
+    most = 65536 // (32 * tile.warps * tile.group)
+    return most if 64 <= most < 256 else None
 
 
 def tile_key(kind: str, tokens: int, rows: int, columns: int) -> str:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from whit.kernels.launching import Tile, choose_tile, interpreted, power_of_two, processors, starts_early
+from whit.kernels.launching import Tile, choose_tile, interpreted, power_of_two, processors, registers, starts_early
 
 FEW = 32
 """Most tokens of which every program of the rounding launch looks at all."""
@@ -70,17 +70,29 @@ class Weight:
         """`place_of` the listed columns."""
         return self.absmax if self.index is None else place_of(self.index, self.columns)
 
+    def is_settled(self) -> bool:
+        """Whether nothing that a kernel reads is computed by the launch right before it."""
+        return self.index is None or _kept(self.index) is not None
+
+
+def _kept(index: Tensor) -> Tensor | None:
+    found = _PLACES.get(index)  # type: ignore[no-untyped-call]
+    if found is None or found[0]() is not index or found[1] != _version(index):
+        return None
+    kept: Tensor = found[2]
+    return kept
+
 
 def place_of(index: Tensor, columns: int) -> Tensor:
     """int16 (columns,): where a column stands in the list `index`, else -1; kept as long as the list lives."""
-    capturing = index.is_cuda and torch.cuda.is_current_stream_capturing()
-    found = _PLACES.get(index)  # type: ignore[no-untyped-call]
-    if found is not None and found[0]() is index and found[1] == _version(index):
-        kept: Tensor = found[2]
+    kept = _kept(index)
+    if kept is not None:
         return kept
     place = torch.full((columns,), -1, dtype=torch.int16, device=index.device)
     place[index.long()] = torch.arange(len(index), dtype=torch.int16, device=index.device)
-    if not capturing:  # what a graph computes is there only when it is replayed
+    if not (
+        index.is_cuda and torch.cuda.is_current_stream_capturing()
+    ):  # what a graph computes is there only when it is replayed
         _PLACES[index] = (weakref.ref(index), _version(index), place)
     return place
 
@@ -97,7 +109,7 @@ def one_token(x: Tensor, weight: Weight, out: Tensor) -> None:
     from whit.kernels.triton import outlier_int8 as kernels
 
     tile = choose_tile("outlier-int8", 1, weight.rows, weight.columns, x.device)
-    blocks, early = -(-weight.rows // tile.n), starts_early(x.device)
+    blocks, early = -(-weight.rows // tile.n), starts_early(x.device) and weight.is_settled()
     programs = min(blocks, tile.group * processors(x.device))
     words = weight.columns // 4
     kernels.one_token[(programs,)](
@@ -127,6 +139,7 @@ def one_token(x: Tensor, weight: Weight, out: Tensor) -> None:
         HARDWARE=not interpreted(),
         EARLY=early,
         num_warps=tile.warps,
+        maxnreg=registers(tile),
         enable_fp_fusion=False,
         launch_pdl=early,
     )
