@@ -31,7 +31,7 @@ from whit.formats.scaled_codes import ScaledCodes
 from whit.kernels import explain, packed_linear
 from whit.kernels.launching import Tile, device_name, keep_tuned, power_of_two, tile_key, use_tile
 
-SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008))
+SHAPES = ((4096, 4096), (11008, 4096))
 """(rows, columns): outputs, inputs."""
 COUNTS = (1, 16, 512, 4096)
 LOUD = 7
