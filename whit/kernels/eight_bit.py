@@ -17,28 +17,15 @@ sum_j |x_j w_j|, where u is the spacing of the inputs' type and the output's own
 
 from __future__ import annotations
 
-from dataclasses import replace
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from whit.formats.base import Packed
-from whit.formats.minifloat import Minifloat, NumberSystem, number_system
+from whit.formats.minifloat import number_system
 from whit.formats.quantised_inputs import QuantisedInputs
 from whit.formats.scaled_codes import WHOLE_TENSOR, ScaledCodes
-from whit.kernels.launching import (
-    capability,
-    choose_tile,
-    fitted,
-    interpreted,
-    power_of_two,
-    processors,
-    registers,
-    shared_memory,
-    starts_early,
-    usable,
-)
+from whit.kernels.eight_launch import decode, one_token, product, round_tokens
+from whit.kernels.launching import capability, usable
 from whit.kernels.linear import Implementation, register_implementation
 from whit.kernels.quantised_inputs import E4M3, LARGEST_SUM, UNITS, float8_linear, int8_linear
 
@@ -47,7 +34,6 @@ ADDRESSED = 2**31
 MOST_COLUMNS = 32768
 FEW = 64
 """Most tokens for which widening codes on their way to the tensor cores beats decoding the weight first."""
-DECODED_ROWS, DECODED_COLUMNS, SCALES = 16, 256, 1024
 
 
 @torch.library.custom_op("whit::eight_bit_product", mutates_args=())
@@ -76,23 +62,25 @@ def eight_bit_product(
     out = torch.empty(len(x), len(codes), dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
-    if len(x) == 1 and codes.shape[1] % 4 == 0 and codes.data_ptr() % 4 == 0:
-        _one_token(x, codes, scales, input_scale, bias, inputs, weight, group, out)
+    if codes.data_ptr() % 16:  # a view into a larger buffer may start anywhere
+        codes = codes.clone()
+    if len(x) == 1 and codes.shape[1] % 4 == 0:
+        one_token(x, codes, scales, input_scale, bias, inputs, weight, group, out)
         return out
     native = number_system(weight).native
     assert native is not None
     if not inputs:
-        _product(x, codes.view(native), scales, None, bias, out)
+        product(x, codes.view(native), scales, None, bias, out)
     else:
         numbers = number_system(inputs)
         library = _library_multiplies(x, codes, numbers.native, native)
-        rounded, steps, by_row = _round_tokens(x, input_scale, numbers, scales, len(codes) if library else 0)
+        rounded, steps, by_row = round_tokens(x, input_scale, numbers, scales, len(codes) if library else 0)
         if library:
             found = torch._scaled_mm(
                 rounded, codes.view(native).T, scale_a=steps[:, None], scale_b=by_row[None], out_dtype=torch.bfloat16
             )
             return found if bias is None else found.add_(bias.to(found.dtype))
-        _product(rounded, codes.view(native), scales, steps, bias, out)
+        product(rounded, codes.view(native), scales, steps, bias, out)
     return out
 
 
@@ -116,186 +104,13 @@ def _library_multiplies(x: Tensor, codes: Tensor, inputs: torch.dtype | None, we
     return fits and (inputs, weight) == (E4M3, E4M3) and x.is_cuda and capability(x.device) >= (9, 0)
 
 
-def _kind(native: torch.dtype | None) -> int:
-    """The constant of the kernels for a dtype of codes."""
-    from whit.kernels.triton import eight_bit as kernels
-
-    kinds = {None: kernels.UNROUNDED, torch.int8: kernels.INT8, E4M3: kernels.E4M3}
-    return int(kinds.get(native, kernels.E5M2).value)
-
-
-def _mantissa(numbers: NumberSystem) -> tuple[int, float]:
-    """Bits of the significand (-1: integers), and what fields read as float16 have to be multiplied with."""
-    if isinstance(numbers, Minifloat):
-        return numbers.mantissa_bits, 2.0 ** (15 - numbers.bias)
-    return -1, 1.0
-
-
-def _one_token(
-    x: Tensor,
-    codes: Tensor,
-    scales: Tensor,
-    input_scale: Tensor | None,
-    bias: Tensor | None,
-    inputs: str,
-    weight: str,
-    group: int,
-    out: Tensor,
-) -> None:
-    from whit.kernels.triton.eight_bit import one_token
-
-    rows = len(codes)
-    numbers, weights = number_system(inputs) if inputs else None, number_system(weight)
-    words = codes.shape[1] // 4
-    each = 32 // weights.bits
-    integer = numbers is not None and numbers.native == torch.int8
-    tile = choose_tile("eight-bit" if integer else f"one-{weights.bits}", 1, rows, codes.shape[1], x.device)
-    blocks, early = -(-rows // tile.n), starts_early(x.device)
-    programs = min(blocks, tile.group * processors(x.device))
-    mantissa, factor = _mantissa(weights)
-    unit = weights.native == E4M3 and not interpreted() and capability(x.device) >= (8, 9)
-    one_token[(programs,)](
-        x,
-        codes.view(torch.int32),
-        scales,
-        scales if input_scale is None else input_scale,
-        scales if bias is None else bias,
-        out,
-        rows,
-        words,
-        0 if len(scales) == 1 else 1,
-        scales.shape[1],
-        1.0 if numbers is None else numbers.maximum,
-        1.0 if unit or integer else factor,
-        INPUTS=_kind(None if numbers is None else numbers.native),
-        BITS=weights.bits,
-        MANTISSA=mantissa,
-        E4M3_UNIT=unit,
-        STATIC=input_scale is not None,
-        BIAS=bias is not None,
-        WORDS=power_of_two(words),
-        GROUP=max(group, 0) // each,
-        ROWS=tile.n,
-        LOOP=programs < blocks,
-        EARLY=early,
-        HARDWARE=not interpreted(),
-        num_warps=tile.warps,
-        maxnreg=registers(tile),
-        enable_fp_fusion=numbers is None,  # fused products would round the inputs otherwise than the plain meaning
-        launch_pdl=early,
-    )
-
-
-def _round_tokens(
-    x: Tensor, input_scale: Tensor | None, numbers: NumberSystem, scales: Tensor, rows: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes (m, columns) in the native dtype, float32 scales (m,), and those of `rows` rows of the weight."""
-    from whit.kernels.triton.eight_bit import round_tokens
-
-    tokens, columns = x.shape
-    rounded = torch.empty(tokens, columns, dtype=numbers.native, device=x.device)
-    steps = torch.empty(tokens, dtype=torch.float32, device=x.device)
-    by_row = torch.empty(rows, dtype=torch.float32, device=x.device)
-    size = power_of_two(columns)
-    round_tokens[(tokens + -(-rows // SCALES),)](
-        x,
-        rounded,
-        steps,
-        steps if input_scale is None else input_scale,
-        scales,
-        by_row,
-        tokens,
-        rows,
-        columns,
-        0 if len(scales) == 1 else 1,
-        numbers.maximum,
-        KIND=_kind(numbers.native),
-        STATIC=input_scale is not None,
-        COLUMNS=size,
-        ROWS=SCALES,
-        RECIPROCAL=x.is_cuda,
-        EARLY=starts_early(x.device),
-        num_warps=min(16, max(1, size // 512)),
-        enable_fp_fusion=False,
-        launch_pdl=starts_early(x.device),
-    )
-    return rounded, steps, by_row
-
-
-def _product(
-    left: Tensor, right: Tensor, scales: Tensor, steps: Tensor | None, bias: Tensor | None, out: Tensor
-) -> None:
-    from whit.kernels.triton.eight_bit import scaled_product
-    from whit.kernels.triton.outlier_int8 import described
-
-    (tokens, columns), rows = left.shape, len(right)
-    tile = choose_tile("eight-bit" if steps is not None else "weight-only", max(tokens, 2), rows, columns, left.device)
-    if steps is None:  # 16-bit inputs take twice the room
-        tile = fitted(replace(tile, k=min(tile.k, 128), descriptor=False), 2, shared_memory(left.device))
-    elif left.dtype != torch.int8:  # float32 sums of parts of the row need registers of their own
-        tile = replace(tile, n=min(tile.n, 128))
-    descriptor = tile.descriptor and columns % 16 == 0 and right.data_ptr() % 16 == 0
-    one: Any = described(left, [tile.m, tile.k]) if descriptor else left
-    other: Any = described(right, [tile.n, tile.k]) if descriptor else right
-    early = starts_early(left.device) and steps is not None
-    scaled_product[(-(-tokens // tile.m) * -(-rows // tile.n),)](
-        one,
-        other,
-        scales if steps is None else steps,
-        scales,
-        scales if bias is None else bias,
-        out,
-        tokens,
-        rows,
-        columns,
-        0 if len(scales) == 1 else 1,
-        1.0,
-        INTEGER=left.dtype == torch.int8,
-        WIDEN=steps is None,
-        SCALED=steps is not None,
-        BIAS=bias is not None,
-        M=tile.m,
-        N=tile.n,
-        K=tile.k,
-        GROUP=tile.group,
-        DESCRIPTOR=descriptor,
-        EVEN=columns % tile.k == 0,
-        STAGES=tile.stages,
-        PART=128,
-        EARLY=early,
-        num_warps=tile.warps,
-        launch_pdl=early,
-    )
-
-
 @torch.library.custom_op("whit::decoded_codes", mutates_args=())
 def decoded_codes(
     codes: Tensor, scales: Tensor, rows: int, columns: int, group: int, system: str, dtype: torch.dtype
 ) -> Tensor:
     """The dense weight (rows, columns) in float16 or bfloat16, from codes of 8 or 4 bits: `unpack().to(dtype)`."""
-    from whit.kernels.triton.eight_bit import decode
-
     out = torch.empty(rows, columns, dtype=dtype, device=codes.device)
-    numbers = number_system(system)
-    mantissa, factor = _mantissa(numbers)
-    decode[(-(-rows // DECODED_ROWS), -(-columns // DECODED_COLUMNS))](
-        codes,
-        scales,
-        out,
-        rows,
-        columns,
-        codes.shape[1],
-        max(group, 1),
-        scales.shape[1],
-        0 if len(scales) == 1 else 1,
-        factor,
-        BITS=numbers.bits,
-        MANTISSA=mantissa,
-        GROUP=0 if group <= 0 else group if DECODED_COLUMNS % group == 0 else -1,
-        ROWS=DECODED_ROWS,
-        COLUMNS=DECODED_COLUMNS,
-        num_warps=4,
-    )
+    decode(codes, scales, group, number_system(system), out)
     return out
 
 
