@@ -11,7 +11,8 @@ arXiv 2208.07339, sections 2 and 3; the paper's v is the original 16-bit weight.
 
 The sum of integers is exact (|sum| <= 127^2 columns: 32 bits hold it up to 133 000 columns). Everything after it is
 computed in float64 and rounded once, to the dtype of the inputs. A faster integer product therefore changes no bit,
-and without "dynamic" a token gets the same output whatever it is batched with.
+and without "dynamic" a token gets the same output whatever it is batched with. (`whit.kernels.outlier_int8`, for 16-bit
+inputs on a GPU, keeps codes and integer sums and has float32 after that, within a bound stated there.)
 
 Stored bits per weight: 8 + 32 / columns, and (16 + 32 / rows) per stored column / columns.
 """

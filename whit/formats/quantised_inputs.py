@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -45,13 +46,13 @@ class QuantisedInputs(Format):
     group_size: int = 0
 
     def __post_init__(self) -> None:
-        number_system(self.system)
+        _ = self.numbers
         if not isinstance(self.weight, Format) or self.weight.changes_inputs:
             raise ValueError(f"weight must be a layout that leaves its inputs alone, got {self.weight!r}")
         if self.group_size < 0:
             raise ValueError(f"group_size must be 0 (all channels) or positive, got {self.group_size}")
 
-    @property
+    @cached_property  # found already when the layout is made: nothing is left for torch.compile to trace
     def numbers(self) -> NumberSystem:
         """The number system of the inputs."""
         return number_system(self.system)

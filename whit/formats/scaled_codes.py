@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 import torch
@@ -47,11 +48,11 @@ class ScaledCodes(Format):
     group_size: int
 
     def __post_init__(self) -> None:
-        number_system(self.system)
+        _ = self.numbers
         if self.group_size < WHOLE_TENSOR:
             raise ValueError(f"group_size must be -1 (tensor), 0 (row) or positive, got {self.group_size}")
 
-    @property
+    @cached_property  # found already when the layout is made: nothing is left for torch.compile to trace
     def numbers(self) -> NumberSystem:
         """The number system."""
         return number_system(self.system)

@@ -1,0 +1,300 @@
+"""Time of 8-bit layers against the dense product on one GPU, written as JSON.
+
+    python benchmarks/int8_kernels.py --output benchmarks/results/int8-kernels-h200.json
+    python benchmarks/int8_kernels.py --tune      # first finds and keeps the fastest launch shape of each case
+
+Each case is a CUDA graph that calls the layer once per copy of its weight; copies together exceed twice the L2 cache,
+so weights come from memory. Seven columns of the inputs are loud in every token, the number that the LLM.int8() paper
+finds in models up to 13B. Times are medians over replays, per call. Beside our layers: the dense product,
+`torch._int_mm` of codes that are there already (no rounding, no scales), and bitsandbytes where it is installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import platform
+import statistics
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from reports import write_report
+from torch import Tensor
+
+from whit.formats import Packed
+from whit.formats.outlier_int8 import OutlierInt8
+from whit.formats.quantised_inputs import QuantisedInputs
+from whit.formats.scaled_codes import ScaledCodes
+from whit.kernels import explain, packed_linear
+from whit.kernels.launching import Tile, device_name, keep_tuned, power_of_two, tile_key, use_tile
+
+SHAPES = ((4096, 4096), (11008, 4096))
+"""(rows, columns): outputs, inputs."""
+COUNTS = (1, 16, 512, 4096)
+LOUD = 7
+SEED = 0
+CASES = ("dynamic", "none", "static", "cached", "int8-w8a8", "fp8-w8a8", "fp8-w8a16", "int8-w8a16", "fp4-w4a16")
+
+
+def random_packed(case: str, rows: int, columns: int, generator: torch.Generator) -> Packed:
+    """A layer with random codes; "static" and "cached" store the loud columns in 16 bit."""
+
+    def codes(shape: tuple[int, ...]) -> Tensor:
+        return torch.randint(-127, 128, shape, dtype=torch.int8, device="cuda", generator=generator)
+
+    if case in ("none", "dynamic", "static", "cached"):
+        listed = LOUD if case in ("static", "cached") else 0
+        outliers = "dynamic" if case in ("dynamic", "cached") else case
+        layout = OutlierInt8(6.0 if outliers == "dynamic" else 0.0, outliers, listed, "bfloat16" if listed else "int8")
+        tensors = {"codes": codes((rows, columns)), "absmax": torch.rand(rows, device="cuda", generator=generator)}
+        if listed:
+            tensors["outlier_index"] = loud_columns(columns).int()
+            weight = torch.randn(rows, listed, device="cuda", generator=generator)
+            tensors["outlier_weight"] = weight.bfloat16()
+        return Packed(layout, rows, columns, tensors)
+    number, widths = case.split("-")
+    system = {"int8": "int8", "fp8": "e4m3fn", "fp4": "e2m1fn"}[number]
+    inner = ScaledCodes(system, 0)
+    weight = torch.randn(rows, columns, device="cuda", generator=generator)
+    packed = inner.pack(weight, weight.abs().amax(1, keepdim=True) / inner.numbers.maximum)
+    return packed if widths.endswith("a16") else QuantisedInputs(inner, system, False).pack(packed)
+
+
+def loud_columns(columns: int) -> Tensor:
+    """Seven columns, spread."""
+    return torch.arange(1, LOUD + 1, device="cuda") * (columns // (LOUD + 2)) + 5
+
+
+def seconds_per_call(calls: list[Callable[[], Any]], replays: int = 20) -> tuple[float, float]:
+    """Median time of one call and spread (width of the middle half), from replays of a graph."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for call in calls:  # each keeps something of its own
+            call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = [call() for call in calls]
+    for _ in range(3):
+        graph.replay()
+    times = []
+    for _ in range(replays):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1e-3 / len(calls))
+    del outputs
+    times.sort()
+    return statistics.median(times), times[replays * 3 // 4] - times[replays // 4]
+
+
+def candidates(kind: str, tokens: int, width: int) -> list[Tile]:
+    """Launch shapes among which `--tune` chooses; `width` bytes of codes in a row."""
+    if tokens == 1:
+        warps = max(1, power_of_two(width // 4) // 256)
+        shapes = [(8, warps, 2), (8, 2 * warps, 2), (4, warps, 4), (16, warps, 2)]
+        return [Tile(1, rows, 0, count, 1, group) for rows, count, group in shapes]
+    if tokens <= 32:
+        return [Tile(16, 32, 256, 4, 4, 4), Tile(16, 32, 128, 4, 6, 4)]
+    shapes = [(64, 128, 4, 4, 8, 0), (128, 128, 4, 3, 8, 0), (128, 256, 8, 4, 16, 0)]
+    if kind == "outlier-int8":
+        shapes += [(128, 256, 8, 4, 16, 1), (64, 128, 4, 4, 8, 2)]
+    return [Tile(m, n, 128, warps, stages, group, True, tail) for m, n, warps, stages, group, tail in shapes]
+
+
+def tuned_kind(case: str, tokens: int) -> str:
+    """What the shape of a case is filed under, if the case is the one by which it is chosen."""
+    if case == "dynamic":
+        return "outlier-int8"
+    if case == "int8-w8a8":
+        return "eight-bit"
+    if case == "fp8-w8a16" and tokens <= 16:
+        return "one-8" if tokens == 1 else "weight-only"
+    return "one-4" if case == "fp4-w4a16" and tokens == 1 else ""
+
+
+def tune(kind: str, tokens: int, packed: Packed, seconds: Callable[[], float]) -> dict[str, float]:
+    """Try the candidates, keep and use the fastest; the time of each."""
+    device = device_name(torch.device("cuda", 0))
+    codes = packed.tensors.get("codes", packed.tensors.get("weight_codes"))
+    assert codes is not None
+    width = codes.shape[1]
+    key = tile_key(kind, tokens, packed.rows, width)
+    times: dict[Tile, float] = {}
+    errors = []
+    for tile in candidates(kind, tokens, width):
+        use_tile(device, key, tile)
+        try:
+            times[tile] = seconds()
+        except Exception as error:  # a shape that this device or compiler cannot launch
+            errors.append(f"{tile}: {str(error).splitlines()[0][:100] if str(error) else type(error).__name__}")
+            torch.cuda.synchronize()
+    for line in errors[:2]:
+        print("   not launched:", line, flush=True)
+    best = min(times, key=times.__getitem__)
+    use_tile(device, key, best)
+    keep_tuned(device, {key: best})
+    return {str(tuple(asdict(tile).values())): time for tile, time in sorted(times.items(), key=lambda item: item[1])}
+
+
+@dataclass
+class Case:
+    """One shape and number of tokens, and its records so far; the first is the dense product."""
+
+    rows: int
+    columns: int
+    tokens: int
+    cache: int
+    records: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def dense_bytes(self) -> int:
+        """Of a 16-bit weight."""
+        return 2 * self.rows * self.columns
+
+    def copies(self, weight_bytes: int) -> int:
+        """Copies of a weight that exceed twice the cache."""
+        return max(2, min(-(-2 * self.cache // weight_bytes), 40))
+
+    def keep(self, name: str, kernel: str, seconds: float, **more: Any) -> None:
+        """Add a record and print it."""
+        dense = self.records[0]["seconds"] if self.records else seconds
+        operations = 2 * self.rows * self.columns * self.tokens
+        self.records.append(
+            {
+                "case": name,
+                "kernel": kernel,
+                "rows": self.rows,
+                "columns": self.columns,
+                "tokens": self.tokens,
+                "seconds": seconds,
+                "operations_per_second": operations / seconds,
+                "times_dense": dense / seconds,
+                **more,
+            }
+        )
+        print(
+            f"{self.rows:6d} x {self.columns:5d}  M={self.tokens:<5d}{name:22s}{seconds * 1e6:9.2f} us"
+            f"  +-{more.get('spread_seconds', 0.0) * 1e6:5.2f}  {more.get('bytes_per_second', 0.0) / 1e12:5.2f} TB/s"
+            f" {operations / seconds / 1e12:7.1f} TOP/s  {dense / seconds:5.2f} x dense  {kernel}",
+            flush=True,
+        )
+
+    def time(self, name: str, kernel: str, weight_bytes: int, calls: list[Callable[[], Any]], **more: Any) -> None:
+        """Time calls that use one copy of the weight each."""
+        seconds, spread = seconds_per_call(calls)
+        moved = weight_bytes + 2 * self.tokens * (self.rows + self.columns)
+        numbers = {"bytes_moved": moved, "bytes_per_second": moved / seconds, "spread_seconds": spread}
+        self.keep(name, kernel, seconds, copies=len(calls), **numbers, **more)
+
+
+def measure_baselines(case: Case, x: Tensor, generator: torch.Generator) -> None:
+    """The dense product, and for many tokens the products of 8-bit codes that are there already."""
+    rows, columns, tokens = case.rows, case.columns, case.tokens
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape, device="cuda", generator=generator)
+
+    dense = [(0.02 * random(rows, columns)).to(x.dtype) for _ in range(case.copies(case.dense_bytes))]
+    linear = torch.nn.functional.linear
+    name = "dense " + str(x.dtype).removeprefix("torch.")
+    case.time(name, "cuBLAS", case.dense_bytes, [lambda w=w: linear(x, w) for w in dense])
+    del dense
+    if tokens <= 16:
+        return
+    size = case.dense_bytes // 2
+    left = random(tokens, columns).mul_(40).clamp_(-127, 127).to(torch.int8)
+    right = [random(rows, columns).mul_(40).clamp_(-127, 127).to(torch.int8) for _ in range(case.copies(size))]
+    case.time("INT8 product alone", "torch._int_mm", size, [lambda w=w: torch._int_mm(left, w.T) for w in right])
+    eight, steps, scales = torch.float8_e4m3fn, torch.ones(tokens, 1, device="cuda"), torch.ones(1, rows, device="cuda")
+    inputs, weights = random(tokens, columns).to(eight), [item.to(eight) for item in right]
+    given = {"scale_a": steps, "scale_b": scales, "out_dtype": torch.bfloat16}
+    calls = [lambda w=w: torch._scaled_mm(inputs, w.T, **given) for w in weights]
+    case.time("FP8 product alone", "torch._scaled_mm", size, calls)
+
+
+def measure_bitsandbytes(case: Case, x: Tensor) -> None:
+    """Layers of bitsandbytes, if it is installed; it asks the device for sizes, so there is no graph."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        return
+    import bitsandbytes
+
+    for threshold in (6.0, 0.0):
+        layer = bitsandbytes.nn.Linear8bitLt(
+            case.columns, case.rows, bias=False, has_fp16_weights=False, threshold=threshold
+        ).cuda()
+        half = x.half()
+        for _ in range(3):
+            layer(half)
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        for _ in range(20):
+            layer(half)
+        end.record()
+        end.synchronize()
+        version = bitsandbytes.__version__
+        case.keep(f"bitsandbytes {version}, threshold {threshold:g}", "", start.elapsed_time(end) * 1e-3 / 20)
+
+
+def measure(case: Case, names: list[str], dtype: torch.dtype, tuning: bool) -> list[dict[str, Any]]:
+    """Baselines and every named layer."""
+    generator = torch.Generator("cuda").manual_seed(SEED)
+    x = torch.randn(case.tokens, case.columns, device="cuda", generator=generator)
+    x[:, loud_columns(case.columns)] *= 20
+    x = x.to(dtype)
+    measure_baselines(case, x, generator)
+    for name in names:
+        first = random_packed(name, case.rows, case.columns, generator)
+        size = first.format.bytes(case.rows, case.columns)
+        others = (random_packed(name, case.rows, case.columns, generator) for _ in range(case.copies(size) - 1))
+        calls = [lambda w=w: packed_linear(x, w) for w in (first, *others)]
+        more = {}
+        kind = tuned_kind(name, case.tokens)
+        if tuning and kind:
+            more["tried"] = tune(kind, case.tokens, first, lambda calls=calls: seconds_per_call(calls, 6)[0])
+            for tile, time in list(more["tried"].items())[:4]:
+                print(f"      {time * 1e6:9.2f} us  {tile}", flush=True)
+        case.time(name, explain(x, first), size, calls, **more)
+    measure_bitsandbytes(case, x)
+    return case.records
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, help="JSON file to write")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))
+    parser.add_argument("--counts", nargs="+", type=int, default=list(COUNTS))
+    parser.add_argument("--shapes", nargs="+", default=[f"{rows}x{columns}" for rows, columns in SHAPES])
+    parser.add_argument("--dtype", choices=["float16", "bfloat16"], default="bfloat16")
+    parser.add_argument("--tune", action="store_true", help="find and keep the fastest launch shapes first")
+    arguments = parser.parse_args()
+    torch.manual_seed(SEED)
+    properties = torch.cuda.get_device_properties(0)
+    report: dict[str, Any] = {
+        "hardware": properties.name,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+        "seed": SEED,
+        "dtype": arguments.dtype,
+        "loud_columns": LOUD,
+        "records": [],
+    }
+    dtype = getattr(torch, arguments.dtype)
+    with torch.inference_mode():
+        for shape in arguments.shapes:
+            rows, columns = map(int, shape.split("x"))
+            for tokens in arguments.counts:
+                case = Case(rows, columns, tokens, properties.L2_cache_size)
+                report["records"] += measure(case, arguments.cases, dtype, arguments.tune)
+                if arguments.output is not None:
+                    write_report(report, arguments.output)
+
+
+if __name__ == "__main__":
+    main()

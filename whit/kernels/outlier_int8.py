@@ -1,0 +1,106 @@
+"""LLM.int8() layers in one to three launches (Triton), for float16 and bfloat16 inputs on a CUDA device.
+
+    1 token         one launch: each program rounds the token for itself and reads its rows of the weight once
+    2 to 32         two: rows of the inputs are rounded and outlier columns listed; INT8 product on tensor cores
+    more            the same, and with "dynamic" one launch before, in which columns are marked
+
+Nothing has a shape that depends on data and nothing waits for the device: outlier columns are listed in a buffer as
+long as the row, and the product loops over as many as the device counted. Codes and integer sums are those of the plain
+meaning, bit for bit; what follows is float32 (outlier columns: 16-bit products, exact, with float32 sums) where the
+plain meaning has float64. Bound on the difference, with u the spacing of the inputs' type and O the outlier columns:
+
+    |error| <= u |y| + 2^-21 (s_t a_i / 127^2 |sum_j d_tj c_ij| + |b_i|) + 2^-18 sum_{j in O} |x_tj v_ij|
+
+so a token's output may differ in its last bit with what it is batched with, "static" or not. Left to the plain meaning:
+`compat`, granularity "tensor", float32 inputs, gradients, rows of more than 32768 columns.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from whit.formats.base import Packed
+from whit.formats.outlier_int8 import OutlierInt8
+from whit.kernels.int8_product import int32_product
+from whit.kernels.launching import usable
+from whit.kernels.linear import Implementation, register_implementation
+from whit.kernels.outlier_launch import Weight, many_tokens, one_token
+
+MOST_COLUMNS = 32768
+ADDRESSED = 2**31
+"""Numbers of a matrix that 32-bit offsets reach."""
+
+
+@torch.library.custom_op("whit::outlier_int8", mutates_args=())
+def outlier_int8_product(
+    x: Tensor,
+    codes: Tensor,
+    absmax: Tensor,
+    index: Tensor | None,
+    wide: Tensor | None,
+    bias: Tensor | None,
+    threshold: float,
+    dynamic: bool,
+) -> Tensor:
+    """x (m, columns), contiguous, times an LLM.int8() weight: (m, rows). See the top of this file.
+
+    Args:
+        x: float16 or bfloat16.
+        codes, absmax, index, wide: tensors of the format; `index` and `wide` are the stored outlier columns.
+        bias: (rows,) of any float type.
+        threshold: of outliers, if `dynamic`.
+    """
+    out = torch.empty(len(x), len(codes), dtype=x.dtype, device=x.device)
+    weight = Weight(codes, absmax, index, wide, bias, threshold, dynamic)
+    if out.numel() == 0:
+        return out
+    if len(x) == 1 and weight.columns % 4 == 0 and codes.data_ptr() % 4 == 0:
+        one_token(x, weight, out)
+    else:
+        many_tokens(x, weight, out)
+    return out
+
+
+@outlier_int8_product.register_fake
+def _(
+    x: Tensor,
+    codes: Tensor,
+    absmax: Tensor,
+    index: Tensor | None,
+    wide: Tensor | None,
+    bias: Tensor | None,
+    threshold: float,
+    dynamic: bool,
+) -> Tensor:
+    return x.new_empty(x.shape[0], codes.shape[0])
+
+
+def _supports(x: Tensor, packed: Packed) -> bool:
+    layout = packed.format
+    assert isinstance(layout, OutlierInt8)
+    if layout.compat or layout.granularity == "tensor" or packed.columns > MOST_COLUMNS or not usable(x, packed):
+        return False
+    return x.numel() // packed.columns * max(packed.rows, packed.columns) < ADDRESSED
+
+
+def _linear(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+    layout, tensors = packed.format, packed.tensors
+    assert isinstance(layout, OutlierInt8)
+    if bias is not None and bias.requires_grad and torch.is_grad_enabled():  # the plain meaning has a derivative
+        return layout.linear_with(int32_product, x, tensors, packed.rows, packed.columns, bias)
+    flat = x.detach().reshape(-1, packed.columns).contiguous()
+    out: Tensor = torch.ops.whit.outlier_int8(
+        flat,
+        tensors["codes"],
+        tensors["absmax"],
+        tensors.get("outlier_index"),
+        tensors.get("outlier_weight"),
+        None if bias is None else bias.detach().contiguous(),
+        layout.threshold,
+        layout.outliers == "dynamic",
+    )
+    return out.reshape(*x.shape[:-1], packed.rows)
+
+
+register_implementation(OutlierInt8.name, Implementation("fused int8 (Triton)", _supports, _linear))
