@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from whit.kernels.signs import decode_signs, patterns, signed_sums
-from whit.kernels.split_product import SplitMatrix
+from whit.kernels.split_product import SplitMatrix, add_product, product
 from whit.methods.billm_planes import BinaryPlanes
 from whit.methods.descent import descend_columns, solve_least_squares
 from whit.methods.feedback import round_with_feedback
@@ -203,7 +203,7 @@ def refit(
         low[2 * block : 2 * block + 2], high[2 * block : 2 * block + 2] = rounded.low, rounded.high
         if len(columns) == len(book):  # the usual case: one block, and nothing to pick out
             updated = _decode(codes, Codebooks(low, high), book)
-            gradient.addmm_(moment, values.neg_().add_(updated), alpha=-1)
+            add_product(gradient, moment, values.neg_().add_(updated), -1)
             values.copy_(updated)
             continue
         updated = _decode(codes[columns], Codebooks(low, high), book[columns])
@@ -299,7 +299,7 @@ def refined_billm(
     if passes:
         inner = moment[order][:, order].contiguous()
         values = _decode(codes, books, book)
-        gradient = inner @ (target - values)
+        gradient = product(inner, target - values)
         parts: dict[int, MomentParts] = {}
         for _ in range(passes):
             books = refit(codes, values, gradient, inner, books, book, parts)

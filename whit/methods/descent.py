@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from whit.kernels.split_product import SplitMatrix
+from whit.kernels.split_product import SplitMatrix, add_product
 from whit.methods.feedback import Rounder
 from whit.methods.rounders import LevelRounder
 
@@ -43,7 +43,7 @@ def descend_columns(codes: Tensor, values: Tensor, gradient: Tensor, moment: Ten
             part = slice(start, stop)
             fast.descend_block(start, values[part], gradient[part], inner, codes[part], change)
             values[part] += change
-            gradient.addmm_(moment[:, part], change, alpha=-1)
+            add_product(gradient, moment[:, part], change, -1)
             continue
         for j in range(stop - start):
             column = start + j

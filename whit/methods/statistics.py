@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from whit.errors import ModelError
+from whit.kernels.split_product import product
 
 
 class Statistic(Enum):
@@ -125,17 +126,54 @@ def _factorise(moment: Tensor, damping: float, order: Tensor | None) -> InverseF
     while True:
         damped = h.clone()
         damped[index, index] += used * mean
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if int(failed) == 0:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if int(failed) == 0 and bool(torch.isfinite(upper).all()):
-                break
+        upper = _inverse_factor(damped)
+        if upper is not None:
+            break
         used = max(used, 1e-6) * 10
         if used > 1e4:
             raise ModelError("second moments of the calibration inputs cannot be inverted: use more calibration text")
     if used != damping:
         notes.append(f"damping raised from {damping:g} to {used:g}: second moments were not positive definite")
     return InverseFactor(upper, dead, used, tuple(notes))
+
+
+def _inverse_factor(matrix: Tensor) -> Tensor | None:
+    """U, upper triangular with matrix^-1 = U^T U; None if the matrix is not positive definite.
+
+    On a CPU by way of the inverse, as the released codes have it, bit for bit. On a GPU without it: with the columns in
+    reverse order, matrix = L L^T becomes matrix = R R^T, R upper triangular, and U = R^-1. That is a quarter of the
+    arithmetic.
+    """
+    if matrix.device.type == "cpu":
+        lower, failed = torch.linalg.cholesky_ex(matrix)
+        if int(failed):
+            return None
+        upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+    else:
+        lower, failed = torch.linalg.cholesky_ex(matrix.flip(0, 1))
+        if int(failed):
+            return None
+        upper = inverse_of_triangle(lower.flip(0, 1))
+    return None if int(failed) or not bool(torch.isfinite(upper).all()) else upper
+
+
+def inverse_of_triangle(matrix: Tensor, leaf: int = 512) -> Tensor:
+    """Inverse of an upper triangular matrix, block by block: [A B; 0 C]^-1 = [A^-1, -A^-1 B C^-1; 0, C^-1].
+
+    Args:
+        matrix: (columns, columns), nothing below its diagonal.
+        leaf: width at which a block is solved directly.
+    """
+    size = len(matrix)
+    if size <= leaf:
+        identity = torch.eye(size, dtype=matrix.dtype, device=matrix.device)
+        return torch.linalg.solve_triangular(matrix, identity, upper=True)
+    half = -(-size // (2 * leaf)) * leaf
+    first, last = inverse_of_triangle(matrix[:half, :half], leaf), inverse_of_triangle(matrix[half:, half:], leaf)
+    out = torch.zeros_like(matrix)
+    out[:half, :half], out[half:, half:] = first, last
+    torch.mm(first @ matrix[:half, half:], last, out=out[:half, half:]).neg_()
+    return out
 
 
 def relative_output_error(weight: Tensor, quantised: Tensor, moment: Tensor | None) -> float:
@@ -149,7 +187,7 @@ def relative_output_error(weight: Tensor, quantised: Tensor, moment: Tensor | No
     if moment is None:
         above, below = difference.square().sum(), weight.square().sum()
     else:
-        above, below = (difference @ moment * difference).sum(), (weight @ moment * weight).sum()
+        above, below = ((product(item, moment) * item).sum() for item in (difference, weight))
     return float(above / below) if float(below) > 0 else float(above)
 
 

@@ -11,9 +11,11 @@ hidden states. Weights are read tensor by tensor.
 
 from __future__ import annotations
 
+import dataclasses
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from itertools import groupby
 
 import torch
@@ -21,11 +23,13 @@ from torch import Tensor, nn
 
 from whit.formats.base import Packed
 from whit.methods.statistics import LayerStatistics
+from whit.models.ahead import ReadAhead
 from whit.models.outside import materialise_outside, release_outside
 from whit.models.skeleton import materialise, release
 from whit.models.source import TensorSource
 from whit.models.stacks import Stack
 from whit.pipeline.assign import Assignment
+from whit.pipeline.background import InOrder
 from whit.pipeline.block import Streams, Swaps, compress_block, compress_layer, propagate, restore_layers
 from whit.pipeline.catch import Caught, Finished
 from whit.pipeline.events import Listener
@@ -63,6 +67,7 @@ class Run:
     device: torch.device
     true_sequential: bool
     gradients: GradientStore | None = None
+    writer: InOrder = field(default_factory=InOrder)
 
     @property
     def stage(self) -> Stage:
@@ -71,8 +76,38 @@ class Run:
 
 
 def compress_units(run: Run) -> None:
-    """Bring every unit (outside, then block after block) into the journal."""
+    """Bring every unit (outside, then block after block) into the journal.
+
+    Units are written by another thread; all that were finished are in the journal when this returns or fails. On a GPU
+    the weights of the next block are read by a thread, too.
+    """
+    with run.writer, _reading_ahead(run) as ahead:
+        _units(ahead)
+
+
+@contextmanager
+def _reading_ahead(run: Run) -> Iterator[Run]:
+    if run.device.type != "cuda":  # there a second block in memory would cost more than it gives
+        yield run
+        return
+    source = ReadAhead(run.source, run.device)
+    try:
+        yield dataclasses.replace(run, source=source)
+    finally:
+        source.close()
+
+
+def _expect(run: Run, block: str | None) -> None:
+    """Let the weights of the block that comes next be read, where that is done ahead."""
+    if isinstance(run.source, ReadAhead):
+        inside = [] if block is None else [key for key, _ in run.model.get_submodule(block).named_parameters()]
+        stored = set(run.source.names())
+        run.source.expect(name for name in (f"{block}.{key}" for key in inside) if name in stored)
+
+
+def _units(run: Run) -> None:
     blocks = [block for stack in run.stacks for block in stack.blocks]
+    _expect(run, blocks[0])
     materialise_outside(run.model, blocks, run.source, run.compute_dtype, run.device)
     _outside(run)
     done: list[str] = []
@@ -139,7 +174,10 @@ def _block(run: Run, name: str, streams: Streams, done: list[str], total: int, o
     layers = run.assignment.of_block(name)
     start = time.perf_counter()
     materialise(run.model, name, run.source, run.compute_dtype, run.device)
+    _expect(run, run.stage.after(name))
     swaps = Swaps(block, name)
+    if name in done:
+        run.writer.wait()
     if name in run.journal.units:
         restore_layers(block, name, layers, run.journal.units[name], run.journal.load(name), swaps)
         records = [] if name in done else run.journal.units[name]
@@ -180,7 +218,7 @@ def _store(run: Run, unit: str, packed: dict[str, Packed], records: list[LayerRe
             value = run.source.load(name) if name in stored else run.model.state_dict()[name].detach().cpu()
             dtype = dense_tensor_dtype(run.model, name, run.dense_dtype)
             tensors[name] = value.to(dtype) if value.is_floating_point() else value
-    run.journal.write(unit, tensors, records, seconds)
+    run.writer.submit(lambda: run.journal.write(unit, tensors, records, seconds))
 
 
 def _dense_names(model: nn.Module, unit: str, blocks: Sequence[str]) -> list[str]:
@@ -204,6 +242,7 @@ def _catch(
     catcher = stage.enter(stack, stage.cast(run.batches[0]), finished, later)
     if catcher is None:
         return None
+    _expect(run, stack.blocks[0])
     run.listener.phase("calibration", len(run.batches))
     caught = []
     for index, batch in enumerate(run.batches):

@@ -19,6 +19,8 @@ from whit.models.layers import LayerKind, layer_kind
 SAMPLE_VECTORS = 1024
 #: Columns per product of second moments on a CPU.
 BLOCK_COLUMNS = 256
+#: Columns per product of second moments on a GPU.
+PANEL_COLUMNS = 2048
 INPUT_STATISTICS = frozenset({Statistic.SECOND_MOMENT, Statistic.SQUARE_SUMS, Statistic.RANGE, Statistic.SAMPLE})
 
 
@@ -67,7 +69,7 @@ class SecondMoment:
     """H = 2/N sum over N sequences of X^T X, float32, as a running mean (the accumulation of GPTQ and BiLLM).
 
     Frantar et al. 2022, section 3.3; per batch of b sequences: H <- H N/(N+b), N <- N+b, H += 2/N X^T X.
-    H is symmetric: on a CPU only blocks of columns down to the diagonal are accumulated.
+    H is symmetric: only blocks of columns from the diagonal on are accumulated, and mirrored in the end.
 
     Attributes:
         upper: (columns, columns), of which what lies on and above the diagonal is kept up to date.
@@ -87,13 +89,22 @@ class SecondMoment:
         if flat.device.type == "cpu":
             self._update_blocks(flat, kept)
             return
-        self.upper *= kept
         if flat.is_cuda and flat.dtype in (torch.float16, torch.bfloat16):
-            # Products of 16-bit numbers are exact in float32, in which tensor cores add them: nothing is lost.
-            self.upper += torch.mm(flat.T, flat, out_dtype=torch.float32).mul_(2 / self.sequences)
+            self._update_panels(flat, kept)
         else:
+            self.upper *= kept
             scaled = math.sqrt(2 / self.sequences) * flat.float()
             self.upper += scaled.T @ scaled
+
+    def _update_panels(self, flat: Tensor, kept: float) -> None:
+        """Scale, multiply and add in one product on tensor cores per panel of columns."""
+        # Products of 16-bit numbers are exact in float32, in which tensor cores add them: nothing is lost.
+        for start in range(0, flat.shape[1], PANEL_COLUMNS):
+            target = self.upper[start : start + PANEL_COLUMNS, start:]
+            left = flat[:, start : start + PANEL_COLUMNS].T
+            torch.addmm(
+                target, left, flat[:, start:], out_dtype=torch.float32, beta=kept, alpha=2 / self.sequences, out=target
+            )
 
     def _update_blocks(self, flat: Tensor, kept: float) -> None:
         """Scale, multiply and add in one product per block of columns."""
@@ -108,10 +119,15 @@ class SecondMoment:
 
     @property
     def moment(self) -> Tensor:
-        """H, float32 (columns, columns); on a CPU exactly symmetric."""
-        if self.upper.device.type != "cpu":
-            return self.upper
-        return self.upper.triu() + self.upper.triu(1).T
+        """H, float32 (columns, columns), exactly symmetric."""
+        if self.upper.device.type == "cpu":
+            return self.upper.triu() + self.upper.triu(1).T
+        for start in range(0, len(self.upper), PANEL_COLUMNS):  # in place: H of a wide layer takes gigabytes
+            stop = start + PANEL_COLUMNS
+            inner = self.upper[start:stop, start:stop]
+            inner.copy_(inner.triu() + inner.triu(1).T)
+            self.upper[stop:, start:stop] = self.upper[start:stop, stop:].T
+        return self.upper
 
 
 @dataclass
