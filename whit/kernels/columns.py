@@ -7,6 +7,8 @@ columns. With the errors e of the columns before,
     feedback:  t_j = w_j - sum_{i<j} e_i U_ij,              q_j nearest to t_j,  e_j = (t_j - q_j) / U_jj
     descent:   t_j = v_j + (g_j - sum_{i<j} e_i H_ij) / H_jj,  q_j nearest to t_j,  e_j = q_j - v_j
 
+Where a mask of kept weights is given, q_j is zero wherever the weight is not kept, and its code means nothing.
+
 Everything is held transposed, (columns, rows), as in `whit.methods.feedback` and `whit.methods.billm_refined`, whose
 loops are the plain meaning of these kernels. Needs Triton on a GPU and numba on a CPU; callers ask `available` first.
 """
@@ -39,7 +41,15 @@ def available(device: torch.device) -> bool:
     return device.type == "cuda" and _triton_found()
 
 
-def feedback_levels(values: Tensor, inner: Tensor, table: Tensor, book: Tensor, codes: Tensor, errors: Tensor) -> None:
+def feedback_levels(
+    values: Tensor,
+    inner: Tensor,
+    table: Tensor,
+    book: Tensor,
+    codes: Tensor,
+    errors: Tensor,
+    kept: Tensor | None = None,
+) -> None:
     """Round a block of columns to levels, with feedback, in place of `codes` and `errors`.
 
     Args:
@@ -49,19 +59,27 @@ def feedback_levels(values: Tensor, inner: Tensor, table: Tensor, book: Tensor, 
         book: int32 (columns,), which levels a column uses.
         codes: uint8 (columns, rows), gets the index of the level.
         errors: float32 (columns, rows), gets e.
+        kept: bool (columns, rows), or None for all.
     """
-    _launch(values, values, inner, table, book, codes, errors, descend=False, grid=False, top=0)
+    _launch((values, values, inner, table, book, codes, errors), kept)
 
 
 def feedback_grid(
     values: Tensor, inner: Tensor, table: Tensor, book: Tensor, bits: int, codes: Tensor, errors: Tensor
 ) -> None:
     """As `feedback_levels`, on integer grids: table[:, 0] holds scales, table[:, 1] zero points, (books, 2, rows)."""
-    _launch(values, values, inner, table, book, codes, errors, descend=False, grid=True, top=2**bits - 1)
+    _launch((values, values, inner, table, book, codes, errors), None, grid=True, top=2**bits - 1)
 
 
 def descend_levels(
-    values: Tensor, gradient: Tensor, inner: Tensor, table: Tensor, book: Tensor, codes: Tensor, change: Tensor
+    values: Tensor,
+    gradient: Tensor,
+    inner: Tensor,
+    table: Tensor,
+    book: Tensor,
+    codes: Tensor,
+    change: Tensor,
+    kept: Tensor | None = None,
 ) -> None:
     """One pass of coordinate descent over a block of columns: `codes` and `change` (q - v) are written.
 
@@ -69,41 +87,35 @@ def descend_levels(
         values: float32 (columns, rows), what the codes stand for before. gradient: H (w - q), same shape.
         inner: block of H, float32 (columns, columns). Others as in `feedback_levels`.
     """
-    _launch(values, gradient, inner, table, book, codes, change, descend=True, grid=False, top=0)
+    _launch((values, gradient, inner, table, book, codes, change), kept, descend=True)
 
 
 def _launch(
-    values: Tensor,
-    gradient: Tensor,
-    inner: Tensor,
-    table: Tensor,
-    book: Tensor,
-    codes: Tensor,
-    errors: Tensor,
-    *,
-    descend: bool,
-    grid: bool,
-    top: int,
+    tensors: tuple[Tensor, ...], kept: Tensor | None, *, descend: bool = False, grid: bool = False, top: int = 0
 ) -> None:
-    columns, rows = values.shape
+    """Run a block; `tensors` in the order of the kernels' arguments."""
+    columns, rows = tensors[0].shape
+    table = tensors[3]
     if columns == 0 or rows == 0:
         return
     if columns > MOST_COLUMNS:
         raise ValueError(f"a block has at most {MOST_COLUMNS} columns, got {columns}")
-    tensors = (values, gradient, inner, table, book, codes, errors)
-    if not all(tensor.is_contiguous() for tensor in tensors):
+    mask = tensors[5] if kept is None else kept.view(torch.uint8)  # codes: there must be something
+    if not all(tensor.is_contiguous() for tensor in (*tensors, mask)):
         raise ValueError("the column kernels need contiguous tensors")
-    if values.device.type == "cpu":
-        _on_cpu(tensors, descend, grid, top)
+    if table.device.type == "cpu":
+        _on_cpu((*tensors, mask), kept is not None, descend, grid, top)
         return
     kernel = _kernel()
     programs = (-(-rows // ROWS_PER_PROGRAM),)
     kernel[programs](
         *tensors,
+        mask,
         rows,
         columns,
         top,
         LEVELS=table.shape[1],
+        MASKED=kept is not None,
         GRID=grid,
         DESCEND=descend,
         C=max(16, 1 << (columns - 1).bit_length()),
@@ -119,13 +131,13 @@ def _kernel() -> Any:
     return round_block
 
 
-def _on_cpu(tensors: tuple[Tensor, ...], descend: bool, grid: bool, top: int) -> None:
+def _on_cpu(tensors: tuple[Tensor, ...], masked: bool, descend: bool, grid: bool, top: int) -> None:
     from whit.kernels.cpu.columns import ROWS_PER_TILE, round_rows
 
     arrays = [item.detach().numpy() for item in tensors]
     limit = numpy.float32(top)
 
     def part(first: int, last: int) -> None:
-        round_rows(*arrays, limit, grid, descend, first, last)
+        round_rows(*arrays, limit, masked, grid, descend, first, last)
 
     shared_out(part, tensors[0].shape[1], ROWS_PER_TILE)

@@ -60,13 +60,23 @@ class BlockRounder(ABC):
 
 @dataclass(frozen=True, eq=False)
 class LevelRounder(BlockRounder):
-    """Nearest of ascending levels, the upper one in the middle; codes are their indices."""
+    """Nearest of ascending levels, the upper one in the middle; codes are their indices.
+
+    Attributes:
+        kept: bool (columns, rows), or None for all: a weight that is not kept becomes zero, its code means nothing.
+    """
+
+    kept: Tensor | None = None
 
     def __call__(self, column: int, values: Tensor) -> tuple[Tensor, Tensor]:
         """One column."""
         number = self.number(column)
         codes = (values >= self.middles[number]).sum(0)
-        return codes, self.table[number].gather(0, codes.unsqueeze(0)).squeeze(0)
+        rounded = self.table[number].gather(0, codes.unsqueeze(0)).squeeze(0)
+        return codes, rounded if self.kept is None else rounded * self.kept[column]
+
+    def _kept(self, first: int, count: int) -> Tensor | None:
+        return None if self.kept is None else self.kept[first : first + count]
 
     @cached_property
     def middles(self) -> Tensor:
@@ -75,13 +85,15 @@ class LevelRounder(BlockRounder):
 
     def round_block(self, first: int, values: Tensor, inner: Tensor, codes: Tensor, errors: Tensor) -> None:
         """A block of columns on the device."""
-        columns.feedback_levels(values, inner, self.table, self.books(first, len(values)), codes, errors)
+        kept = self._kept(first, len(values))
+        columns.feedback_levels(values, inner, self.table, self.books(first, len(values)), codes, errors, kept)
 
     def descend_block(
         self, first: int, values: Tensor, gradient: Tensor, inner: Tensor, codes: Tensor, change: Tensor
     ) -> None:
         """Coordinate descent over columns `first`, ... on the device; arguments as in `whit.kernels.columns`."""
-        columns.descend_levels(values, gradient, inner, self.table, self.books(first, len(values)), codes, change)
+        kept, books = self._kept(first, len(values)), self.books(first, len(values))
+        columns.descend_levels(values, gradient, inner, self.table, books, codes, change, kept)
 
 
 @dataclass(frozen=True, eq=False)

@@ -167,7 +167,8 @@ def inverse_of_triangle(matrix: Tensor, leaf: int = 512) -> Tensor:
     size = len(matrix)
     if size <= leaf:
         identity = torch.eye(size, dtype=matrix.dtype, device=matrix.device)
-        return torch.linalg.solve_triangular(matrix, identity, upper=True)
+        solved: Tensor = torch.linalg.solve_triangular(matrix, identity, upper=True)
+        return solved
     half = -(-size // (2 * leaf)) * leaf
     first, last = inverse_of_triangle(matrix[:half, :half], leaf), inverse_of_triangle(matrix[half:, half:], leaf)
     out = torch.zeros_like(matrix)

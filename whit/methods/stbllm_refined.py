@@ -21,9 +21,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from whit.kernels.split_product import add_product, product
 from whit.methods.billm_refined import INITIAL_SHARE, MARK_ROUNDS, SAMPLED_ROWS, two_magnitudes
 from whit.methods.descent import descend_columns, least_squares_step
-from whit.methods.feedback import Rounder, round_with_feedback
+from whit.methods.feedback import round_with_feedback
+from whit.methods.rounders import LevelRounder
 from whit.methods.three_magnitudes import three_magnitudes
 
 MARKED = 2
@@ -65,13 +67,6 @@ class Magnitudes:
         if self.regions > 1:
             ordinary = torch.cat([ordinary, torch.stack(_scales(self.levels[1::2]), 1)], 1)
         return ordinary.permute(2, 0, 1)
-
-    def thresholds(self) -> Tensor:
-        """Magnitudes above which the second and third level are nearest, if there are such: (codebooks, 2, rows)."""
-        middle = (self.levels[:, 1:] + self.levels[:, :-1]) / 2
-        middle[0::2, self.regions - 1 :] = torch.inf
-        middle[1::2, MARKED - 1 :] = torch.inf
-        return middle
 
 
 def storable(levels: Tensor, regions: int) -> Magnitudes:
@@ -139,20 +134,24 @@ def choose_marks(weight: Tensor, kept: Tensor, importance: Tensor, regions: int,
     return marks
 
 
-def _rounder(magnitudes: Magnitudes, book: Tensor, kept: Tensor) -> Rounder:
-    """Nearest code (bit 0 = positive, the rest the level) of each column's codebook; zero where not kept."""
-    levels, limits, number = magnitudes.levels, magnitudes.thresholds(), book.tolist()
+def _rounder(magnitudes: Magnitudes, book: Tensor, kept: Tensor) -> LevelRounder:
+    """Nearest of each column's signed magnitudes, zero where not kept.
 
-    def round_column(column: int, target: Tensor) -> tuple[Tensor, Tensor]:
-        chosen, size = number[column], target.abs()
-        above, far_above = size > limits[chosen, 0], size > limits[chosen, 1]
-        magnitude = torch.where(above, levels[chosen, 1], levels[chosen, 0])
-        magnitude = torch.where(far_above, levels[chosen, 2], magnitude)
-        positive = target >= 0
-        code = positive + 2 * (above.to(torch.uint8) + far_above.to(torch.uint8))
-        return code, torch.where(positive, magnitude, -magnitude) * kept[column]
+    Every table has six levels; where there are fewer magnitudes, the largest stands in for those that lack. Which of
+    two equal levels is found does not matter: both have one code (`_codes`).
+    """
+    counts = torch.tensor([magnitudes.regions, MARKED], device=kept.device).repeat(len(magnitudes.levels) // 2)
+    places = torch.arange(MOST, device=kept.device).minimum((counts - 1).unsqueeze(1))
+    levels = magnitudes.levels.gather(1, places.unsqueeze(2).expand_as(magnitudes.levels))
+    return LevelRounder(torch.cat([-levels.flip(1), levels], 1), book.to(torch.int32), kept)
 
-    return round_column
+
+def _codes(found: Tensor, regions: int, book: Tensor) -> Tensor:
+    """Codes, bit 0 = positive and the rest the magnitude, of indices into the levels of `_rounder`: uint8."""
+    largest = torch.where(book % 2 == 1, MARKED - 1, regions - 1).to(torch.uint8).unsqueeze(1)
+    positive = found >= MOST
+    magnitude = torch.where(positive, found - MOST, MOST - 1 - found).minimum(largest)
+    return 2 * magnitude + positive
 
 
 def _decode(codes: Tensor, levels: Tensor, book: Tensor, kept: Tensor) -> Tensor:
@@ -197,7 +196,7 @@ def refit(
             both[mark, len(after) :] = both[mark, len(after) - 1]
         levels[2 * block : 2 * block + 2] = storable(both, regions).levels
         updated = _decode(code, levels, book[columns], mask)
-        gradient.addmm_(moment[:, columns], updated - values[columns], alpha=-1)
+        add_product(gradient, moment[:, columns], updated - values[columns], -1)
         values[columns] = updated
     return Magnitudes(levels, regions)
 
@@ -243,14 +242,15 @@ def refined_stbllm(
 
     target, mask = weight.T[order].contiguous(), kept.T[order].contiguous()
     rounder = _rounder(magnitudes, book, mask)
-    codes = round_with_feedback(target.T, upper, 0, lambda first, values: rounder).codes.T.contiguous()
+    codes = _codes(round_with_feedback(target.T, upper, 0, lambda first, values: rounder).codes.T, regions, book)
     if passes:
         inner = moment[order][:, order].contiguous()
         values = _decode(codes, magnitudes.levels, book, mask)
-        gradient = inner @ (target - values)
+        gradient = product(inner, target - values)
         for _ in range(passes):
             magnitudes = refit(codes, values, gradient, inner, magnitudes, book, mask)
             descend_columns(codes, values, gradient, inner, _rounder(magnitudes, book, mask))
+            codes = _codes(codes, regions, book)
         magnitudes = refit(codes, values, gradient, inner, magnitudes, book, mask)
 
     natural = torch.empty_like(codes)

@@ -25,7 +25,7 @@ class ReadAhead:
         self._inner = inner
         self._device = device
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="whit-read-ahead")
-        self._stream = torch.cuda.Stream(device)
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._coming: dict[str, Future[Tensor]] = {}
 
     def expect(self, names: Iterable[str]) -> None:
