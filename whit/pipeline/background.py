@@ -1,4 +1,4 @@
-"""Work handed to one thread, in order: finished units are written while the next is computed."""
+"""Work handed to one thread, in order: a finished unit is written while its outputs are computed."""
 
 from __future__ import annotations
 
@@ -8,13 +8,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Self
 
-MOST_WAITING = 2  # finished units that may wait in memory for the disk
-
 
 class InOrder:
     """Runs jobs one after the other on a thread. Leaving the context waits for all of them, whatever happened inside.
 
-    A job that fails says so when the next one is handed over, or at the end; jobs after it are not run.
+    A job that fails says so at the next `wait`, or at the end of the context; jobs after it are not run.
     """
 
     def __init__(self) -> None:
@@ -23,9 +21,7 @@ class InOrder:
         self._failed = False
 
     def submit(self, job: Callable[[], None]) -> None:
-        """Hand a job over; waits while too many are waiting already."""
-        while len(self._waiting) >= MOST_WAITING:
-            self._waiting.popleft().result()
+        """Hand a job over."""
         self._waiting.append(self._pool.submit(self._run, job))
 
     def wait(self) -> None:

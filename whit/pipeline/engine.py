@@ -30,13 +30,14 @@ from whit.models.source import TensorSource
 from whit.models.stacks import Stack
 from whit.pipeline.assign import Assignment
 from whit.pipeline.background import InOrder
-from whit.pipeline.block import Streams, Swaps, compress_block, compress_layer, propagate, restore_layers
+from whit.pipeline.block import Streams, compress_block, propagate
 from whit.pipeline.catch import Caught, Finished
 from whit.pipeline.events import Listener
 from whit.pipeline.finish import dense_tensor_dtype
 from whit.pipeline.gradient_store import GradientStore
 from whit.pipeline.heap import return_freed_memory
 from whit.pipeline.journal import Journal
+from whit.pipeline.layer import Swaps, compress_layer, restore_layers
 from whit.pipeline.stage import Stage
 from whit.report.record import LayerRecord
 
@@ -78,8 +79,8 @@ class Run:
 def compress_units(run: Run) -> None:
     """Bring every unit (outside, then block after block) into the journal.
 
-    Units are written by another thread; all that were finished are in the journal when this returns or fails. On a GPU
-    the weights of the next block are read by a thread, too.
+    A unit is written by another thread while its outputs are computed; it is in the journal before it is reported. On a
+    GPU the weights of the next block are read by a thread, too.
     """
     with run.writer, _reading_ahead(run) as ahead:
         _units(ahead)
@@ -176,8 +177,6 @@ def _block(run: Run, name: str, streams: Streams, done: list[str], total: int, o
     materialise(run.model, name, run.source, run.compute_dtype, run.device)
     _expect(run, run.stage.after(name))
     swaps = Swaps(block, name)
-    if name in done:
-        run.writer.wait()
     if name in run.journal.units:
         restore_layers(block, name, layers, run.journal.units[name], run.journal.load(name), swaps)
         records = [] if name in done else run.journal.units[name]
@@ -201,6 +200,7 @@ def _block(run: Run, name: str, streams: Streams, done: list[str], total: int, o
     swaps.undo()
     release(run.model, name)
     return_freed_memory()
+    run.writer.wait()  # until here a GPU has the outputs to compute and a CPU has computed them
     if name not in done:
         run.listener.block(len(done), total, name)
         done.append(name)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +14,8 @@ from whit.errors import ModelError
 from whit.kernels.cpu.bfloat16 import products_of_bfloat16
 from whit.methods.statistics import LayerStatistics, Statistic
 from whit.models.layers import LayerKind, layer_kind
+from whit.pipeline.exchange import Exchange
+from whit.pipeline.ranks import ALONE, Ranks
 
 SAMPLE_VECTORS = 1024
 #: Columns per product of second moments on a CPU.
@@ -69,13 +70,16 @@ class SecondMoment:
     """H = 2/N sum over N sequences of X^T X, float32, as a running mean (the accumulation of GPTQ and BiLLM).
 
     Frantar et al. 2022, section 3.3; per batch of b sequences: H <- H N/(N+b), N <- N+b, H += 2/N X^T X.
-    H is symmetric: only blocks of columns from the diagonal on are accumulated, and mirrored in the end.
+    H is symmetric: only panels of rows from the diagonal on are accumulated, and mirrored in the end. Each panel is a
+    sum of its own, so several processes share the work and find the very bits of one.
 
     Attributes:
         upper: (columns, columns), of which what lies on and above the diagonal is kept up to date.
+        ranks: the processes; panel p belongs to number p modulo their count.
     """
 
     upper: Tensor
+    ranks: Ranks = ALONE
     sequences: int = 0
     tokens: int = 0
 
@@ -86,44 +90,45 @@ class SecondMoment:
         kept = self.sequences / (self.sequences + sequences)
         self.sequences += sequences
         self.tokens += flat.shape[0]
-        if flat.device.type == "cpu":
-            self._update_blocks(flat, kept)
-            return
+        # Products of 16-bit numbers are exact in float32, in which tensor cores and matrix units add them.
         if flat.is_cuda and flat.dtype in (torch.float16, torch.bfloat16):
-            self._update_panels(flat, kept)
+            options: dict[str, Any] = {"out_dtype": torch.float32}
         else:
-            self.upper *= kept
-            scaled = math.sqrt(2 / self.sequences) * flat.float()
-            self.upper += scaled.T @ scaled
+            options, exact = {}, flat.dtype == torch.bfloat16
+            flat = flat.float()
+            if flat.device.type == "cpu" and exact:
+                with products_of_bfloat16():
+                    self._add(flat, kept, options)
+                return
+        self._add(flat, kept, options)
 
-    def _update_panels(self, flat: Tensor, kept: float) -> None:
-        """Scale, multiply and add in one product on tensor cores per panel of columns."""
-        # Products of 16-bit numbers are exact in float32, in which tensor cores add them: nothing is lost.
-        for start in range(0, flat.shape[1], PANEL_COLUMNS):
-            target = self.upper[start : start + PANEL_COLUMNS, start:]
-            left = flat[:, start : start + PANEL_COLUMNS].T
-            torch.addmm(
-                target, left, flat[:, start:], out_dtype=torch.float32, beta=kept, alpha=2 / self.sequences, out=target
-            )
+    def _add(self, flat: Tensor, kept: float, options: dict[str, Any]) -> None:
+        """Scale, multiply and add in one product per panel."""
+        for target, start, stop, owner in self._panels():
+            if owner == self.ranks.rank:
+                left, right = flat[:, start:stop].T, flat[:, start:]
+                torch.addmm(target, left, right, beta=kept, alpha=2 / self.sequences, out=target, **options)
 
-    def _update_blocks(self, flat: Tensor, kept: float) -> None:
-        """Scale, multiply and add in one product per block of columns."""
-        # Products of bfloat16 numbers are exact in float32, in which matrix units add them.
-        exact = products_of_bfloat16() if flat.dtype == torch.bfloat16 else nullcontext()
-        inputs = flat.float()
-        with exact:
-            for start in range(0, inputs.shape[1], BLOCK_COLUMNS):
-                stop = start + BLOCK_COLUMNS
-                target = self.upper[start:stop, start:]
-                target.addmm_(inputs[:, start:stop].T, inputs[:, start:], beta=kept, alpha=2 / self.sequences)
+    def _panels(self) -> Iterator[tuple[Tensor, int, int, int]]:
+        """Each panel, its first and last row, and the process it belongs to."""
+        width = PANEL_COLUMNS if self.upper.is_cuda else BLOCK_COLUMNS
+        for place, start in enumerate(range(0, len(self.upper), width)):
+            stop = min(start + width, len(self.upper))
+            yield self.upper[start:stop, start:], start, stop, place % self.ranks.count
+
+    def share(self) -> None:
+        """Let every process have all panels."""
+        if self.ranks.count == 1:
+            return
+        for target, _, _, owner in self._panels():
+            panel = target.contiguous()
+            self.ranks.broadcast(panel, owner)
+            target.copy_(panel)
 
     @property
     def moment(self) -> Tensor:
-        """H, float32 (columns, columns), exactly symmetric."""
-        if self.upper.device.type == "cpu":
-            return self.upper.triu() + self.upper.triu(1).T
-        for start in range(0, len(self.upper), PANEL_COLUMNS):  # in place: H of a wide layer takes gigabytes
-            stop = start + PANEL_COLUMNS
+        """H, float32 (columns, columns), exactly symmetric; mirrored in place, as H of a wide layer takes gigabytes."""
+        for _, start, stop, _ in self._panels():
             inner = self.upper[start:stop, start:stop]
             inner.copy_(inner.triu() + inner.triu(1).T)
             self.upper[stop:, start:stop] = self.upper[start:stop, stop:].T
@@ -142,6 +147,7 @@ class InputAccumulator:
     columns: int
     needs: frozenset[Statistic]
     sample_size: int
+    ranks: Ranks = ALONE
     moment: SecondMoment | None = None
     square_sums: Tensor | None = None
     maximum: Tensor | None = None
@@ -155,7 +161,7 @@ class InputAccumulator:
         flat = x.detach().reshape(-1, x.shape[-1])
         if Statistic.SECOND_MOMENT in self.needs:
             if self.moment is None:
-                self.moment = SecondMoment(torch.zeros(self.columns, self.columns, device=x.device))
+                self.moment = SecondMoment(torch.zeros(self.columns, self.columns, device=x.device), self.ranks)
             self.moment.update(x.detach())
         if Statistic.SQUARE_SUMS in self.needs:
             if self.square_sums is None:
@@ -177,6 +183,8 @@ class InputAccumulator:
         Raises:
             ModelError: the inputs hold NaN or Inf.
         """
+        if self.moment is not None:
+            self.moment.share()
         statistics.tokens = self.tokens
         statistics.second_moment = None if self.moment is None else self.moment.moment
         statistics.square_sums = self.square_sums
@@ -195,12 +203,14 @@ def gathering(
     layers: dict[str, nn.Module],
     needs: frozenset[Statistic] | Mapping[tuple[str, ...], frozenset[Statistic]],
     calls: int = 1,
+    exchange: Exchange | None = None,
 ) -> Iterator[dict[tuple[str, ...], LayerStatistics]]:
     """While the context is open, forward passes fill one `LayerStatistics` per group.
 
     Args:
         needs: for every group, or by group.
         calls: forward passes to come; a sample takes about `SAMPLE_VECTORS / calls` vectors from each.
+        exchange: of the inputs with other processes; its `turn` must then be called after every batch.
 
     Raises:
         ModelError: an input holds NaN or Inf (checked once per group, at the end).
@@ -208,26 +218,29 @@ def gathering(
     kinds = {group: _kind(layers[group[0]]) for group in groups}
     statistics = {group: LayerStatistics(kinds[group].shape(layers[group[0]])[1]) for group in groups}
     accumulators: dict[tuple[str, ...], InputAccumulator] = {}
+    exchange = exchange or Exchange(ALONE)
     handles = []
     for group in groups:
         wanted = (needs[group] if isinstance(needs, Mapping) else needs) & INPUT_STATISTICS
         if not wanted:
             continue
         size = -(-SAMPLE_VECTORS // calls)
-        accumulators[group] = accumulator = InputAccumulator(statistics[group].columns, wanted, size)
+        number = len(accumulators)
+        accumulators[group] = InputAccumulator(statistics[group].columns, wanted, size, exchange.ranks)
 
         def hook(
             module: nn.Module,
             arguments: tuple[Any, ...],
             keywords: dict[str, Any],
-            accumulator: InputAccumulator = accumulator,
+            number: int = number,
             kind: LayerKind = kinds[group],
         ) -> None:
             parts = kind.parts(module, _given(arguments, keywords).detach())
             for part in parts:
-                accumulator.update(kind.inputs(module, part), len(parts))
+                exchange.record(number, kind.inputs(module, part).detach(), len(parts))
 
         handles.append(layers[group[0]].register_forward_pre_hook(hook, with_kwargs=True))
+    exchange.connect([accumulator.update for accumulator in accumulators.values()])
     try:
         yield statistics
     finally:
