@@ -23,7 +23,7 @@ class ReadAhead:
 
     def __init__(self, inner: TensorSource, device: torch.device) -> None:
         self._inner = inner
-        self._device = device
+        self._device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="whit-read-ahead")
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._coming: dict[str, Future[Tensor]] = {}

@@ -21,6 +21,7 @@ from itertools import groupby
 import torch
 from torch import Tensor, nn
 
+from whit.errors import KnobError
 from whit.formats.base import Packed
 from whit.methods.statistics import LayerStatistics
 from whit.models.ahead import ReadAhead
@@ -36,8 +37,9 @@ from whit.pipeline.events import Listener
 from whit.pipeline.finish import dense_tensor_dtype
 from whit.pipeline.gradient_store import GradientStore
 from whit.pipeline.heap import return_freed_memory
-from whit.pipeline.journal import Journal
+from whit.pipeline.journal import Journal, JournalReader
 from whit.pipeline.layer import Swaps, compress_layer, restore_layers
+from whit.pipeline.ranks import ALONE, Ranks
 from whit.pipeline.stage import Stage
 from whit.report.record import LayerRecord
 
@@ -54,13 +56,15 @@ class Run:
         compute_dtype, device: of the forward passes over the calibration inputs.
         batches: calibration inputs, on CPU.
         gradients: of the dense model, if a method needs them (filled by the passes before the loop).
+        writer: where finished units are written.
+        ranks: processes that work on the model together; the first has a `Journal`, the others read it.
     """
 
     model: nn.Module
     source: TensorSource
     stacks: Sequence[Stack]
     assignment: Assignment
-    journal: Journal
+    journal: JournalReader
     listener: Listener
     batches: list[dict[str, Tensor]]
     dense_dtype: torch.dtype
@@ -69,6 +73,7 @@ class Run:
     true_sequential: bool
     gradients: GradientStore | None = None
     writer: InOrder = field(default_factory=InOrder)
+    ranks: Ranks = ALONE
 
     @property
     def stage(self) -> Stage:
@@ -82,7 +87,14 @@ def compress_units(run: Run) -> None:
     A unit is written by another thread while its outputs are computed; it is in the journal before it is reported. On a
     GPU the weights of the next block are read by a thread, too.
     """
-    with run.writer, _reading_ahead(run) as ahead:
+    ranks = run.ranks
+    if len(run.batches) < ranks.count:
+        raise KnobError(
+            f"{len(run.batches)} calibration batches cannot be shared among {ranks.count} processes: use a smaller "
+            "batch size, more samples, or fewer processes"
+        )
+    mine = dataclasses.replace(run, batches=run.batches[ranks.rank :: ranks.count])
+    with mine.writer, _reading_ahead(mine) as ahead:
         _units(ahead)
 
 
@@ -193,6 +205,7 @@ def _block(run: Run, name: str, streams: Streams, done: list[str], total: int, o
             done=run.listener.layer,
             swaps=swaps,
             gradients=None if run.gradients is None else run.gradients.gradients(name),
+            ranks=run.ranks,
         )
         _store(run, name, packed, records, time.perf_counter() - start)
     if onward:
@@ -200,14 +213,28 @@ def _block(run: Run, name: str, streams: Streams, done: list[str], total: int, o
     swaps.undo()
     release(run.model, name)
     return_freed_memory()
-    run.writer.wait()  # until here a GPU has the outputs to compute and a CPU has computed them
+    _written(run)  # until here a GPU has the outputs to compute and a CPU has computed them
     if name not in done:
         run.listener.block(len(done), total, name)
         done.append(name)
 
 
+def _written(run: Run) -> None:
+    """Wait for the unit that is being written; every process then knows of it."""
+    if run.ranks.count == 1:
+        run.writer.wait()
+        return
+    with run.ranks.together():
+        run.writer.wait()
+    if not run.ranks.first:
+        run.journal.read()
+
+
 def _store(run: Run, unit: str, packed: dict[str, Packed], records: list[LayerRecord], seconds: float) -> None:
     """Packed tensors of the unit, and its untouched parameters and buffers in the dtype they are saved in."""
+    journal = run.journal
+    if not run.ranks.first:
+        return
     tensors = {f"{name}.{key}": tensor for name, item in packed.items() for key, tensor in item.tensors.items()}
     blocks = [block for stack in run.stacks for block in stack.blocks]
     replaced = {f"{name}.weight" for name in [*packed, *run.assignment.tied]}
@@ -218,7 +245,8 @@ def _store(run: Run, unit: str, packed: dict[str, Packed], records: list[LayerRe
             value = run.source.load(name) if name in stored else run.model.state_dict()[name].detach().cpu()
             dtype = dense_tensor_dtype(run.model, name, run.dense_dtype)
             tensors[name] = value.to(dtype) if value.is_floating_point() else value
-    run.writer.submit(lambda: run.journal.write(unit, tensors, records, seconds))
+    assert isinstance(journal, Journal)
+    run.writer.submit(lambda: journal.write(unit, tensors, records, seconds))
 
 
 def _dense_names(model: nn.Module, unit: str, blocks: Sequence[str]) -> list[str]:

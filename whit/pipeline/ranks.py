@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed
 
-from whit.errors import ResourceError, WhitError
+from whit.errors import KnobError, ResourceError, WhitError
 
 # How long a process waits for another: one may measure a large model while the others have nothing to do.
 CPU = torch.device("cpu")
@@ -90,19 +90,22 @@ ALONE = Ranks()
 
 
 @contextmanager
-def joined(kind: str) -> Iterator[Ranks]:
+def joined(device: torch.device) -> Iterator[Ranks]:
     """The processes that this one belongs to; joins those that torchrun started together.
 
     Args:
-        kind: of the devices, "cuda" or "cpu".
+        device: that was asked for; with several processes each takes the CUDA device of its own number.
 
     Raises:
-        ResourceError: more processes than CUDA devices.
+        KnobError: several processes, but one particular device. ResourceError: more processes than CUDA devices.
     """
+    kind = device.type
     started = int(os.environ.get("WORLD_SIZE", "1")) > 1 and "TORCHELASTIC_RUN_ID" in os.environ
     ours = started and distributed.is_available() and not _initialised()
     local = int(os.environ.get("LOCAL_RANK", "0"))
     if kind == "cuda" and (ours or _initialised()):
+        if ":" in str(device):
+            raise KnobError(f"device {str(device)!r} cannot be shared by several processes: say cuda, or auto")
         if local >= torch.cuda.device_count():
             raise ResourceError(
                 f"process {local} has no CUDA device of its own, there are {torch.cuda.device_count()}: start as many "
@@ -115,8 +118,8 @@ def joined(kind: str) -> Iterator[Ranks]:
         if not _initialised():
             yield ALONE
             return
-        device = torch.device("cuda", local) if kind == "cuda" else torch.device("cpu")
-        yield Ranks(distributed.get_rank(), distributed.get_world_size(), device)
+        place = torch.device("cuda", local) if kind == "cuda" else CPU
+        yield Ranks(distributed.get_rank(), distributed.get_world_size(), place)
     finally:
         if ours:
             distributed.destroy_process_group()
