@@ -10,13 +10,16 @@ columns. With the errors e of the columns before,
 Where a mask of kept weights is given, q_j is zero wherever the weight is not kept, and its code means nothing.
 
 Everything is held transposed, (columns, rows), as in `whit.methods.feedback` and `whit.methods.billm_refined`, whose
-loops are the plain meaning of these kernels. Needs Triton on a GPU and numba on a CPU; callers ask `available` first.
+loops are the plain meaning of these kernels. On a GPU they are CUDA C++ compiled at first use, or Triton where NVRTC is
+missing; on a CPU numba compiles them. Callers ask `available` first.
 """
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 from functools import lru_cache
+from importlib.resources import files
 from typing import Any
 
 import numpy
@@ -27,6 +30,8 @@ from whit.kernels.cpu.compiling import numba_works, shared_out
 
 ROWS_PER_PROGRAM = 32
 MOST_COLUMNS = 128
+# Threads of a CUDA block, one per row: what they share fits into 48 KB, and 4096 rows occupy 128 multiprocessors.
+CUDA_THREADS = 32
 
 
 @lru_cache(maxsize=1)
@@ -35,10 +40,10 @@ def _triton_found() -> bool:
 
 
 def available(device: torch.device) -> bool:
-    """Whether the kernels can run there: a CUDA device and Triton installed, or a CPU and numba."""
+    """Whether the kernels can run there: a CUDA device with NVRTC or Triton, or a CPU and numba."""
     if device.type == "cpu":
         return numba_works()
-    return device.type == "cuda" and _triton_found()
+    return device.type == "cuda" and (_nvrtc_found() or _triton_found())
 
 
 def feedback_levels(
@@ -106,9 +111,11 @@ def _launch(
     if table.device.type == "cpu":
         _on_cpu((*tensors, mask), kept is not None, descend, grid, top)
         return
-    kernel = _kernel()
+    if _nvrtc_found():
+        _on_cuda((*tensors, mask), kept is not None, descend, grid, top)
+        return
     programs = (-(-rows // ROWS_PER_PROGRAM),)
-    kernel[programs](
+    _triton_kernel()[programs](
         *tensors,
         mask,
         rows,
@@ -125,10 +132,49 @@ def _launch(
 
 
 @lru_cache(maxsize=1)
-def _kernel() -> Any:
+def _triton_kernel() -> Any:
     from whit.kernels.triton.columns import round_block
 
     return round_block
+
+
+@lru_cache(maxsize=1)
+def _nvrtc_found() -> bool:
+    """Whether the CUDA C++ kernel can be compiled here."""
+    from whit.kernels.nvrtc import CompilationError, compiler_library
+
+    try:
+        compiler_library()
+    except CompilationError:
+        return False
+    return True
+
+
+@lru_cache(maxsize=1)
+def cuda_source() -> str:
+    """CUDA C++ of the kernel; what `cuda_options` defines it needs."""
+    return (files("whit.kernels") / "cuda" / "columns.cu").read_text(encoding="utf-8")
+
+
+def cuda_options(levels: int, masked: bool, descend: bool, grid: bool) -> tuple[str, ...]:
+    """Definitions that choose one of the loops; `levels` are entries of a table."""
+    chosen = {"LEVELS": levels, "MASKED": masked, "DESCEND": descend, "GRID": grid, "THREADS": CUDA_THREADS}
+    return tuple(f"-D{name}={int(value)}" for name, value in chosen.items())
+
+
+def _on_cuda(tensors: tuple[Tensor, ...], masked: bool, descend: bool, grid: bool, top: int) -> None:
+    from whit.kernels.nvrtc import kernel
+
+    columns, rows = tensors[0].shape
+    device = tensors[0].device
+    number = torch.cuda.current_device() if device.index is None else device.index
+    options = cuda_options(tensors[3].shape[1], masked, descend, grid)
+    arguments: list[ctypes._SimpleCData[Any] | ctypes.Structure] = []
+    arguments += [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
+    arguments += [ctypes.c_int(rows), ctypes.c_int(columns), ctypes.c_float(top)]
+    with torch.cuda.device(number):
+        round_columns = kernel(cuda_source(), "round_columns", options, number)
+        round_columns.launch(-(-rows // CUDA_THREADS), CUDA_THREADS, 0, arguments)
 
 
 def _on_cpu(tensors: tuple[Tensor, ...], masked: bool, descend: bool, grid: bool, top: int) -> None:

