@@ -13,24 +13,30 @@ from torch import Tensor
 
 from tests.kernels.test_columns import block, plain_feedback
 from whit.kernels.columns import cuda_options, cuda_source
+from whit.kernels.split_product import joined
 from whit.methods.rounders import GridRounder, LevelRounder
 
 COMPILER = shutil.which("g++")
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs g++")
 PRELUDE = """
 #include <cmath>
+#include <cstring>
 #define __global__
+#define __device__
 #define __shared__ static
 #define __align__(x) __attribute__((aligned(x)))
 #define __launch_bounds__(x)
 static void __syncthreads() {}
+static unsigned __float_as_uint(float x) { unsigned out; memcpy(&out, &x, 4); return out; }
+static float __uint_as_float(unsigned x) { float out; memcpy(&out, &x, 4); return out; }
 struct Index { int x; };
 static Index threadIdx = {0}, blockIdx = {0};
 """
 DRIVER = """
 extern "C" void run(const float* a, const float* b, const float* c, const float* d, const int* e, unsigned char* f,
-                    float* g, const unsigned char* h, int rows, int columns, float top) {
-    for (blockIdx.x = 0; blockIdx.x < rows; blockIdx.x++) round_columns(a, b, c, d, e, f, g, h, rows, columns, top);
+                    float* g, const unsigned char* h, unsigned short* i, int rows, int columns, int stride, float top) {
+    for (blockIdx.x = 0; blockIdx.x < rows; blockIdx.x++)
+        round_columns(a, b, c, d, e, f, g, h, i, rows, columns, stride, top);
 }
 """
 
@@ -38,7 +44,7 @@ extern "C" void run(const float* a, const float* b, const float* c, const float*
 def compiled(folder: Path, levels: int, masked: bool, descend: bool, grid: bool) -> ctypes.CDLL:
     """The kernel as a library for this machine."""
     assert COMPILER is not None
-    options = [item for item in cuda_options(levels, masked, descend, grid) if not item.startswith("-DTHREADS")]
+    options = [item for item in cuda_options(levels, masked, True, descend, grid) if not item.startswith("-DTHREADS")]
     source = folder / "columns.cpp"
     source.write_text(PRELUDE + cuda_source() + DRIVER)
     flags = ["-O1", "-w", "-shared", "-fPIC", "-DTHREADS=1", *options]
@@ -49,7 +55,7 @@ def compiled(folder: Path, levels: int, masked: bool, descend: bool, grid: bool)
 def run(library: ctypes.CDLL, tensors: list[Tensor], top: int) -> None:
     columns, rows = tensors[0].shape
     pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
-    library.run(*pointers, ctypes.c_int(rows), ctypes.c_int(columns), ctypes.c_float(top))
+    library.run(*pointers, rows, columns, tensors[2].stride(0), ctypes.c_float(top))
 
 
 @pytest.mark.parametrize(("count", "rows"), [(1, 1), (33, 7), (128, 20)])
@@ -69,7 +75,10 @@ def test_the_kernel_is_the_plain_loop(kind: str, count: int, rows: int, tmp_path
         rounder = LevelRounder(table, book, kept if kind == "masked" else None)
     codes, errors = torch.zeros_like(values, dtype=torch.uint8), torch.full_like(values, float("nan"))
     library = compiled(tmp_path, table.shape[1], kind == "masked", kind == "descent", kind == "grid")
-    run(library, [values, gradient, inner, table, book, codes, errors, kept.view(torch.uint8)], 15)
+    halves = torch.empty(3 * count, rows, dtype=torch.bfloat16)
+    wide = torch.full((count, count + 5), float("nan"))[:, :count].copy_(inner)
+    run(library, [values, gradient, wide, table, book, codes, errors, kept.view(torch.uint8), halves], 15)
+    assert torch.equal(halves, joined(errors))
     if kind == "descent":
         expected_codes, expected = torch.zeros_like(codes), torch.zeros_like(values)
         for j in range(count):

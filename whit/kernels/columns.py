@@ -46,6 +46,11 @@ def available(device: torch.device) -> bool:
     return device.type == "cuda" and (_nvrtc_found() or _triton_found())
 
 
+def writes_halves(device: torch.device) -> bool:
+    """Whether the kernels there also write errors as bfloat16 numbers."""
+    return device.type == "cuda" and _nvrtc_found()
+
+
 def feedback_levels(
     values: Tensor,
     inner: Tensor,
@@ -54,26 +59,36 @@ def feedback_levels(
     codes: Tensor,
     errors: Tensor,
     kept: Tensor | None = None,
+    halves: Tensor | None = None,
 ) -> None:
     """Round a block of columns to levels, with feedback, in place of `codes` and `errors`.
 
     Args:
         values: current values, float32 (columns, rows), with the feedback of earlier blocks.
-        inner: block of U, float32 (columns, columns); only the upper triangle is read.
+        inner: block of U, float32 (columns, columns), may be part of a larger matrix; only the upper triangle is read.
         table: ascending levels, float32 (books, levels, rows).
         book: int32 (columns,), which levels a column uses.
         codes: uint8 (columns, rows), gets the index of the level.
         errors: float32 (columns, rows), gets e.
         kept: bool (columns, rows), or None for all.
+        halves: bfloat16 (3 columns, rows), gets e as `whit.kernels.split_product.SplitFactor` multiplies it, or None;
+            only where `writes_halves` says so.
     """
-    _launch((values, values, inner, table, book, codes, errors), kept)
+    _launch((values, values, inner, table, book, codes, errors), kept, halves)
 
 
 def feedback_grid(
-    values: Tensor, inner: Tensor, table: Tensor, book: Tensor, bits: int, codes: Tensor, errors: Tensor
+    values: Tensor,
+    inner: Tensor,
+    table: Tensor,
+    book: Tensor,
+    bits: int,
+    codes: Tensor,
+    errors: Tensor,
+    halves: Tensor | None = None,
 ) -> None:
     """As `feedback_levels`, on integer grids: table[:, 0] holds scales, table[:, 1] zero points, (books, 2, rows)."""
-    _launch((values, values, inner, table, book, codes, errors), None, grid=True, top=2**bits - 1)
+    _launch((values, values, inner, table, book, codes, errors), None, halves, grid=True, top=2**bits - 1)
 
 
 def descend_levels(
@@ -85,6 +100,7 @@ def descend_levels(
     codes: Tensor,
     change: Tensor,
     kept: Tensor | None = None,
+    halves: Tensor | None = None,
 ) -> None:
     """One pass of coordinate descent over a block of columns: `codes` and `change` (q - v) are written.
 
@@ -92,11 +108,17 @@ def descend_levels(
         values: float32 (columns, rows), what the codes stand for before. gradient: H (w - q), same shape.
         inner: block of H, float32 (columns, columns). Others as in `feedback_levels`.
     """
-    _launch((values, gradient, inner, table, book, codes, change), kept, descend=True)
+    _launch((values, gradient, inner, table, book, codes, change), kept, halves, descend=True)
 
 
 def _launch(
-    tensors: tuple[Tensor, ...], kept: Tensor | None, *, descend: bool = False, grid: bool = False, top: int = 0
+    tensors: tuple[Tensor, ...],
+    kept: Tensor | None,
+    halves: Tensor | None,
+    *,
+    descend: bool = False,
+    grid: bool = False,
+    top: int = 0,
 ) -> None:
     """Run a block; `tensors` in the order of the kernels' arguments."""
     columns, rows = tensors[0].shape
@@ -106,13 +128,16 @@ def _launch(
     if columns > MOST_COLUMNS:
         raise ValueError(f"a block has at most {MOST_COLUMNS} columns, got {columns}")
     mask = tensors[5] if kept is None else kept.view(torch.uint8)  # codes: there must be something
-    if not all(tensor.is_contiguous() for tensor in (*tensors, mask)):
+    if not all(tensor.is_contiguous() for tensor in (*tensors[:2], *tensors[3:], mask)):
         raise ValueError("the column kernels need contiguous tensors")
+    on_cuda = table.device.type == "cuda" and _nvrtc_found()
+    if not on_cuda or tensors[2].stride(1) != 1:  # only the CUDA kernel takes a part of a larger matrix
+        tensors = (*tensors[:2], tensors[2].contiguous(), *tensors[3:])
     if table.device.type == "cpu":
         _on_cpu((*tensors, mask), kept is not None, descend, grid, top)
         return
-    if _nvrtc_found():
-        _on_cuda((*tensors, mask), kept is not None, descend, grid, top)
+    if on_cuda:
+        _on_cuda((*tensors, mask), halves, kept is not None, descend, grid, top)
         return
     programs = (-(-rows // ROWS_PER_PROGRAM),)
     _triton_kernel()[programs](
@@ -156,22 +181,27 @@ def cuda_source() -> str:
     return (files("whit.kernels") / "cuda" / "columns.cu").read_text(encoding="utf-8")
 
 
-def cuda_options(levels: int, masked: bool, descend: bool, grid: bool) -> tuple[str, ...]:
+def cuda_options(levels: int, masked: bool, halves: bool, descend: bool, grid: bool) -> tuple[str, ...]:
     """Definitions that choose one of the loops; `levels` are entries of a table."""
-    chosen = {"LEVELS": levels, "MASKED": masked, "DESCEND": descend, "GRID": grid, "THREADS": CUDA_THREADS}
+    chosen = {"LEVELS": levels, "MASKED": masked, "HALVES": halves, "DESCEND": descend, "GRID": grid}
+    chosen["THREADS"] = CUDA_THREADS
     return tuple(f"-D{name}={int(value)}" for name, value in chosen.items())
 
 
-def _on_cuda(tensors: tuple[Tensor, ...], masked: bool, descend: bool, grid: bool, top: int) -> None:
+def _on_cuda(
+    tensors: tuple[Tensor, ...], halves: Tensor | None, masked: bool, descend: bool, grid: bool, top: int
+) -> None:
     from whit.kernels.nvrtc import kernel
 
     columns, rows = tensors[0].shape
     device = tensors[0].device
     number = torch.cuda.current_device() if device.index is None else device.index
-    options = cuda_options(tensors[3].shape[1], masked, descend, grid)
+    options = cuda_options(tensors[3].shape[1], masked, halves is not None, descend, grid)
     arguments: list[ctypes._SimpleCData[Any] | ctypes.Structure] = []
     arguments += [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
-    arguments += [ctypes.c_int(rows), ctypes.c_int(columns), ctypes.c_float(top)]
+    arguments.append(ctypes.c_void_p(0 if halves is None else halves.data_ptr()))
+    arguments += [ctypes.c_int(value) for value in (rows, columns, tensors[2].stride(0))]
+    arguments.append(ctypes.c_float(top))
     with torch.cuda.device(number):
         round_columns = kernel(cuda_source(), "round_columns", options, number)
         round_columns.launch(-(-rows // CUDA_THREADS), CUDA_THREADS, 0, arguments)

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 PARTS = 3
+# Columns of a split matrix are padded to a multiple of so many.
 ALIGNED = 64
-# Up to so many columns the parts of two factors are multiplied side by side in one product.
-JOINED_WIDTH = 1024
 
 
 class SplitMatrix:
@@ -61,9 +60,6 @@ def add_product(target: Tensor, left: Tensor, right: Tensor, alpha: float = 1.0,
     if not _on_tensor_cores(target, left, right):
         return target.addmm_(left, right, alpha=alpha, beta=beta)
     left_parts, right_parts = split(left, 2), split(right, 2)
-    if left.shape[1] <= JOINED_WIDTH:  # one product with the parts side by side reads and writes the target once
-        pair = torch.cat([left_parts[0], left_parts[0], left_parts[1]], 1), torch.cat([*right_parts, right_parts[0]])
-        return _add(target, *pair, alpha, beta)
     for a, b in ((1, 0), (0, 1), (0, 0)):  # the smallest first
         _add(target, left_parts[a], right_parts[b], alpha, beta)
         beta = 1.0
@@ -82,6 +78,45 @@ def _add(target: Tensor, left: Tensor, right: Tensor, alpha: float, beta: float)
 
 def _on_tensor_cores(*factors: Tensor) -> bool:
     return all(item.is_cuda and item.dtype == torch.float32 and item.numel() for item in factors)
+
+
+class SplitFactor:
+    """A float32 matrix prepared to be multiplied again and again, whole or by its rows; on a CPU kept as it is.
+
+    Args:
+        matrix: A, float32 (rows, columns), columns a multiple of 8 for speed.
+    """
+
+    def __init__(self, matrix: Tensor) -> None:
+        self._matrix = matrix
+        self._halves = split(matrix, 2) if _on_tensor_cores(matrix) else []
+
+    def subtract(self, target: Tensor, right: Tensor) -> None:
+        """target <- target - A right, in place; all float32."""
+        if not self._halves:
+            target.addmm_(self._matrix, right, alpha=-1)
+            return
+        high, low = split(right, 2)
+        for a, b in ((1, high), (0, low), (0, high)):  # the smallest first
+            _add(target, self._halves[a], b, -1.0, 1.0)
+
+    def subtract_rows(self, target: Tensor, rows: slice, columns: slice, right: Tensor, halves: Tensor | None) -> None:
+        """target <- target - A[rows, columns]^T right, in place.
+
+        Args:
+            halves: `right` as `joined` has it, if somebody made that already.
+        """
+        if not self._halves:
+            target.addmm_(self._matrix[rows, columns].T, right, alpha=-1)
+            return
+        high, low = (half[rows, columns] for half in self._halves)
+        _add(target, torch.cat([high, high, low]).T, joined(right) if halves is None else halves, -1.0, 1.0)
+
+
+def joined(right: Tensor) -> Tensor:
+    """The rows of a float32 matrix as bfloat16, [high, low, high]: the right factor that [high, high, low] asks for."""
+    high, low = split(right, 2)
+    return torch.cat([high, low, high])
 
 
 def split(matrix: Tensor, count: int = PARTS) -> list[Tensor]:

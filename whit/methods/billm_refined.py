@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from whit.kernels.signs import decode_signs, patterns, signed_sums
-from whit.kernels.split_product import SplitMatrix, add_product, product
+from whit.kernels.split_product import SplitFactor, SplitMatrix
 from whit.methods.billm_planes import BinaryPlanes
 from whit.methods.descent import descend_columns, solve_least_squares
 from whit.methods.feedback import round_with_feedback
@@ -156,7 +156,15 @@ def round_columns(weight: Tensor, upper: Tensor, books: Codebooks, book: Tensor)
     return _code_of_level(round_with_feedback(weight.T, upper, 0, lambda first, values: rounder).codes.T)
 
 
-def descend(codes: Tensor, values: Tensor, gradient: Tensor, moment: Tensor, books: Codebooks, book: Tensor) -> None:
+def descend(
+    codes: Tensor,
+    values: Tensor,
+    gradient: Tensor,
+    moment: Tensor,
+    books: Codebooks,
+    book: Tensor,
+    factor: SplitFactor | None = None,
+) -> None:
     """One pass of coordinate descent over all columns, in place (`whit.methods.descent`).
 
     Args:
@@ -166,9 +174,10 @@ def descend(codes: Tensor, values: Tensor, gradient: Tensor, moment: Tensor, boo
         moment: H, float32 (columns, columns), positive diagonal.
         books: codebooks.
         book: codebook of each column, (columns,).
+        factor: of `moment`, if it was prepared before.
     """
     levels = torch.empty_like(codes)
-    descend_columns(levels, values, gradient, moment, LevelRounder(_levels(books), book.to(torch.int32)))
+    descend_columns(levels, values, gradient, moment, LevelRounder(_levels(books), book.to(torch.int32)), factor)
     codes.copy_(_code_of_level(levels))
 
 
@@ -180,14 +189,18 @@ def refit(
     books: Codebooks,
     book: Tensor,
     parts: dict[int, MomentParts] | None = None,
+    factor: SplitFactor | None = None,
+    last: bool = False,
 ) -> Codebooks:
     """Least squares of the four magnitudes of each block of a row under the full H, codes fixed.
 
     With sign patterns B (columns, 4), q = B a: the change of a that minimises d^T H d solves (B^T H B) x = B^T H d.
     When one block spans the row this is the joint optimum of all its scalars; else blocks take turns. A row whose
     solution is not 0 <= low <= high keeps its scalars. Arguments as in `descend`; values and
-    gradient are updated in place, the new codebooks returned. `parts` keeps what later calls with the same marks need.
+    gradient are updated in place, the new codebooks returned. `parts` keeps what later calls with the same marks need,
+    `factor` is H prepared; the `last` call may leave values and gradient as they are, if one block spans the row.
     """
+    factor = factor or SplitFactor(moment)
     parts = {} if parts is None else parts
     low, high = books.low.clone(), books.high.clone()
     for block in range(len(low) // 2):
@@ -202,8 +215,10 @@ def refit(
         rounded = storable(new[:, 0::2].T, new[:, 1::2].T)
         low[2 * block : 2 * block + 2], high[2 * block : 2 * block + 2] = rounded.low, rounded.high
         if len(columns) == len(book):  # the usual case: one block, and nothing to pick out
+            if last:
+                break
             updated = _decode(codes, Codebooks(low, high), book)
-            add_product(gradient, moment, values.neg_().add_(updated), -1)
+            factor.subtract(gradient, values.neg_().add_(updated))
             values.copy_(updated)
             continue
         updated = _decode(codes[columns], Codebooks(low, high), book[columns])
@@ -299,12 +314,13 @@ def refined_billm(
     if passes:
         inner = moment[order][:, order].contiguous()
         values = _decode(codes, books, book)
-        gradient = product(inner, target - values)
+        factor, gradient = SplitFactor(inner), torch.zeros_like(values)
+        factor.subtract(gradient, values - target)
         parts: dict[int, MomentParts] = {}
         for _ in range(passes):
-            books = refit(codes, values, gradient, inner, books, book, parts)
-            descend(codes, values, gradient, inner, books, book)
-        books = refit(codes, values, gradient, inner, books, book, parts)
+            books = refit(codes, values, gradient, inner, books, book, parts, factor)
+            descend(codes, values, gradient, inner, books, book, factor)
+        books = refit(codes, values, gradient, inner, books, book, parts, factor, last=True)
 
     natural = torch.empty_like(codes)
     natural[order] = codes

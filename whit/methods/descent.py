@@ -11,14 +11,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from whit.kernels.split_product import SplitMatrix, add_product
+from whit.kernels.split_product import SplitFactor, SplitMatrix
 from whit.methods.feedback import Rounder
 from whit.methods.rounders import LevelRounder
 
 LAZY_COLUMNS = 128
 
 
-def descend_columns(codes: Tensor, values: Tensor, gradient: Tensor, moment: Tensor, rounder: Rounder) -> None:
+def descend_columns(
+    codes: Tensor,
+    values: Tensor,
+    gradient: Tensor,
+    moment: Tensor,
+    rounder: Rounder,
+    factor: SplitFactor | None = None,
+) -> None:
     """One pass of coordinate descent over all columns, in place: each code becomes the best one given all others.
 
     Row by row the loss is d^T H d with d = w - q. With g = H d, the minimum over q_j alone lies at q_j + g_j / H_jj,
@@ -31,19 +38,21 @@ def descend_columns(codes: Tensor, values: Tensor, gradient: Tensor, moment: Ten
         gradient: H (w - q), float32 (columns, rows).
         moment: H, float32 (columns, columns), positive diagonal.
         rounder: (column, targets (rows,)) -> codes and values nearest to them.
+        factor: of `moment`, if it was prepared before.
     """
+    factor = factor or SplitFactor(moment)
     fast = rounder if isinstance(rounder, LevelRounder) and rounder.fast(values) else None
     diagonal = [] if fast else torch.diagonal(moment).tolist()
     columns = len(values)
     for start in range(0, columns, LAZY_COLUMNS):
         stop = min(start + LAZY_COLUMNS, columns)
-        inner = moment[start:stop, start:stop].contiguous()
-        change = torch.empty_like(values[start:stop])
+        inner, part = moment[start:stop, start:stop], slice(start, stop)
+        change = torch.empty_like(values[part])
         if fast is not None:
-            part = slice(start, stop)
-            fast.descend_block(start, values[part], gradient[part], inner, codes[part], change)
+            halves = fast.halves(change)
+            fast.descend_block(start, values[part], gradient[part], inner, codes[part], change, halves)
             values[part] += change
-            add_product(gradient, moment[:, part], change, -1)
+            factor.subtract_rows(gradient, part, slice(None), change, halves)
             continue
         for j in range(stop - start):
             column = start + j
@@ -54,7 +63,7 @@ def descend_columns(codes: Tensor, values: Tensor, gradient: Tensor, moment: Ten
             codes[column], rounded = rounder(column, best)
             torch.sub(rounded, values[column], out=change[j])
             values[column] = rounded
-        gradient.addmm_(moment[:, start:stop], change, alpha=-1)
+        factor.subtract_rows(gradient, part, slice(None), change, None)
 
 
 def least_squares_step(patterns: Sequence[Tensor], gradient: Tensor, moment: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from whit.kernels.split_product import add_product
+from whit.kernels.split_product import SplitFactor
 from whit.methods.rounders import BlockRounder, join_rounders
 
 LAZY_BLOCK = 128
@@ -70,9 +70,9 @@ def round_with_feedback(
             block = pending.current(start, stop) if start > first else group_values[: stop - start]
             done = errors[start:stop]
             if isinstance(rounder, BlockRounder) and rounder.fast(weight):
-                inner = upper[start:stop, start:stop].contiguous()
-                rounder.round_block(start, block.contiguous(), inner, codes[start:stop], done)
-                pending.finish(start, stop)
+                inner, halves = upper[start:stop, start:stop], rounder.halves(done)
+                rounder.round_block(start, block.contiguous(), inner, codes[start:stop], done, halves)
+                pending.finish(start, stop, halves)
                 continue
             inner = upper[start:stop, start:stop].T.contiguous()
             diagonal = diagonal or torch.diagonal(upper).tolist()
@@ -128,6 +128,7 @@ class _Pending:
         self._values = values.clone() if self._looks_right else values
         self._errors = errors
         self._upper = upper
+        self._factor = SplitFactor(upper) if self._looks_right else None
 
     def current(self, start: int, stop: int) -> Tensor:
         """Columns start..stop, as rows (stop - start, rows), after the feedback of all finished columns."""
@@ -136,7 +137,8 @@ class _Pending:
         left = self._upper[:start, start:stop].T
         return torch.addmm(self._values[start:stop], left, self._errors[:start], alpha=-1)
 
-    def finish(self, start: int, stop: int) -> None:
-        """The errors of columns start..stop, before which all are finished, are known."""
-        if self._looks_right and stop < len(self._values):
-            add_product(self._values[stop:], self._upper[start:stop, stop:].T, self._errors[start:stop], -1)
+    def finish(self, start: int, stop: int, halves: Tensor | None = None) -> None:
+        """The errors of columns start..stop, before which all are finished, are known (in bfloat16 too, or not)."""
+        if self._factor is not None and stop < len(self._values):
+            rest, right = self._values[stop:], self._errors[start:stop]
+            self._factor.subtract_rows(rest, slice(start, stop), slice(stop, None), right, halves)

@@ -3,13 +3,21 @@
 // One thread per row. SUB columns at a time are held in registers: each is finished in turn and taken off the others at
 // once, so nothing but a chain of one comparison and one multiply-add per column is serial. Errors of the columns before
 // lie in shared memory, and so does the part of the matrix that is needed. Compiled with
-//   LEVELS (entries of a table), GRID, DESCEND, MASKED (0 or 1), THREADS (rows per block).
+//   LEVELS (entries of a table), GRID, DESCEND, MASKED, HALVES (0 or 1), THREADS (rows per block).
+// With HALVES the errors are also written as two bfloat16 numbers, e = high + low to 2^-17, in the rows [high, low, high]
+// of a matrix (3 * columns, rows): the right factor of the product that takes them off the columns to come.
 #define SUB 32
 #define MOST 128
 
+static __device__ unsigned short bfloat16(float x) {
+    const unsigned bits = __float_as_uint(x);
+    return (unsigned short)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);  // to nearest, ties to even; x is finite
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS) round_columns(
     const float* values, const float* gradient, const float* inner, const float* table, const int* book,
-    unsigned char* codes, float* errors, const unsigned char* kept, int rows, int columns, float top) {
+    unsigned char* codes, float* errors, const unsigned char* kept, unsigned short* halves, int rows, int columns,
+    int stride, float top) {
     __shared__ __align__(16) float panel[MOST * SUB];
     __shared__ float done[MOST * THREADS];
     const int row = blockIdx.x * THREADS + threadIdx.x;
@@ -21,7 +29,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) round_columns(
         __syncthreads();
         for (int t = threadIdx.x; t < last * SUB; t += THREADS) {
             const int i = t / SUB, k = first + t % SUB;
-            panel[t] = k < columns && i <= k ? inner[i * columns + k] : 0.f;
+            panel[t] = k < columns && i <= k ? inner[i * (long)stride + k] : 0.f;
         }
         float rest[SUB];
 #pragma unroll
@@ -65,6 +73,12 @@ extern "C" __global__ void __launch_bounds__(THREADS) round_columns(
             if (here) {
                 codes[offset] = (unsigned char)code;
                 errors[offset] = error;
+                if (HALVES) {
+                    const unsigned short high = bfloat16(error);
+                    const long next = columns * (long)rows;
+                    halves[offset] = halves[offset + 2 * next] = high;
+                    halves[offset + next] = bfloat16(error - __uint_as_float((unsigned)high << 16));
+                }
             }
             done[column * THREADS + threadIdx.x] = error;
 #pragma unroll
