@@ -14,6 +14,7 @@ import json
 import platform
 import shutil
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -22,7 +23,9 @@ from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import whit
+from whit.formats.base import TensorSpec
 from whit.models.skeleton import skeleton_of
+from whit.models.write import LazyTensor, write_safetensors
 from whit.pipeline.events import Listener, Plan
 
 SHAPES = {
@@ -30,6 +33,8 @@ SHAPES = {
     "1b": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 16, "num_attention_heads": 32},
     "tiny": {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 2, "num_attention_heads": 4},
 }
+
+WRITERS = 4
 
 
 class _Clock(Listener):
@@ -62,6 +67,8 @@ def write_random_model(directory: Path, shape: str, seed: int) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator(device).manual_seed(seed)
     files: dict[str, dict[str, torch.Tensor]] = {}
+    writers = ThreadPoolExecutor(max_workers=WRITERS)
+    written = []
     for name, parameter in skeleton.named_parameters():
         unit = name.split(".")[2] if name.startswith("model.layers.") else "outside"
         shape_ = tuple(parameter.shape)
@@ -71,15 +78,24 @@ def write_random_model(directory: Path, shape: str, seed: int) -> None:
         files.setdefault(unit, {})[name] = value.half().cpu()
         last = unit != "outside" and name.endswith("post_attention_layernorm.weight")
         if last:
-            save_file(files.pop(unit), directory / f"model-{unit}.safetensors")
-            files[unit] = {}
-    save_file(files["outside"], directory / "model-outside.safetensors")
+            written.append(writers.submit(_write, directory / f"model-{unit}.safetensors", files.pop(unit)))
+            if len(written) > WRITERS:
+                written.pop(0).result()
+    written.append(writers.submit(_write, directory / "model-outside.safetensors", files["outside"]))
+    for job in written:
+        job.result()
     weight_map = {}
     for name in skeleton.state_dict():
         unit = name.split(".")[2] if name.startswith("model.layers.") else "outside"
         weight_map[name] = f"model-{unit}.safetensors"
     index = {"metadata": {}, "weight_map": weight_map}
     (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def _write(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """A safetensors file; several can be written at a time."""
+    lazy = {name: LazyTensor(TensorSpec(tuple(t.shape), t.dtype), lambda t=t: t) for name, t in tensors.items()}
+    write_safetensors(path, lazy)
 
 
 def main() -> None:

@@ -43,12 +43,12 @@ def available(device: torch.device) -> bool:
     """Whether the kernels can run there: a CUDA device with NVRTC or Triton, or a CPU and numba."""
     if device.type == "cpu":
         return numba_works()
-    return device.type == "cuda" and (_nvrtc_found() or _triton_found())
+    return device.type == "cuda" and (nvrtc_found() or _triton_found())
 
 
 def writes_halves(device: torch.device) -> bool:
     """Whether the kernels there also write errors as bfloat16 numbers."""
-    return device.type == "cuda" and _nvrtc_found()
+    return device.type == "cuda" and nvrtc_found()
 
 
 def feedback_levels(
@@ -130,7 +130,7 @@ def _launch(
     mask = tensors[5] if kept is None else kept.view(torch.uint8)  # codes: there must be something
     if not all(tensor.is_contiguous() for tensor in (*tensors[:2], *tensors[3:], mask)):
         raise ValueError("the column kernels need contiguous tensors")
-    on_cuda = table.device.type == "cuda" and _nvrtc_found()
+    on_cuda = table.device.type == "cuda" and nvrtc_found()
     if not on_cuda or tensors[2].stride(1) != 1:  # only the CUDA kernel takes a part of a larger matrix
         tensors = (*tensors[:2], tensors[2].contiguous(), *tensors[3:])
     if table.device.type == "cpu":
@@ -164,7 +164,7 @@ def _triton_kernel() -> Any:
 
 
 @lru_cache(maxsize=1)
-def _nvrtc_found() -> bool:
+def nvrtc_found() -> bool:
     """Whether the CUDA C++ kernel can be compiled here."""
     from whit.kernels.nvrtc import CompilationError, compiler_library
 

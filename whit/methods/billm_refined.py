@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from whit.kernels.signs import decode_signs, patterns, signed_sums
+from whit.kernels.signs import decode_signs, pattern_rows, signed_sums
 from whit.kernels.split_product import SplitFactor, SplitMatrix
 from whit.methods.billm_planes import BinaryPlanes
 from whit.methods.descent import descend_columns, solve_least_squares
@@ -261,7 +261,7 @@ def _normal_equations(codes: Tensor, gradient: Tensor, parts: MomentParts) -> tu
         here = slice(2 * mark, 2 * mark + 2)
         code = codes[columns]
         right[:, here] = signed_sums(gradient[columns].unsqueeze(1), code)[0].T
-        pattern = patterns(code).transpose(0, 1).reshape(len(columns), 2 * rows)
+        pattern = pattern_rows(code)
         for other in range(mark + 1):
             if (mark, other) not in parts.matrices:
                 continue

@@ -22,18 +22,18 @@ extern "C" __global__ void __launch_bounds__(THREADS) round_columns(
     __shared__ float done[MOST * THREADS];
     const int row = blockIdx.x * THREADS + threadIdx.x;
     const bool here = row < rows;
-    const long place = here ? row : rows - 1;
+    const long long place = here ? row : rows - 1;
     const float* source = DESCEND ? gradient : values;
     for (int first = 0; first < columns; first += SUB) {
         const int last = first + SUB < columns ? first + SUB : columns;
         __syncthreads();
         for (int t = threadIdx.x; t < last * SUB; t += THREADS) {
             const int i = t / SUB, k = first + t % SUB;
-            panel[t] = k < columns && i <= k ? inner[i * (long)stride + k] : 0.f;
+            panel[t] = k < columns && i <= k ? inner[i * (long long)stride + k] : 0.f;
         }
         float rest[SUB];
 #pragma unroll
-        for (int k = 0; k < SUB; k++) rest[k] = first + k < columns ? source[(first + k) * (long)rows + place] : 0.f;
+        for (int k = 0; k < SUB; k++) rest[k] = first + k < columns ? source[(first + k) * (long long)rows + place] : 0.f;
         __syncthreads();
 #pragma unroll 4
         for (int i = 0; i < first; i++) {
@@ -45,11 +45,11 @@ extern "C" __global__ void __launch_bounds__(THREADS) round_columns(
         for (int j = 0; j < SUB; j++) {
             const int column = first + j;
             if (column >= columns) break;
-            const long offset = column * (long)rows + place;
+            const long offset = column * (long long)rows + place;
             const float diagonal = panel[column * SUB + j];
             const float before = DESCEND ? values[offset] : rest[j];
             const float target = DESCEND ? before + rest[j] / diagonal : rest[j];
-            const float* entry = table + book[column] * (long)(LEVELS * (long)rows) + place;
+            const float* entry = table + book[column] * (long long)(LEVELS * (long long)rows) + place;
             float nearest, code = 0.f;
             if (GRID) {
                 const float scale = entry[0], zero = entry[rows];
@@ -61,7 +61,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) round_columns(
                 float lower = nearest = entry[0];
 #pragma unroll
                 for (int level = 1; level < LEVELS; level++) {
-                    const float upper = entry[level * (long)rows];
+                    const float upper = entry[level * (long long)rows];
                     const bool above = target >= (lower + upper) * 0.5f;
                     nearest = above ? upper : nearest;
                     code = above ? code + 1.f : code;
@@ -75,7 +75,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) round_columns(
                 errors[offset] = error;
                 if (HALVES) {
                     const unsigned short high = bfloat16(error);
-                    const long next = columns * (long)rows;
+                    const long next = columns * (long long)rows;
                     halves[offset] = halves[offset + 2 * next] = high;
                     halves[offset + next] = bfloat16(error - __uint_as_float((unsigned)high << 16));
                 }
