@@ -24,7 +24,7 @@ from whit.pipeline.outcome import completed_result, make_result
 from whit.pipeline.passes import has_passes, run_passes
 from whit.pipeline.plan import make_plan
 from whit.pipeline.prepare import Job, choose_device, prepare
-from whit.pipeline.ranks import ALONE, Ranks, joined
+from whit.pipeline.ranks import ALONE, Ranks, join
 from whit.pipeline.recipe import RECIPE_FILE, Recipe, as_recipe
 from whit.report.record import EvaluationRecord, Result
 from whit.report.write import write_reports
@@ -59,9 +59,9 @@ def compress(
     """
     options = options or RunOptions()
     recipe = as_recipe(method, knobs)
-    with joined(choose_device(options.device)) as ranks:
-        listener = listener if listener is not None and ranks.first else Listener()
-        return _compress(model, recipe, output, options, listener, dry_run, ranks)
+    ranks = join(choose_device(options.device))
+    listener = listener if listener is not None and ranks.first else Listener()
+    return _compress(model, recipe, output, options, listener, dry_run, ranks)
 
 
 def _compress(

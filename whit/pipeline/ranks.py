@@ -7,6 +7,7 @@ same order; whatever they exchange goes through `Ranks`, which alone, in a singl
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -89,8 +90,7 @@ class Ranks:
 ALONE = Ranks()
 
 
-@contextmanager
-def joined(device: torch.device) -> Iterator[Ranks]:
+def join(device: torch.device) -> Ranks:
     """The processes that this one belongs to; joins those that torchrun started together.
 
     Args:
@@ -113,16 +113,13 @@ def joined(device: torch.device) -> Iterator[Ranks]:
             )
         torch.cuda.set_device(local)
     if ours:
-        distributed.init_process_group("nccl" if kind == "cuda" else "gloo", timeout=LONGEST_WAIT)
-    try:
-        if not _initialised():
-            yield ALONE
-            return
-        place = torch.device("cuda", local) if kind == "cuda" else CPU
-        yield Ranks(distributed.get_rank(), distributed.get_world_size(), place)
-    finally:
-        if ours:
-            distributed.destroy_process_group()
+        # Stays until the process ends: what torchrun started can only meet once. Both backends, for both devices.
+        distributed.init_process_group(timeout=LONGEST_WAIT)
+        atexit.register(distributed.destroy_process_group)
+    if not _initialised():
+        return ALONE
+    place = torch.device("cuda", local) if kind == "cuda" else CPU
+    return Ranks(distributed.get_rank(), distributed.get_world_size(), place)
 
 
 def _initialised() -> bool:
