@@ -21,6 +21,7 @@ pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs g++")
 PRELUDE = """
 #include <cmath>
 #include <cstring>
+#define __restrict__ __restrict
 #define __global__
 #define __device__
 #define __shared__ static

@@ -75,6 +75,16 @@ class LayerStatistics:
             self._factors[key] = _factorise(self._moment(), damping, order)
         return self._factors[key]
 
+    def damped(self, factor: InverseFactor, order: Tensor) -> Tensor:
+        """H as `factor` (of that order) inverts it, its columns taken in `order`: float32 (m, m), memory of its own."""
+        moment = self._moment()
+        diagonal = torch.diagonal(moment).float().clone()
+        diagonal[factor.dead] = 1
+        diagonal += factor.damping * float(diagonal.mean())
+        out = moment.float()[order][:, order].contiguous()
+        torch.diagonal(out).copy_(diagonal[order])
+        return out
+
     def input_square_sums(self) -> Tensor:
         """1/N sum x_j^2 of each input over the tokens of N sequences (Wanda's squared norm X_j): float32 (m,)."""
         if self.square_sums is not None:
@@ -121,12 +131,9 @@ def _factorise(moment: Tensor, damping: float, order: Tensor | None) -> InverseF
         h = h[order][:, order].contiguous()
     # A contiguous float32 mean times a float32 factor: the very bits of the released GPTQ and BiLLM codes.
     mean = torch.diag(h).mean()
-    index = torch.arange(h.shape[0], device=h.device)
     used, notes = damping, []
     while True:
-        damped = h.clone()
-        damped[index, index] += used * mean
-        upper = _inverse_factor(damped)
+        upper = _inverse_factor(h, used * mean)
         if upper is not None:
             break
         used = max(used, 1e-6) * 10
@@ -137,23 +144,25 @@ def _factorise(moment: Tensor, damping: float, order: Tensor | None) -> InverseF
     return InverseFactor(upper, dead, used, tuple(notes))
 
 
-def _inverse_factor(matrix: Tensor) -> Tensor | None:
-    """U, upper triangular with matrix^-1 = U^T U; None if the matrix is not positive definite.
+def _inverse_factor(matrix: Tensor, damping: Tensor) -> Tensor | None:
+    """U, upper triangular with (matrix + damping I)^-1 = U^T U; None if that is not positive definite.
 
     On a CPU by way of the inverse, as the released codes have it, bit for bit. On a GPU without it: with the columns in
     reverse order, matrix = L L^T becomes matrix = R R^T, R upper triangular, and U = R^-1. That is a quarter of the
     arithmetic.
     """
-    if matrix.device.type == "cpu":
-        lower, failed = torch.linalg.cholesky_ex(matrix)
-        if int(failed):
-            return None
+    straight = matrix.device.type == "cpu"
+    damped = matrix.clone() if straight else matrix.flip(0, 1)
+    torch.diagonal(damped).add_(damping)
+    lower, failed = torch.linalg.cholesky_ex(damped)
+    del damped  # of a wide layer this is gigabytes
+    if int(failed):
+        return None
+    if straight:
         upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
     else:
-        lower, failed = torch.linalg.cholesky_ex(matrix.flip(0, 1))
-        if int(failed):
-            return None
-        upper = inverse_of_triangle(lower.flip(0, 1))
+        lower = lower.flip(0, 1)
+        upper = inverse_of_triangle(lower)
     return None if int(failed) or not bool(torch.isfinite(upper).all()) else upper
 
 

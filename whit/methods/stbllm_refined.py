@@ -21,9 +21,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from whit.kernels.split_product import add_product, product
 from whit.methods.billm_refined import INITIAL_SHARE, MARK_ROUNDS, SAMPLED_ROWS, two_magnitudes
-from whit.methods.descent import descend_columns, least_squares_step
+from whit.methods.descent import BlockFactors, descend_columns, least_squares_step
 from whit.methods.feedback import round_with_feedback
 from whit.methods.rounders import LevelRounder
 from whit.methods.three_magnitudes import three_magnitudes
@@ -168,6 +167,7 @@ def refit(
     magnitudes: Magnitudes,
     book: Tensor,
     kept: Tensor,
+    factors: BlockFactors | None = None,
 ) -> Magnitudes:
     """Least squares of the five magnitudes of each block of a row under the full H, codes fixed.
 
@@ -175,10 +175,11 @@ def refit(
     Arguments as in `whit.methods.billm_refined.refit`, and kept (columns, rows); `values` and `gradient` are updated in
     place, the new magnitudes returned.
     """
+    factors = factors or BlockFactors(moment, book)
     levels, regions = magnitudes.levels.clone(), magnitudes.regions
     counts = [regions] if regions == 1 else [regions, MARKED]
     for block in range(len(levels) // 2):
-        columns = torch.nonzero(book // 2 == block).squeeze(1)
+        columns = factors.columns(block)
         code, mask, marked = codes[columns], kept[columns], (book[columns] % 2 == 1).unsqueeze(1)
         sign = ((code % 2).float() * 2 - 1) * mask
         patterns = [
@@ -186,7 +187,7 @@ def refit(
             for mark, count in enumerate(counts)
             for level in range(count)
         ]
-        step = least_squares_step(patterns, gradient[columns], moment[columns][:, columns])
+        step = least_squares_step(patterns, gradient[columns], factors.of(block))
         old = [levels[2 * block + mark, :count] for mark, count in enumerate(counts)]
         new = [level + part for level, part in zip(old, torch.split(step.T, counts), strict=True)]
         sound = torch.stack([(part >= 0).all(0) & (part.diff(dim=0) >= 0).all(0) for part in new]).all(0)
@@ -196,7 +197,7 @@ def refit(
             both[mark, len(after) :] = both[mark, len(after) - 1]
         levels[2 * block : 2 * block + 2] = storable(both, regions).levels
         updated = _decode(code, levels, book[columns], mask)
-        add_product(gradient, moment[:, columns], updated - values[columns], -1)
+        factors.subtract(gradient, block, updated - values[columns])
         values[columns] = updated
     return Magnitudes(levels, regions)
 
@@ -218,7 +219,7 @@ def refined_stbllm(
     Args:
         weight: float32 (rows, columns). Not modified.
         kept: bool (rows, columns).
-        moment: damped H, float32 (columns, columns), positive definite, in the order of the weight.
+        moment: damped H, float32 (columns, columns), positive definite, its columns taken in `order`.
         upper: U with H^-1 = U^T U for the columns taken in `order`.
         order: permutation (columns,) in which columns are rounded.
         block_size: columns that share scalars; 0 for the whole row.
@@ -244,14 +245,14 @@ def refined_stbllm(
     rounder = _rounder(magnitudes, book, mask)
     codes = _codes(round_with_feedback(target.T, upper, 0, lambda first, values: rounder).codes.T, regions, book)
     if passes:
-        inner = moment[order][:, order].contiguous()
         values = _decode(codes, magnitudes.levels, book, mask)
-        gradient = product(inner, target - values)
+        factors, gradient = BlockFactors(moment, book), torch.zeros_like(values)
+        factors.whole.subtract(gradient, values - target)
         for _ in range(passes):
-            magnitudes = refit(codes, values, gradient, inner, magnitudes, book, mask)
-            descend_columns(codes, values, gradient, inner, _rounder(magnitudes, book, mask))
+            magnitudes = refit(codes, values, gradient, moment, magnitudes, book, mask, factors)
+            descend_columns(codes, values, gradient, moment, _rounder(magnitudes, book, mask), factors.whole)
             codes = _codes(codes, regions, book)
-        magnitudes = refit(codes, values, gradient, inner, magnitudes, book, mask)
+        magnitudes = refit(codes, values, gradient, moment, magnitudes, book, mask, factors)
 
     natural = torch.empty_like(codes)
     natural[order] = codes
