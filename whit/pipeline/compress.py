@@ -156,7 +156,7 @@ def compress_blocks(job: Job, journal: JournalReader, listener: Listener, ranks:
             assignment=job.assignment,
             journal=journal,
             listener=listener,
-            batches=merge_batches(job.calibration.batches, job.options.batch_size),
+            batches=merge_batches(job.calibration.batches, job.batch_size),
             dense_dtype=job.dense_dtype,
             compute_dtype=job.calibration_dtype,
             device=job.device,
