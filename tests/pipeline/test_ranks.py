@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.pipeline.conftest import make_case
+from whit.cli import main
 from whit.pipeline.exchange import Exchange
 from whit.pipeline.ranks import ALONE, Ranks, spread
 
@@ -79,6 +80,22 @@ def test_two_processes_write_the_bytes_of_one(tmp_path: Path) -> None:
             assert path.read_bytes() == (tmp_path / "two" / path.relative_to(tmp_path / "one")).read_bytes(), path
             compared += 1
     assert compared >= 12
+
+
+def test_only_the_first_process_shows_anything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    case = make_case("gpt2", tmp_path)
+    command = ["compress", str(case.model), "--method", "rtn", "--calibration", str(case.options.calibration)]
+    command += ["--no-evaluate", "--device", "cpu", "--dry-run", "-o", str(tmp_path / "out")]
+    shown = []
+    for rank in ("0", "1"):
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "test")
+        monkeypatch.setenv("RANK", rank)
+        capsys.readouterr()
+        assert main(command) == 0
+        shown.append(capsys.readouterr().out)
+    assert "rtn" in shown[0] and shown[1] == ""
 
 
 def test_the_dearest_work_goes_to_whom_has_least() -> None:

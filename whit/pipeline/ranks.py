@@ -126,6 +126,11 @@ def _initialised() -> bool:
     return distributed.is_available() and distributed.is_initialized()
 
 
+def is_helper() -> bool:
+    """Whether torchrun started this process, and not as the first: it has nothing to show."""
+    return "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("RANK", "0") != "0"
+
+
 def spread(costs: Sequence[float], count: int) -> list[int]:
     """Which of `count` processes does each piece of work: the dearest first, each to the one with least to do."""
     loads = [0.0] * count
