@@ -12,8 +12,10 @@ import torch
 
 from tests.pipeline.conftest import make_case
 from whit.cli import main
-from whit.pipeline.exchange import Exchange
+from whit.methods.statistics import Statistic
+from whit.pipeline.gather import InputAccumulator
 from whit.pipeline.ranks import ALONE, Ranks, spread
+from whit.pipeline.relay import Relay
 
 SCRIPT = """
 import dataclasses, os, sys
@@ -110,24 +112,36 @@ def test_alone_there_is_nobody_to_tell() -> None:
     assert ALONE.gather({"a": 1}) == [{"a": 1}] and tensor.tolist() == [0, 1, 2] and ALONE.first
     with pytest.raises(ZeroDivisionError), ALONE.together():
         raise ZeroDivisionError
-    found = []
-    exchange = Exchange(ALONE)
-    exchange.connect([lambda inputs, parts: found.append((inputs, parts))])
-    exchange.record(0, tensor, 2)
-    exchange.turn()
-    assert len(found) == 1 and found[0][0] is tensor and found[0][1] == 2
 
 
-def test_inputs_are_taken_in_by_the_order_of_the_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What two processes would see, by a stand-in for the second: each takes its turn, whoever asks."""
-    ranks = Ranks(1, 2)
-    theirs = [[0, [2, 3], "float32", 1]]
-    monkeypatch.setattr(Ranks, "gather", lambda self, value: [theirs, value])
-    monkeypatch.setattr(Ranks, "broadcast", lambda self, tensor, source: tensor.fill_(7) if source == 0 else None)
-    found: list[list[float]] = []
-    exchange = Exchange(ranks)
-    exchange.connect([lambda inputs, parts: found.append(inputs.flatten().tolist())])
-    exchange.record(0, torch.zeros(1, 3), 1)
-    assert found == []
-    exchange.turn()
-    assert found == [[7.0] * 6, [0.0] * 3]
+NEEDS = frozenset({Statistic.SECOND_MOMENT, Statistic.SQUARE_SUMS, Statistic.RANGE, Statistic.SAMPLE})
+
+
+@pytest.mark.parametrize("silent", [False, True], ids=["both", "second-only"])
+def test_the_second_process_goes_on_where_the_first_one_stopped(monkeypatch: pytest.MonkeyPatch, silent: bool) -> None:
+    """What the second of two processes does, with the first one's messages by hand: the bits are those of one."""
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(2, 9, 300, generator=generator) for _ in range(4)]
+    alone, first, second = (InputAccumulator(300, NEEDS, 4) for _ in range(3))
+    for x in inputs[2:] if silent else inputs:
+        alone.update(x)
+    for x in [] if silent else inputs[:2]:
+        first.update(x)
+    numbers, tensors = first.state()
+    sent = [tensor.clone() for tensor in tensors]
+    told = [[numbers, [[list(t.shape), str(t.dtype).removeprefix("torch.")] for t in tensors]]]
+    monkeypatch.setattr(Ranks, "gather", lambda self, value: [told, value])
+    monkeypatch.setattr(Ranks, "broadcast", lambda self, t, source: t.copy_(sent.pop(0)) if source == 0 else None)
+    relay = Relay(Ranks(1, 2))
+    relay.connect([second])
+    for x in inputs[2:]:
+        given = x.clone()
+        relay.record(0, given, 1)
+        given.zero_()  # what a block does to its inputs afterwards does not matter
+    assert second.tokens == 0
+    relay.finish()
+    for kind in ("square_sums", "maximum", "sequences", "tokens"):
+        assert torch.equal(torch.as_tensor(getattr(alone, kind)), torch.as_tensor(getattr(second, kind)))
+    assert alone.moment is not None and second.moment is not None
+    assert torch.equal(alone.moment.moment, second.moment.moment)
+    assert torch.equal(torch.cat(alone.sample), torch.cat(second.sample)) and not sent

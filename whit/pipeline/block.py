@@ -13,10 +13,10 @@ from whit.formats.base import Packed
 from whit.methods.statistics import Statistic
 from whit.models.source import TensorSource
 from whit.pipeline.assign import AssignedLayer
-from whit.pipeline.exchange import Exchange
 from whit.pipeline.gather import find_groups, gathering
 from whit.pipeline.layer import Swaps, data_free
 from whit.pipeline.ranks import ALONE, Ranks
+from whit.pipeline.relay import Relay
 from whit.pipeline.team import Team
 from whit.report.record import LayerRecord
 
@@ -85,10 +85,9 @@ def compress_block(
     calls = sum(ranks.gather(sum(len(item) for item in streams.calls)))
     for part in [[group] for group in groups] if true_sequential else [groups]:
         needs = {group: _needs(layers[name] for name in group) for group in part}
-        exchange = Exchange(ranks)
-        with gathering(part, modules, needs, calls, exchange) as statistics:
+        with gathering(part, modules, needs, calls, Relay(ranks)) as statistics:
             if any(needs.values()):
-                _run_copies(block, streams, exchange)
+                _run_copies(block, streams)
         with team.dividing([name for group in part for name in group if name not in unreached]) as compress:
             for group in part:
                 for name in group:
@@ -153,15 +152,13 @@ def _groups_here(block: nn.Module, modules: dict[str, nn.Module], streams: Strea
     return groups
 
 
-def _run_copies(block: nn.Module, streams: Streams, exchange: Exchange) -> None:
-    """Run all batches through the block without changing the streams; every process takes as many turns."""
+def _run_copies(block: nn.Module, streams: Streams) -> None:
+    """Run all batches through the block without changing the streams."""
     with torch.no_grad():
-        for turn in range(max(exchange.ranks.gather(len(streams.hidden)))):
-            if turn < len(streams.hidden):
-                out = streams.hidden[turn]
-                for call in streams.calls[turn]:
-                    out = call.run(block, out)
-            exchange.turn()
+        for hidden, calls in zip(streams.hidden, streams.calls, strict=True):
+            out = hidden
+            for call in calls:
+                out = call.run(block, out)
 
 
 def _has_gradient(layer: AssignedLayer, gradients: Mapping[str, Tensor]) -> bool:

@@ -93,7 +93,8 @@ def compress_units(run: Run) -> None:
             f"{len(run.batches)} calibration batches cannot be shared among {ranks.count} processes: use a smaller "
             "batch size, more samples, or fewer processes"
         )
-    mine = dataclasses.replace(run, batches=run.batches[ranks.rank :: ranks.count])
+    first, last = (len(run.batches) * number // ranks.count for number in (ranks.rank, ranks.rank + 1))
+    mine = dataclasses.replace(run, batches=run.batches[first:last])
     with mine.writer, _reading_ahead(mine) as ahead:
         _units(ahead)
 

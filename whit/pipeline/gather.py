@@ -14,8 +14,8 @@ from whit.errors import ModelError
 from whit.kernels.cpu.bfloat16 import products_of_bfloat16
 from whit.methods.statistics import LayerStatistics, Statistic
 from whit.models.layers import LayerKind, layer_kind
-from whit.pipeline.exchange import Exchange
-from whit.pipeline.ranks import ALONE, Ranks
+from whit.pipeline.ranks import ALONE
+from whit.pipeline.relay import Relay
 
 SAMPLE_VECTORS = 1024
 #: Columns per product of second moments on a CPU.
@@ -70,16 +70,13 @@ class SecondMoment:
     """H = 2/N sum over N sequences of X^T X, float32, as a running mean (the accumulation of GPTQ and BiLLM).
 
     Frantar et al. 2022, section 3.3; per batch of b sequences: H <- H N/(N+b), N <- N+b, H += 2/N X^T X.
-    H is symmetric: only panels of rows from the diagonal on are accumulated, and mirrored in the end. Each panel is a
-    sum of its own, so several processes share the work and find the very bits of one.
+    H is symmetric: only panels of rows from the diagonal on are accumulated, and mirrored in the end.
 
     Attributes:
         upper: (columns, columns), of which what lies on and above the diagonal is kept up to date.
-        ranks: the processes; panel p belongs to number p modulo their count.
     """
 
     upper: Tensor
-    ranks: Ranks = ALONE
     sequences: int = 0
     tokens: int = 0
 
@@ -104,31 +101,21 @@ class SecondMoment:
 
     def _add(self, flat: Tensor, kept: float, options: dict[str, Any]) -> None:
         """Scale, multiply and add in one product per panel."""
-        for target, start, stop, owner in self._panels():
-            if owner == self.ranks.rank:
-                left, right = flat[:, start:stop].T, flat[:, start:]
-                torch.addmm(target, left, right, beta=kept, alpha=2 / self.sequences, out=target, **options)
+        for target, start, stop in self.panels():
+            left, right = flat[:, start:stop].T, flat[:, start:]
+            torch.addmm(target, left, right, beta=kept, alpha=2 / self.sequences, out=target, **options)
 
-    def _panels(self) -> Iterator[tuple[Tensor, int, int, int]]:
-        """Each panel, its first and last row, and the process it belongs to."""
+    def panels(self) -> Iterator[tuple[Tensor, int, int]]:
+        """Each panel, and its first and last row."""
         width = PANEL_COLUMNS if self.upper.is_cuda else BLOCK_COLUMNS
-        for place, start in enumerate(range(0, len(self.upper), width)):
+        for start in range(0, len(self.upper), width):
             stop = min(start + width, len(self.upper))
-            yield self.upper[start:stop, start:], start, stop, place % self.ranks.count
-
-    def share(self) -> None:
-        """Let every process have all panels."""
-        if self.ranks.count == 1:
-            return
-        for target, _, _, owner in self._panels():
-            panel = target.contiguous()
-            self.ranks.broadcast(panel, owner)
-            target.copy_(panel)
+            yield self.upper[start:stop, start:], start, stop
 
     @property
     def moment(self) -> Tensor:
         """H, float32 (columns, columns), exactly symmetric; mirrored in place, as H of a wide layer takes gigabytes."""
-        for _, start, stop, _ in self._panels():
+        for _, start, stop in self.panels():
             inner = self.upper[start:stop, start:stop]
             inner.copy_(inner.triu() + inner.triu(1).T)
             self.upper[stop:, start:stop] = self.upper[start:stop, stop:].T
@@ -147,7 +134,6 @@ class InputAccumulator:
     columns: int
     needs: frozenset[Statistic]
     sample_size: int
-    ranks: Ranks = ALONE
     moment: SecondMoment | None = None
     square_sums: Tensor | None = None
     maximum: Tensor | None = None
@@ -161,7 +147,7 @@ class InputAccumulator:
         flat = x.detach().reshape(-1, x.shape[-1])
         if Statistic.SECOND_MOMENT in self.needs:
             if self.moment is None:
-                self.moment = SecondMoment(torch.zeros(self.columns, self.columns, device=x.device), self.ranks)
+                self.moment = SecondMoment(torch.zeros(self.columns, self.columns, device=x.device))
             self.moment.update(x.detach())
         if Statistic.SQUARE_SUMS in self.needs:
             if self.square_sums is None:
@@ -177,14 +163,36 @@ class InputAccumulator:
         self.sequences += sequences
         self.tokens += flat.shape[0]
 
+    def state(self) -> tuple[dict[str, int], list[Tensor]]:
+        """What has been summed up so far, for `restore` elsewhere."""
+        sums = [item for item in (self.square_sums, self.maximum) if item is not None]
+        panels = [] if self.moment is None else [panel.contiguous() for panel, _, _ in self.moment.panels()]
+        numbers = {"sequences": self.sequences, "tokens": self.tokens, "samples": len(self.sample)}
+        return numbers, [*sums, *self.sample, *panels]
+
+    def restore(self, numbers: dict[str, int], tensors: Sequence[Tensor]) -> None:
+        """Go on from there; nothing was added here."""
+        if not tensors:
+            return
+        self.sequences, self.tokens = numbers["sequences"], numbers["tokens"]
+        rest = list(tensors)
+        if Statistic.SQUARE_SUMS in self.needs:
+            self.square_sums = rest.pop(0)
+        if Statistic.RANGE in self.needs:
+            self.maximum = rest.pop(0)
+        self.sample, panels = rest[: numbers["samples"]], rest[numbers["samples"] :]
+        if panels:
+            upper = torch.zeros(self.columns, self.columns, device=panels[0].device)
+            self.moment = SecondMoment(upper, self.sequences, self.tokens)
+            for (target, _, _), panel in zip(self.moment.panels(), panels, strict=True):
+                target.copy_(panel)
+
     def write(self, statistics: LayerStatistics, name: str) -> None:
         """Hand everything over.
 
         Raises:
             ModelError: the inputs hold NaN or Inf.
         """
-        if self.moment is not None:
-            self.moment.share()
         statistics.tokens = self.tokens
         statistics.second_moment = None if self.moment is None else self.moment.moment
         statistics.square_sums = self.square_sums
@@ -203,14 +211,14 @@ def gathering(
     layers: dict[str, nn.Module],
     needs: frozenset[Statistic] | Mapping[tuple[str, ...], frozenset[Statistic]],
     calls: int = 1,
-    exchange: Exchange | None = None,
+    relay: Relay | None = None,
 ) -> Iterator[dict[tuple[str, ...], LayerStatistics]]:
     """While the context is open, forward passes fill one `LayerStatistics` per group.
 
     Args:
         needs: for every group, or by group.
         calls: forward passes to come; a sample takes about `SAMPLE_VECTORS / calls` vectors from each.
-        exchange: of the inputs with other processes; its `turn` must then be called after every batch.
+        relay: to the processes that run other batches.
 
     Raises:
         ModelError: an input holds NaN or Inf (checked once per group, at the end).
@@ -218,7 +226,7 @@ def gathering(
     kinds = {group: _kind(layers[group[0]]) for group in groups}
     statistics = {group: LayerStatistics(kinds[group].shape(layers[group[0]])[1]) for group in groups}
     accumulators: dict[tuple[str, ...], InputAccumulator] = {}
-    exchange = exchange or Exchange(ALONE)
+    relay = relay or Relay(ALONE)
     handles = []
     for group in groups:
         wanted = (needs[group] if isinstance(needs, Mapping) else needs) & INPUT_STATISTICS
@@ -226,7 +234,7 @@ def gathering(
             continue
         size = -(-SAMPLE_VECTORS // calls)
         number = len(accumulators)
-        accumulators[group] = InputAccumulator(statistics[group].columns, wanted, size, exchange.ranks)
+        accumulators[group] = InputAccumulator(statistics[group].columns, wanted, size)
 
         def hook(
             module: nn.Module,
@@ -237,15 +245,16 @@ def gathering(
         ) -> None:
             parts = kind.parts(module, _given(arguments, keywords).detach())
             for part in parts:
-                exchange.record(number, kind.inputs(module, part).detach(), len(parts))
+                relay.record(number, kind.inputs(module, part).detach(), len(parts))
 
         handles.append(layers[group[0]].register_forward_pre_hook(hook, with_kwargs=True))
-    exchange.connect([accumulator.update for accumulator in accumulators.values()])
+    relay.connect(list(accumulators.values()))
     try:
         yield statistics
     finally:
         for handle in handles:
             handle.remove()
+    relay.finish()
     for group, accumulator in accumulators.items():
         accumulator.write(statistics[group], group[0])
 

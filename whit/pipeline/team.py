@@ -88,5 +88,7 @@ class Team:
 
 
 def _cost(layer: AssignedLayer) -> float:
-    """Of compressing a layer, in no unit: most methods multiply the weight by a matrix of its inputs, and invert it."""
-    return float((layer.rows + layer.columns) * layer.columns**2)
+    """Of compressing a layer, in no unit: small steps for every column, products of the weight with a matrix of its
+    inputs, and the inverse of that. The weights fit BiLLM's layers of a 7B on an H200 (`benchmarks/compression_gpu.py`).
+    """
+    return layer.columns * (1 + 1e-8 * layer.rows * layer.columns + 3e-9 * layer.columns**2)
