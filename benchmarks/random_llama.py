@@ -32,7 +32,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import whit
 from whit.formats.base import TensorSpec
 from whit.models.skeleton import skeleton_of
-from whit.models.source import SafetensorsSource
+from whit.models.source import SafetensorsSource, hash_file
 from whit.models.write import LazyTensor, write_safetensors
 from whit.pipeline.events import Listener, Plan
 
@@ -129,15 +129,20 @@ def _write(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     write_safetensors(path, lazy)
 
 
+def _sha256(path: Path) -> str | None:
+    """Of the weight file, to compare runs; None if there are several."""
+    return hash_file(path) if path.is_file() else None
+
+
 def whole_model(shape: str, seconds: float, saving: float, hashing: float, clock: _Clock) -> dict[str, float]:
     """Seconds that all blocks of a shape would take, if only some were made.
 
-    Blocks count by their median; checking the identity of the weight files and saving grow with the number of blocks.
+    Blocks count by the median of those between the first and the last; checking the identity of the weight files and saving grow with the number of blocks.
     """
     made, every = len(clock.blocks), int(SHAPES[shape]["num_hidden_layers"])
     if made in (every, 0, 1):
         return {}
-    one = statistics.median(clock.block_seconds())
+    one = statistics.median(clock.block_seconds()[:-1] or clock.block_seconds())  # the last one's outputs go nowhere
     more = (every - made) * one + (every / made - 1) * (saving + hashing)
     return {"extrapolated_seconds": seconds + more, "median_block_seconds": one}
 
@@ -212,6 +217,7 @@ def main() -> None:
                     "host_bytes": clock.plan.host_bytes,
                 },
                 "file_bytes": result.size.file_bytes,
+                "sha256": _sha256(out / "model.safetensors"),
                 "stored_bits_compressed": result.size.compressed_bits,
                 "stored_bits_file": result.size.file_bits,
                 "original_file_bytes": result.size.original_file_bytes,

@@ -89,6 +89,6 @@ class Team:
 
 def _cost(layer: AssignedLayer) -> float:
     """Of compressing a layer, in no unit: small steps for every column, products of the weight with a matrix of its
-    inputs, and the inverse of that. The weights fit BiLLM's layers of a 7B on an H200 (`benchmarks/compression_gpu.py`).
+    inputs, and the inverse of that; weighted as BiLLM's layers of a 7B take on an H200.
     """
     return layer.columns * (1 + 1e-8 * layer.rows * layer.columns + 3e-9 * layer.columns**2)
