@@ -137,7 +137,8 @@ def _sha256(path: Path) -> str | None:
 def whole_model(shape: str, seconds: float, saving: float, hashing: float, clock: _Clock) -> dict[str, float]:
     """Seconds that all blocks of a shape would take, if only some were made.
 
-    Blocks count by the median of those between the first and the last; checking the identity of the weight files and saving grow with the number of blocks.
+    Blocks count by the median of those between the first and the last; checking the identity of the weight files and
+    saving grow with their number.
     """
     made, every = len(clock.blocks), int(SHAPES[shape]["num_hidden_layers"])
     if made in (every, 0, 1):
