@@ -65,8 +65,9 @@ def expected_memory(job: Job, file_bytes: int, available: int) -> Memory:
     """
     sizes = _sizes(job, file_bytes)
     gradients = gradient_sizes(job)
+    ahead = 0 if job.device.type == "cpu" else sizes.block  # the next block is there already (`whit.models.ahead`)
     peak = max(
-        compression_bytes(sizes) + (gradients.block if gradients.sums else 0),
+        compression_bytes(sizes) + (gradients.block if gradients.sums else 0) + ahead,
         evaluation_bytes(sizes, available) if job.evaluation is not None else 0,
         gradient_bytes(gradients, available),
     )
