@@ -10,6 +10,7 @@ divided. The default model, its default calibration text and BiLLM, on a few blo
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import platform
@@ -86,7 +87,10 @@ def run_blocks(run: Any, caught: Any, names: list[str], clock: Clock) -> dict[st
     from whit.pipeline import block as block_module
 
     hidden, errors = [item.hidden for item in caught], {}
-    plain = block_module.compress_layer
+    # Where the layers of a block are compressed, in this version and in those before it.
+    divided = importlib.util.find_spec("whit.pipeline.team") is not None
+    layer_module = importlib.import_module("whit.pipeline.team") if divided else block_module
+    plain = layer_module.compress_layer
     seconds = {"wall": 0.0, "cpu": 0.0}
 
     def timed(*arguments: Any, **keywords: Any) -> Any:
@@ -97,12 +101,12 @@ def run_blocks(run: Any, caught: Any, names: list[str], clock: Clock) -> dict[st
         errors[out[1].name] = out[1].error
         return out
 
-    block_module.compress_layer = timed
+    layer_module.compress_layer = timed
     for number, name in enumerate(names):
         module = run.model.get_submodule(name)
         materialise(run.model, name, run.source, run.compute_dtype, run.device)
         streams = block_module.Streams(hidden, [[item.calls[number]] for item in caught])
-        swaps = block_module.Swaps(module, name)
+        swaps = layer_module.Swaps(module, name)
 
         def compress(module: Any = module, name: str = name, streams: Any = streams, swaps: Any = swaps) -> None:
             block_module.compress_block(

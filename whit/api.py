@@ -196,7 +196,7 @@ def _evaluate_tasks(
             tokenizer,
             original=original,
             original_tokenizer=original_tokenizer,
-            batch_size=options.batch_size,
+            batch_size=max(1, options.batch_size),
             fields={"dtype": name},
         )
     return dataclasses.replace(record, leak=leak)

@@ -82,6 +82,28 @@ def test_descent_is_the_plain_loop(count: int, rows: int, device: str) -> None:
     torch.testing.assert_close(change[:, same], expected[:, same], atol=2e-5, rtol=1e-4)
 
 
+@on_devices
+@pytest.mark.parametrize("descend", [False, True])
+def test_a_weight_that_is_not_kept_becomes_zero(descend: bool, device: str) -> None:
+    values, inner, book = block(50, 37, device)
+    generator = torch.Generator().manual_seed(1)
+    kept = (torch.rand(50, 37, generator=generator) < 0.5).to(device)
+    table = torch.randn(3, 6, 37, generator=generator).sort(1).values.to(device)
+    rounder = LevelRounder(table, book, kept)
+    gradient = torch.randn(50, 37, generator=generator).to(device)
+    codes, errors = torch.zeros_like(values, dtype=torch.uint8), torch.full_like(values, float("nan"))
+    if descend:
+        rounder.descend_block(0, values, gradient, inner, codes, errors)
+        rounded = values + errors
+    else:
+        rounder.round_block(0, values, inner, codes, errors)
+        fed_back = torch.stack([values[j] - (errors[:j] * inner[:j, j, None]).sum(0) for j in range(50)])
+        rounded = fed_back - errors * inner.diagonal().unsqueeze(1)
+    expected = table[book.long()].gather(1, codes.long().unsqueeze(1)).squeeze(1) * kept
+    torch.testing.assert_close(rounded, expected, atol=2e-5, rtol=1e-4)
+    assert bool((expected[kept] != 0).any())
+
+
 @needs_cuda
 @pytest.mark.parametrize(
     ("method", "knobs"),
@@ -92,6 +114,8 @@ def test_descent_is_the_plain_loop(count: int, rows: int, device: str) -> None:
         ("kmeans", {"bits": 2, "act_order": True}),
         ("billm", {}),
         ("billm", {"block_size": 128}),
+        ("stbllm", {"block_size": 64}),
+        ("stbllm", {"regions": 2, "pattern": "8:8"}),
     ],
 )
 def test_methods_on_the_gpu_lose_no_more_than_on_the_cpu(method: str, knobs: dict[str, object]) -> None:

@@ -291,3 +291,25 @@ def test_screening_keeps_the_winner_and_drops_most(skewed: bool) -> None:
         chosen = promising_splits(values, salient, splits)
         assert min(range(81), key=errors.__getitem__) in chosen
         assert len(chosen) < 20
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("metric", ["hessian", "magnitude"])
+@pytest.mark.parametrize("rows", [0, 64, 200])
+def test_a_gpu_agrees_in_every_mask_and_within_rounding_in_scalars(metric: str, rows: int) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    weight, moment = tiny_layer()
+    if rows:
+        inputs = torch.randn(1024, 256, generator=generator)
+        inputs[:, ::7] *= 4
+        weight, moment = 0.02 * torch.randn(rows, 256, generator=generator), inputs.T @ inputs / 256
+    upper = upper_factor(moment + 0.01 * torch.diagonal(moment).mean() * torch.eye(len(moment)))
+    size = 128 if rows else 64
+    expected = official_billm(weight, upper, block_size=size, salient_metric=metric)
+    found = official_billm(weight.cuda(), upper.cuda(), block_size=size, salient_metric=metric)
+    assert torch.equal(found.salient.cpu(), expected.salient)
+    assert torch.equal(found.sparse.cpu(), expected.sparse)
+    torch.testing.assert_close(found.scalars.cpu(), expected.scalars, rtol=1e-3, atol=1e-6)
+    assert float((found.first.cpu() == expected.first).float().mean()) > 0.9999
+    assert found.error == pytest.approx(expected.error, rel=1e-4)

@@ -265,6 +265,7 @@ def test_with_nothing_pruned_and_one_split_it_is_billm() -> None:
     order = statistics.descending_order()
     upper = statistics.inverse_factor(0.05, order).upper
     everything = torch.ones_like(weight, dtype=torch.bool)
+    moment = moment[order][:, order]
     ours = refined_stbllm(weight, everything, moment, upper, order, regions=2, passes=0)
     billm = refined_billm(weight, moment, upper, order, passes=0)
     assert torch.equal(ours.salient, billm.salient)

@@ -20,9 +20,10 @@ from whit.models.skeleton import load_dense
 from whit.models.source import InMemorySource
 from whit.models.stacks import find_stacks
 from whit.pipeline.assign import AssignedLayer
-from whit.pipeline.block import UNREACHED, Streams, Swaps, compress_block, packed_from, propagate, restore_layers
+from whit.pipeline.block import UNREACHED, Streams, compress_block, propagate
 from whit.pipeline.catch import Call, CallCatcher
 from whit.pipeline.gather import SecondMoment, find_groups, gathering
+from whit.pipeline.layer import Swaps, packed_from, restore_layers
 from whit.report.record import LayerRecord
 
 NEEDS = frozenset({Statistic.SECOND_MOMENT})

@@ -31,6 +31,7 @@ from whit.methods.base import available_methods, knobs, method_class
 from whit.models.loading import saved_dtype
 from whit.pipeline.events import Plan
 from whit.pipeline.prepare import choose_device
+from whit.pipeline.ranks import is_helper
 from whit.pipeline.recipe import Recipe, read_recipe
 
 Action = Callable[[Callable[[], Engine]], None]
@@ -130,7 +131,7 @@ def _compress_command(argv: Sequence[str]) -> Callable[..., Action]:
         chosen = {name: values[name] for name in knob_names}
 
         def action(engine: Callable[[], Engine]) -> None:
-            display = make_display(as_json=values["as_json"], quiet=values["quiet"])
+            display = make_display(as_json=values["as_json"], quiet=values["quiet"] or is_helper())
             with display:
                 outcome = engine().compress(
                     model, method, output, options=options, listener=display, dry_run=values["dry_run"], **chosen

@@ -34,7 +34,7 @@ RUN_HELP: Mapping[str, str] = {
     "dtype": (
         "compute dtype; auto: float32 on CPU (calibration in bfloat16 if it has matrix units), the model's own on a GPU"
     ),
-    "batch_size": "sequences per forward pass",
+    "batch_size": "sequences per forward pass; 0 chooses",
 }
 _METAVARS = {"calibration": "FILE|NAME", "evaluation": "FILE|NAME", "skip": "PATTERN", "dtype": "|".join(DTYPES)}
 _PANELS = {

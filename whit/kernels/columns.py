@@ -7,14 +7,19 @@ columns. With the errors e of the columns before,
     feedback:  t_j = w_j - sum_{i<j} e_i U_ij,              q_j nearest to t_j,  e_j = (t_j - q_j) / U_jj
     descent:   t_j = v_j + (g_j - sum_{i<j} e_i H_ij) / H_jj,  q_j nearest to t_j,  e_j = q_j - v_j
 
+Where a mask of kept weights is given, q_j is zero wherever the weight is not kept, and its code means nothing.
+
 Everything is held transposed, (columns, rows), as in `whit.methods.feedback` and `whit.methods.billm_refined`, whose
-loops are the plain meaning of these kernels. Needs Triton on a GPU and numba on a CPU; callers ask `available` first.
+loops are the plain meaning of these kernels. On a GPU they are CUDA C++ compiled at first use, or Triton where NVRTC is
+missing; on a CPU numba compiles them. Callers ask `available` first.
 """
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 from functools import lru_cache
+from importlib.resources import files
 from typing import Any
 
 import numpy
@@ -25,6 +30,8 @@ from whit.kernels.cpu.compiling import numba_works, shared_out
 
 ROWS_PER_PROGRAM = 32
 MOST_COLUMNS = 128
+# Threads of a CUDA block, one per row: what they share fits into 48 KB, and 4096 rows occupy 128 multiprocessors.
+CUDA_THREADS = 32
 
 
 @lru_cache(maxsize=1)
@@ -33,35 +40,67 @@ def _triton_found() -> bool:
 
 
 def available(device: torch.device) -> bool:
-    """Whether the kernels can run there: a CUDA device and Triton installed, or a CPU and numba."""
+    """Whether the kernels can run there: a CUDA device with NVRTC or Triton, or a CPU and numba."""
     if device.type == "cpu":
         return numba_works()
-    return device.type == "cuda" and _triton_found()
+    return device.type == "cuda" and (nvrtc_found() or _triton_found())
 
 
-def feedback_levels(values: Tensor, inner: Tensor, table: Tensor, book: Tensor, codes: Tensor, errors: Tensor) -> None:
+def writes_halves(device: torch.device) -> bool:
+    """Whether the kernels there also write errors as bfloat16 numbers."""
+    return device.type == "cuda" and nvrtc_found()
+
+
+def feedback_levels(
+    values: Tensor,
+    inner: Tensor,
+    table: Tensor,
+    book: Tensor,
+    codes: Tensor,
+    errors: Tensor,
+    kept: Tensor | None = None,
+    halves: Tensor | None = None,
+) -> None:
     """Round a block of columns to levels, with feedback, in place of `codes` and `errors`.
 
     Args:
         values: current values, float32 (columns, rows), with the feedback of earlier blocks.
-        inner: block of U, float32 (columns, columns); only the upper triangle is read.
+        inner: block of U, float32 (columns, columns), may be part of a larger matrix; only the upper triangle is read.
         table: ascending levels, float32 (books, levels, rows).
         book: int32 (columns,), which levels a column uses.
         codes: uint8 (columns, rows), gets the index of the level.
         errors: float32 (columns, rows), gets e.
+        kept: bool (columns, rows), or None for all.
+        halves: bfloat16 (3 columns, rows), gets e as `whit.kernels.split_product.SplitFactor` multiplies it, or None;
+            only where `writes_halves` says so.
     """
-    _launch(values, values, inner, table, book, codes, errors, descend=False, grid=False, top=0)
+    _launch((values, values, inner, table, book, codes, errors), kept, halves)
 
 
 def feedback_grid(
-    values: Tensor, inner: Tensor, table: Tensor, book: Tensor, bits: int, codes: Tensor, errors: Tensor
+    values: Tensor,
+    inner: Tensor,
+    table: Tensor,
+    book: Tensor,
+    bits: int,
+    codes: Tensor,
+    errors: Tensor,
+    halves: Tensor | None = None,
 ) -> None:
     """As `feedback_levels`, on integer grids: table[:, 0] holds scales, table[:, 1] zero points, (books, 2, rows)."""
-    _launch(values, values, inner, table, book, codes, errors, descend=False, grid=True, top=2**bits - 1)
+    _launch((values, values, inner, table, book, codes, errors), None, halves, grid=True, top=2**bits - 1)
 
 
 def descend_levels(
-    values: Tensor, gradient: Tensor, inner: Tensor, table: Tensor, book: Tensor, codes: Tensor, change: Tensor
+    values: Tensor,
+    gradient: Tensor,
+    inner: Tensor,
+    table: Tensor,
+    book: Tensor,
+    codes: Tensor,
+    change: Tensor,
+    kept: Tensor | None = None,
+    halves: Tensor | None = None,
 ) -> None:
     """One pass of coordinate descent over a block of columns: `codes` and `change` (q - v) are written.
 
@@ -69,41 +108,46 @@ def descend_levels(
         values: float32 (columns, rows), what the codes stand for before. gradient: H (w - q), same shape.
         inner: block of H, float32 (columns, columns). Others as in `feedback_levels`.
     """
-    _launch(values, gradient, inner, table, book, codes, change, descend=True, grid=False, top=0)
+    _launch((values, gradient, inner, table, book, codes, change), kept, halves, descend=True)
 
 
 def _launch(
-    values: Tensor,
-    gradient: Tensor,
-    inner: Tensor,
-    table: Tensor,
-    book: Tensor,
-    codes: Tensor,
-    errors: Tensor,
+    tensors: tuple[Tensor, ...],
+    kept: Tensor | None,
+    halves: Tensor | None,
     *,
-    descend: bool,
-    grid: bool,
-    top: int,
+    descend: bool = False,
+    grid: bool = False,
+    top: int = 0,
 ) -> None:
-    columns, rows = values.shape
+    """Run a block; `tensors` in the order of the kernels' arguments."""
+    columns, rows = tensors[0].shape
+    table = tensors[3]
     if columns == 0 or rows == 0:
         return
     if columns > MOST_COLUMNS:
         raise ValueError(f"a block has at most {MOST_COLUMNS} columns, got {columns}")
-    tensors = (values, gradient, inner, table, book, codes, errors)
-    if not all(tensor.is_contiguous() for tensor in tensors):
+    mask = tensors[5] if kept is None else kept.view(torch.uint8)  # codes: there must be something
+    if not all(tensor.is_contiguous() for tensor in (*tensors[:2], *tensors[3:], mask)):
         raise ValueError("the column kernels need contiguous tensors")
-    if values.device.type == "cpu":
-        _on_cpu(tensors, descend, grid, top)
+    on_cuda = table.device.type == "cuda" and nvrtc_found()
+    if not on_cuda or tensors[2].stride(1) != 1:  # only the CUDA kernel takes a part of a larger matrix
+        tensors = (*tensors[:2], tensors[2].contiguous(), *tensors[3:])
+    if table.device.type == "cpu":
+        _on_cpu((*tensors, mask), kept is not None, descend, grid, top)
         return
-    kernel = _kernel()
+    if on_cuda:
+        _on_cuda((*tensors, mask), halves, kept is not None, descend, grid, top)
+        return
     programs = (-(-rows // ROWS_PER_PROGRAM),)
-    kernel[programs](
+    _triton_kernel()[programs](
         *tensors,
+        mask,
         rows,
         columns,
         top,
         LEVELS=table.shape[1],
+        MASKED=kept is not None,
         GRID=grid,
         DESCEND=descend,
         C=max(16, 1 << (columns - 1).bit_length()),
@@ -113,19 +157,63 @@ def _launch(
 
 
 @lru_cache(maxsize=1)
-def _kernel() -> Any:
+def _triton_kernel() -> Any:
     from whit.kernels.triton.columns import round_block
 
     return round_block
 
 
-def _on_cpu(tensors: tuple[Tensor, ...], descend: bool, grid: bool, top: int) -> None:
+@lru_cache(maxsize=1)
+def nvrtc_found() -> bool:
+    """Whether the CUDA C++ kernel can be compiled here."""
+    from whit.kernels.nvrtc import CompilationError, compiler_library
+
+    try:
+        compiler_library()
+    except CompilationError:
+        return False
+    return True
+
+
+@lru_cache(maxsize=1)
+def cuda_source() -> str:
+    """CUDA C++ of the kernel; what `cuda_options` defines it needs."""
+    return (files("whit.kernels") / "cuda" / "columns.cu").read_text(encoding="utf-8")
+
+
+def cuda_options(levels: int, masked: bool, halves: bool, descend: bool, grid: bool) -> tuple[str, ...]:
+    """Definitions that choose one of the loops; `levels` are entries of a table."""
+    chosen = {"LEVELS": levels, "MASKED": masked, "HALVES": halves, "DESCEND": descend, "GRID": grid}
+    chosen["THREADS"] = CUDA_THREADS
+    return tuple(f"-D{name}={int(value)}" for name, value in chosen.items())
+
+
+def _on_cuda(
+    tensors: tuple[Tensor, ...], halves: Tensor | None, masked: bool, descend: bool, grid: bool, top: int
+) -> None:
+    from whit.kernels.nvrtc import kernel
+
+    columns, rows = tensors[0].shape
+    device = tensors[0].device
+    number = torch.cuda.current_device() if device.index is None else device.index
+    options = cuda_options(tensors[3].shape[1], masked, halves is not None, descend, grid)
+    arguments: list[ctypes._SimpleCData[Any] | ctypes.Structure] = []
+    arguments += [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
+    arguments.append(ctypes.c_void_p(0 if halves is None else halves.data_ptr()))
+    arguments += [ctypes.c_int(value) for value in (rows, columns, tensors[2].stride(0))]
+    arguments.append(ctypes.c_float(top))
+    with torch.cuda.device(number):
+        round_columns = kernel(cuda_source(), "round_columns", options, number)
+        round_columns.launch(-(-rows // CUDA_THREADS), CUDA_THREADS, 0, arguments)
+
+
+def _on_cpu(tensors: tuple[Tensor, ...], masked: bool, descend: bool, grid: bool, top: int) -> None:
     from whit.kernels.cpu.columns import ROWS_PER_TILE, round_rows
 
     arrays = [item.detach().numpy() for item in tensors]
     limit = numpy.float32(top)
 
     def part(first: int, last: int) -> None:
-        round_rows(*arrays, limit, grid, descend, first, last)
+        round_rows(*arrays, limit, masked, grid, descend, first, last)
 
     shared_out(part, tensors[0].shape[1], ROWS_PER_TILE)

@@ -1,14 +1,27 @@
 """Two-bit codes of two magnitudes, bit 0 = positive and bit 1 = the larger: sums over their patterns, and decoding.
 
-Everything is held transposed, (columns, rows). On a CPU with numba each is one pass over the codes.
+Everything is held transposed, (columns, rows). On a CPU with numba, and on a GPU with NVRTC, each is one pass over the
+codes.
 """
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Sequence
+from functools import lru_cache
+from importlib.resources import files
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from whit.kernels.columns import nvrtc_found
 from whit.kernels.cpu.compiling import runs_compiled, shared_out
+
+CUDA_THREADS = 128
+# Blocks beside each other along the columns; and parts in which sums over columns are taken.
+COLUMN_BLOCKS = 1024
+SUM_PARTS = 32
 
 
 def signed_sums(products: Tensor, codes: Tensor) -> Tensor:
@@ -21,6 +34,8 @@ def signed_sums(products: Tensor, codes: Tensor) -> Tensor:
     Returns:
         float32 (k, 2, rows): smaller, larger magnitude.
     """
+    if _on_cuda(products):
+        return _cuda_sums(products.contiguous(), codes.contiguous())
     if not _compiled(products):
         signed = products * patterns(codes).sum(0).unsqueeze(1)
         large = (codes > 1).unsqueeze(1)
@@ -40,6 +55,16 @@ def patterns(codes: Tensor) -> Tensor:
     return torch.stack([signs.sub_(upper), upper])
 
 
+def pattern_rows(codes: Tensor) -> Tensor:
+    """`patterns` of each column side by side, (columns, 2 rows); on a GPU in bfloat16, which holds them exactly."""
+    columns, rows = codes.shape
+    if _on_cuda(codes):
+        out = torch.empty(columns, 2 * rows, dtype=torch.bfloat16, device=codes.device)
+        _launch("pattern_rows", rows, min(columns, COLUMN_BLOCKS), (codes.contiguous(), out), (columns, rows))
+        return out
+    return patterns(codes).transpose(0, 1).reshape(columns, 2 * rows)
+
+
 def decode_signs(codes: Tensor, low: Tensor, high: Tensor, book: Tensor) -> Tensor:
     """Values of the codes: float32 (columns, rows).
 
@@ -48,6 +73,12 @@ def decode_signs(codes: Tensor, low: Tensor, high: Tensor, book: Tensor) -> Tens
         low, high: the two magnitudes, float32 (books, rows).
         book: int64 (columns,), which magnitudes a column uses.
     """
+    if _on_cuda(low):
+        values = torch.empty(codes.shape, device=codes.device)
+        columns, rows = codes.shape
+        tensors = (codes.contiguous(), low.contiguous(), high.contiguous(), book.contiguous(), values)
+        _launch("decode_signs", rows, min(columns, COLUMN_BLOCKS), tensors, (columns, rows))
+        return values
     if not _compiled(low):
         magnitude = torch.where(codes > 1, high[book], low[book])
         return torch.where(codes % 2 == 1, magnitude, -magnitude)
@@ -57,6 +88,41 @@ def decode_signs(codes: Tensor, low: Tensor, high: Tensor, book: Tensor) -> Tens
     arrays = [item.contiguous().numpy() for item in (codes, low, high, book)] + [values.numpy()]
     shared_out(lambda first, last: decode_rows(*arrays, first, last), codes.shape[1], ROWS_PER_TILE)
     return values
+
+
+def _cuda_sums(products: Tensor, codes: Tensor) -> Tensor:
+    """Sums over parts of the columns by the kernel, then over the parts: the same order on every run."""
+    columns, count, rows = products.shape
+    chunk = max(1, -(-columns // SUM_PARTS))
+    parts = -(-columns // chunk)
+    sums = torch.empty(parts, count, 2, rows, device=products.device)
+    _launch("signed_sums", rows, parts, (products, codes, sums), (columns, count, rows, chunk))
+    return sums.sum(0)
+
+
+def _launch(name: str, rows: int, height: int, tensors: Sequence[Tensor], numbers: Sequence[int]) -> None:
+    """Run a kernel of signs.cu on blocks of rows, `height` of each."""
+    from whit.kernels.nvrtc import kernel
+
+    if not rows or not height:
+        return
+    device = tensors[0].device.index
+    arguments: list[ctypes._SimpleCData[Any] | ctypes.Structure] = []
+    arguments += [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
+    arguments += [ctypes.c_int(number) for number in (*numbers, height)]
+    grid = -(-rows // CUDA_THREADS) * height
+    with torch.cuda.device(device):
+        kernel(cuda_source(), name, (f"-DTHREADS={CUDA_THREADS}",), device).launch(grid, CUDA_THREADS, 0, arguments)
+
+
+@lru_cache(maxsize=1)
+def cuda_source() -> str:
+    """CUDA C++ of the kernels; THREADS is defined by the compiler's options."""
+    return (files("whit.kernels") / "cuda" / "signs.cu").read_text(encoding="utf-8")
+
+
+def _on_cuda(tensor: Tensor) -> bool:
+    return tensor.is_cuda and tensor.dtype in (torch.float32, torch.uint8) and nvrtc_found()
 
 
 def _compiled(tensor: Tensor) -> bool:

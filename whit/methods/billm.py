@@ -95,17 +95,11 @@ class BiLLM(Method):
 
     def _refined(self, weight: Tensor, statistics: LayerStatistics) -> tuple[Packed, tuple[str, ...]]:
         layout = self.format(*weight.shape)
-        moment = statistics.second_moment
-        if moment is None:
-            raise ValueError("second moments were not gathered")
         order = statistics.descending_order()
         factor = statistics.inverse_factor(self._damping(), order)
-        damped = moment.float().clone()
-        diagonal = torch.diagonal(damped)
-        diagonal[factor.dead] = 1
-        diagonal += factor.damping * float(diagonal.mean())
+        moment = statistics.damped(factor, order)
         passes = 2 if self.passes is None else self.passes
-        result = refined_billm(weight, damped, factor.upper, order, block_size=layout.block_size, passes=passes)
+        result = refined_billm(weight, moment, factor.upper, order, block_size=layout.block_size, passes=passes)
         return layout.pack(result.signs, result.second, result.salient, result.scalars), factor.notes
 
     def _block(self, weight: Tensor, statistics: LayerStatistics) -> tuple[Packed, tuple[str, ...]]:

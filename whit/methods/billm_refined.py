@@ -24,10 +24,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from whit.kernels.signs import decode_signs, patterns, signed_sums
-from whit.kernels.split_product import SplitMatrix
+from whit.kernels.signs import decode_signs, pattern_rows, signed_sums
+from whit.kernels.split_product import SplitFactor
 from whit.methods.billm_planes import BinaryPlanes
-from whit.methods.descent import descend_columns, solve_least_squares
+from whit.methods.descent import BlockFactors, descend_columns, solve_least_squares
 from whit.methods.feedback import round_with_feedback
 from whit.methods.rounders import LevelRounder
 
@@ -156,7 +156,15 @@ def round_columns(weight: Tensor, upper: Tensor, books: Codebooks, book: Tensor)
     return _code_of_level(round_with_feedback(weight.T, upper, 0, lambda first, values: rounder).codes.T)
 
 
-def descend(codes: Tensor, values: Tensor, gradient: Tensor, moment: Tensor, books: Codebooks, book: Tensor) -> None:
+def descend(
+    codes: Tensor,
+    values: Tensor,
+    gradient: Tensor,
+    moment: Tensor,
+    books: Codebooks,
+    book: Tensor,
+    factor: SplitFactor | None = None,
+) -> None:
     """One pass of coordinate descent over all columns, in place (`whit.methods.descent`).
 
     Args:
@@ -166,9 +174,10 @@ def descend(codes: Tensor, values: Tensor, gradient: Tensor, moment: Tensor, boo
         moment: H, float32 (columns, columns), positive diagonal.
         books: codebooks.
         book: codebook of each column, (columns,).
+        factor: of `moment`, if it was prepared before.
     """
     levels = torch.empty_like(codes)
-    descend_columns(levels, values, gradient, moment, LevelRounder(_levels(books), book.to(torch.int32)))
+    descend_columns(levels, values, gradient, moment, LevelRounder(_levels(books), book.to(torch.int32)), factor)
     codes.copy_(_code_of_level(levels))
 
 
@@ -179,83 +188,68 @@ def refit(
     moment: Tensor,
     books: Codebooks,
     book: Tensor,
-    parts: dict[int, MomentParts] | None = None,
+    factors: BlockFactors | None = None,
+    last: bool = False,
 ) -> Codebooks:
     """Least squares of the four magnitudes of each block of a row under the full H, codes fixed.
 
     With sign patterns B (columns, 4), q = B a: the change of a that minimises d^T H d solves (B^T H B) x = B^T H d.
     When one block spans the row this is the joint optimum of all its scalars; else blocks take turns. A row whose
     solution is not 0 <= low <= high keeps its scalars. Arguments as in `descend`; values and
-    gradient are updated in place, the new codebooks returned. `parts` keeps what later calls with the same marks need.
+    gradient are updated in place, the new codebooks returned. `factors` is H prepared; the `last` call may leave values
+    and gradient as they are, if one block spans the row.
     """
-    parts = {} if parts is None else parts
+    factors = factors or BlockFactors(moment, book)
     low, high = books.low.clone(), books.high.clone()
     for block in range(len(low) // 2):
-        columns = torch.nonzero(book // 2 == block).squeeze(1)
-        if block not in parts:
-            parts[block] = _parts(moment, book, block)
-        step = solve_least_squares(*_normal_equations(codes, gradient, parts[block]))
+        columns = factors.columns(block)
+        whole = len(columns) == len(book)  # the usual case: one block, and nothing to pick out
+        mine = (codes, gradient) if whole else (codes[columns], gradient[columns])
+        step = solve_least_squares(*_normal_equations(*mine, factors, block))
         old = torch.stack([low[2 * block], high[2 * block], low[2 * block + 1], high[2 * block + 1]], 1)
         new = old + step
         sound = ((new[:, 0::2] >= 0) & (new[:, 1::2] >= new[:, 0::2])).all(1, keepdim=True)
         new = torch.where(sound, new, old)
         rounded = storable(new[:, 0::2].T, new[:, 1::2].T)
         low[2 * block : 2 * block + 2], high[2 * block : 2 * block + 2] = rounded.low, rounded.high
-        if len(columns) == len(book):  # the usual case: one block, and nothing to pick out
+        if whole:
+            if last:
+                break
             updated = _decode(codes, Codebooks(low, high), book)
-            gradient.addmm_(moment, values.neg_().add_(updated), alpha=-1)
+            factors.whole.subtract(gradient, values.neg_().add_(updated))
             values.copy_(updated)
             continue
         updated = _decode(codes[columns], Codebooks(low, high), book[columns])
-        gradient.addmm_(moment[:, columns], updated - values[columns], alpha=-1)
+        factors.subtract(gradient, block, updated - values[columns])
         values[columns] = updated
     return Codebooks(low, high)
 
 
-@dataclass(frozen=True)
-class MomentParts:
-    """Columns of a block by mark, and H between them: `matrices[mark, other]` for other <= mark, none empty."""
+def _normal_equations(codes: Tensor, gradient: Tensor, factors: BlockFactors, block: int) -> tuple[Tensor, Tensor]:
+    """B^T H B (rows, 4, 4) and B^T H d (rows, 4) of a block; codes and gradient (columns, rows) are the block's own.
 
-    columns: tuple[Tensor, Tensor]
-    matrices: dict[tuple[int, int], SplitMatrix]
-
-
-def _parts(moment: Tensor, book: Tensor, block: int) -> MomentParts:
-    unmarked, marked = (torch.nonzero(book == 2 * block + mark).squeeze(1) for mark in (0, 1))
-    kinds = (unmarked, marked)
-    matrices = {
-        (mark, other): SplitMatrix(moment[kinds[other]][:, kinds[mark]])
-        for mark in (0, 1)
-        for other in range(mark + 1)
-        if len(kinds[mark]) and len(kinds[other])
-    }
-    return MomentParts(kinds, matrices)
-
-
-def _normal_equations(codes: Tensor, gradient: Tensor, parts: MomentParts) -> tuple[Tensor, Tensor]:
-    """B^T H B (rows, 4, 4) and B^T H d (rows, 4) of a block.
-
-    A sign pattern is zero on the columns of the other mark, so only three parts of H are multiplied.
+    A sign pattern is zero on the columns of the other mark: H is multiplied by those of the unmarked columns, and the
+    few marked columns among themselves.
     """
     rows = codes.shape[1]
-    normal = torch.zeros(rows, 4, 4, device=codes.device)
-    right = torch.zeros(rows, 4, device=codes.device)
-    for mark, columns in enumerate(parts.columns):
-        if not len(columns):
-            continue
+    normal, right = codes.new_zeros(rows, 4, 4, dtype=torch.float32), codes.new_zeros(rows, 4, dtype=torch.float32)
+    inside = factors.columns(block)
+    places = [torch.searchsorted(inside, factors.columns(block, mark)) for mark in (0, 1)]
+    chosen = [codes[place] for place in places]
+    pattern = pattern_rows(codes)
+    marked = pattern[places[1]]
+    for mark in (0, 1):
         here = slice(2 * mark, 2 * mark + 2)
-        code = codes[columns]
-        right[:, here] = signed_sums(gradient[columns].unsqueeze(1), code)[0].T
-        pattern = patterns(code).transpose(0, 1).reshape(len(columns), 2 * rows)
-        for other in range(mark + 1):
-            if (mark, other) not in parts.matrices:
-                continue
-            places = parts.columns[other]
-            product = parts.matrices[mark, other].times(pattern)
-            sums = signed_sums(product.view(len(places), 2, rows), codes[places])  # (2 of mark, 2 of other, rows)
-            there = slice(2 * other, 2 * other + 2)
-            normal[:, here, there] = sums.permute(2, 0, 1)
-            normal[:, there, here] = sums.permute(2, 1, 0)
+        right[:, here] = signed_sums(gradient[places[mark]].unsqueeze(1), chosen[mark])[0].T
+    product = factors.of(block).times(pattern.index_fill_(0, places[1], 0)).view(-1, 2, rows)
+    for mark in (0, 1):
+        there = slice(2 * mark, 2 * mark + 2)
+        sums = signed_sums(product[places[mark]], chosen[mark])  # (2 of unmarked, 2 of this mark, rows)
+        normal[:, :2, there] = sums.permute(2, 0, 1)
+        normal[:, there, :2] = sums.permute(2, 1, 0)
+    if len(marked):
+        product = factors.of(block, 1).times(marked).view(-1, 2, rows)
+        normal[:, 2:, 2:] = signed_sums(product, chosen[1]).permute(2, 0, 1)
     return normal, right
 
 
@@ -272,7 +266,7 @@ def refined_billm(
 
     Args:
         weight: float32 (rows, columns). Not modified.
-        moment: damped H, float32 (columns, columns), positive definite, in the order of the weight.
+        moment: damped H, float32 (columns, columns), positive definite, its columns taken in `order`.
         upper: U with H^-1 = U^T U for the columns taken in `order`.
         order: permutation (columns,) in which columns are rounded.
         block_size: columns that share scalars; 0 for the whole row.
@@ -297,14 +291,13 @@ def refined_billm(
     target = weight.T[order].contiguous()
     codes = round_columns(target, upper, books, book).contiguous()
     if passes:
-        inner = moment[order][:, order].contiguous()
-        values = _decode(codes, books, book)
-        gradient = inner @ (target - values)
-        parts: dict[int, MomentParts] = {}
+        values, factors = _decode(codes, books, book), BlockFactors(moment, book)
+        gradient = torch.zeros_like(values)
+        factors.whole.subtract(gradient, values - target)
         for _ in range(passes):
-            books = refit(codes, values, gradient, inner, books, book, parts)
-            descend(codes, values, gradient, inner, books, book)
-        books = refit(codes, values, gradient, inner, books, book, parts)
+            books = refit(codes, values, gradient, moment, books, book, factors)
+            descend(codes, values, gradient, moment, books, book, factors.whole)
+        books = refit(codes, values, gradient, moment, books, book, factors, last=True)
 
     natural = torch.empty_like(codes)
     natural[order] = codes

@@ -11,14 +11,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from whit.kernels.split_product import SplitMatrix
+from whit.kernels.split_product import SplitFactor, add_product
 from whit.methods.feedback import Rounder
 from whit.methods.rounders import LevelRounder
 
 LAZY_COLUMNS = 128
 
 
-def descend_columns(codes: Tensor, values: Tensor, gradient: Tensor, moment: Tensor, rounder: Rounder) -> None:
+def descend_columns(
+    codes: Tensor,
+    values: Tensor,
+    gradient: Tensor,
+    moment: Tensor,
+    rounder: Rounder,
+    factor: SplitFactor | None = None,
+) -> None:
     """One pass of coordinate descent over all columns, in place: each code becomes the best one given all others.
 
     Row by row the loss is d^T H d with d = w - q. With g = H d, the minimum over q_j alone lies at q_j + g_j / H_jj,
@@ -31,19 +38,21 @@ def descend_columns(codes: Tensor, values: Tensor, gradient: Tensor, moment: Ten
         gradient: H (w - q), float32 (columns, rows).
         moment: H, float32 (columns, columns), positive diagonal.
         rounder: (column, targets (rows,)) -> codes and values nearest to them.
+        factor: of `moment`, if it was prepared before.
     """
+    factor = factor or SplitFactor(moment)
     fast = rounder if isinstance(rounder, LevelRounder) and rounder.fast(values) else None
     diagonal = [] if fast else torch.diagonal(moment).tolist()
     columns = len(values)
     for start in range(0, columns, LAZY_COLUMNS):
         stop = min(start + LAZY_COLUMNS, columns)
-        inner = moment[start:stop, start:stop].contiguous()
-        change = torch.empty_like(values[start:stop])
+        inner, part = moment[start:stop, start:stop], slice(start, stop)
+        change = torch.empty_like(values[part])
         if fast is not None:
-            part = slice(start, stop)
-            fast.descend_block(start, values[part], gradient[part], inner, codes[part], change)
+            halves = fast.halves(change)
+            fast.descend_block(start, values[part], gradient[part], inner, codes[part], change, halves)
             values[part] += change
-            gradient.addmm_(moment[:, part], change, alpha=-1)
+            factor.subtract_rows(gradient, part, slice(None), change, halves)
             continue
         for j in range(stop - start):
             column = start + j
@@ -54,10 +63,50 @@ def descend_columns(codes: Tensor, values: Tensor, gradient: Tensor, moment: Ten
             codes[column], rounded = rounder(column, best)
             torch.sub(rounded, values[column], out=change[j])
             values[column] = rounded
-        gradient.addmm_(moment[:, start:stop], change, alpha=-1)
+        factor.subtract_rows(gradient, part, slice(None), change, None)
 
 
-def least_squares_step(patterns: Sequence[Tensor], gradient: Tensor, moment: Tensor) -> Tensor:
+class BlockFactors:
+    """H prepared for products: whole, and between the columns of each block that shares scalars.
+
+    Args:
+        moment: H, float32 (columns, columns).
+        book: codebook of each column, (columns,), number 2 * block + mark.
+
+    Attributes:
+        whole: H.
+    """
+
+    def __init__(self, moment: Tensor, book: Tensor) -> None:
+        self.whole = SplitFactor(moment)
+        self._moment = moment
+        self._blocks = book // 2
+        self._book = book
+        self._parts: dict[tuple[int, int | None], SplitFactor] = {}
+
+    def columns(self, block: int, mark: int | None = None) -> Tensor:
+        """Columns of a block, or those of one mark."""
+        chosen = self._blocks == block if mark is None else self._book == 2 * block + mark
+        return torch.nonzero(chosen).squeeze(1)
+
+    def of(self, block: int, mark: int | None = None) -> SplitFactor:
+        """H between these columns; kept for the next time."""
+        if (block, mark) not in self._parts:
+            columns = self.columns(block, mark)
+            whole = len(columns) == len(self._moment)
+            self._parts[block, mark] = self.whole if whole else self.whole.part(columns)
+        return self._parts[block, mark]
+
+    def subtract(self, gradient: Tensor, block: int, change: Tensor) -> None:
+        """gradient <- gradient - H[:, columns of the block] change, in place."""
+        columns = self.columns(block)
+        if len(columns) == len(self._moment):
+            self.whole.subtract(gradient, change)
+        else:
+            add_product(gradient, self._moment[:, columns], change, -1)
+
+
+def least_squares_step(patterns: Sequence[Tensor], gradient: Tensor, factor: SplitFactor) -> Tensor:
     """The change of scalars a that minimises the loss of each row when q = sum_i a_i pattern_i, all codes fixed.
 
     It solves (B^T H B) x = B^T H (w - q), B = the patterns of a row side by side.
@@ -65,16 +114,15 @@ def least_squares_step(patterns: Sequence[Tensor], gradient: Tensor, moment: Ten
     Args:
         patterns: p of (columns, rows), of signs and zeros.
         gradient: H (w - q), (columns, rows), of the same columns.
-        moment: H of these columns, (columns, columns).
+        factor: H of these columns.
 
     Returns:
         (rows, p).
     """
     right = torch.stack([(pattern * gradient).sum(0) for pattern in patterns], 1)
     normal = torch.zeros(*right.shape, len(patterns), dtype=right.dtype, device=right.device)
-    matrix = SplitMatrix(moment)
     for i, pattern in enumerate(patterns):
-        product = matrix.times(pattern)
+        product = factor.times(pattern)
         for j in range(i + 1):
             normal[:, i, j] = normal[:, j, i] = (patterns[j] * product).sum(0)
     return solve_least_squares(normal, right)
@@ -88,5 +136,5 @@ def solve_least_squares(normal: Tensor, right: Tensor) -> Tensor:
     """
     diagonal = torch.diagonal(normal, dim1=1, dim2=2)
     diagonal += 1e-6 * diagonal.mean(1, keepdim=True) + 1e-30
-    step: Tensor = torch.linalg.solve(normal, right)
+    step: Tensor = torch.linalg.solve_ex(normal, right).result  # a diagonal above zero: nothing need be checked
     return step

@@ -8,7 +8,9 @@ tr(D H D^T), D = W - Q, over the columns not yet rounded is passed on by
 so the value of column j when its turn comes is w_j - sum_{i<j} e_i U_ij, and the final loss is
 tr(D H D^T) = sum_j ||e_j||^2. Here the feedback is summed when a column is needed ("looking left") instead of updating
 all later columns each time: the errors of finished blocks enter by one matrix product per block, those of the running
-block by one matrix-vector product per column. Everything is held transposed, so a column is one contiguous row.
+block by one matrix-vector product per column. On a GPU a finished block is passed on to all later columns at once
+("looking right"): as much arithmetic, but in a product wide enough to occupy it. Everything is held transposed, so a
+column is one contiguous row.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from whit.kernels.split_product import SplitFactor
 from whit.methods.rounders import BlockRounder, join_rounders
 
 LAZY_BLOCK = 128
@@ -57,17 +60,19 @@ def round_with_feedback(
     errors = torch.empty_like(transposed)
     codes = torch.empty(columns, rows, dtype=torch.uint8, device=weight.device)
     diagonal: list[float] = []
+    pending = _Pending(transposed, errors, upper)
     for first in range(0, columns, group):
         last = min(first + group, columns)
-        group_values = _current(transposed, errors, upper, first, last)
+        group_values = pending.current(first, last)
         rounder = fit(first, group_values.T)
         for start in range(first, last, block_size):
             stop = min(start + block_size, last)
-            block = _current(transposed, errors, upper, start, stop) if start > first else group_values
+            block = pending.current(start, stop) if start > first else group_values[: stop - start]
             done = errors[start:stop]
             if isinstance(rounder, BlockRounder) and rounder.fast(weight):
-                inner = upper[start:stop, start:stop].contiguous()
-                rounder.round_block(start, block[: stop - start].contiguous(), inner, codes[start:stop], done)
+                inner, halves = upper[start:stop, start:stop], rounder.halves(done)
+                rounder.round_block(start, block.contiguous(), inner, codes[start:stop], done, halves)
+                pending.finish(start, stop, halves)
                 continue
             inner = upper[start:stop, start:stop].T.contiguous()
             diagonal = diagonal or torch.diagonal(upper).tolist()
@@ -75,6 +80,7 @@ def round_with_feedback(
                 values = torch.addmv(block[j], done[:j].T, inner[j, :j], alpha=-1) if j else block[j]
                 codes[start + j], rounded = rounder(start + j, values)
                 torch.div(values - rounded, diagonal[start + j], out=done[j])
+            pending.finish(start, stop)
     return Rounded(codes.T, errors.square().sum(0))
 
 
@@ -110,8 +116,29 @@ def round_in_order(
     return Rounded(codes, permuted.loss)
 
 
-def _current(weight: Tensor, errors: Tensor, upper: Tensor, start: int, stop: int) -> Tensor:
-    """Columns start..stop, as rows (stop - start, rows), after the feedback of all columns before `start`."""
-    if start == 0:
-        return weight[:stop]
-    return torch.addmm(weight[start:stop], upper[:start, start:stop].T, errors[:start], alpha=-1)
+class _Pending:
+    """Values of the columns not yet rounded.
+
+    Args:
+        values: (columns, rows), not modified. errors: (columns, rows), filled block by block. upper: U.
+    """
+
+    def __init__(self, values: Tensor, errors: Tensor, upper: Tensor) -> None:
+        self._looks_right = values.is_cuda
+        self._values = values.clone() if self._looks_right else values
+        self._errors = errors
+        self._upper = upper
+        self._factor = SplitFactor(upper) if self._looks_right else None
+
+    def current(self, start: int, stop: int) -> Tensor:
+        """Columns start..stop, as rows (stop - start, rows), after the feedback of all finished columns."""
+        if start == 0 or self._looks_right:
+            return self._values[start:stop]
+        left = self._upper[:start, start:stop].T
+        return torch.addmm(self._values[start:stop], left, self._errors[:start], alpha=-1)
+
+    def finish(self, start: int, stop: int, halves: Tensor | None = None) -> None:
+        """The errors of columns start..stop, before which all are finished, are known (in bfloat16 too, or not)."""
+        if self._factor is not None and stop < len(self._values):
+            rest, right = self._values[stop:], self._errors[start:stop]
+            self._factor.subtract_rows(rest, slice(start, stop), slice(stop, None), right, halves)

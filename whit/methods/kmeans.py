@@ -17,6 +17,7 @@ from torch import Tensor
 
 from whit.errors import ModelError
 from whit.formats.level_table import LevelTable
+from whit.kernels import lloyd
 from whit.methods.base import Compressed, Method, knob, register_method
 from whit.methods.feedback import Rounder, round_in_order, round_with_feedback
 from whit.methods.rounders import LevelRounder
@@ -91,6 +92,9 @@ def weighted_levels(values: Tensor, importance: Tensor, count: int, iterations: 
     edges = torch.arange(count, dtype=torch.float64, device=values.device).add(0.5) / count
     starts = torch.searchsorted(moments[0, :, 1:].contiguous(), moments[0, :, -1:] * edges)
     levels = ordered.gather(1, starts.clamp(max=values.shape[1] - 1)).double()
+    if lloyd.available(values.device):
+        lloyd.lloyd(values, (importance / importance.mean()).double(), levels, iterations)
+        iterations = 0
     ordered = ordered.double()
     for _ in range(iterations):
         cuts = torch.searchsorted(ordered, (levels[:, 1:] + levels[:, :-1]) / 2)

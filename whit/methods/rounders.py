@@ -35,12 +35,20 @@ class BlockRounder(ABC):
         """Codes and the values they stand for, (rows,) each, of one column with values (rows,)."""
 
     @abstractmethod
-    def round_block(self, first: int, values: Tensor, inner: Tensor, codes: Tensor, errors: Tensor) -> None:
+    def round_block(
+        self, first: int, values: Tensor, inner: Tensor, codes: Tensor, errors: Tensor, halves: Tensor | None = None
+    ) -> None:
         """Round columns `first`, ... with feedback on the device; arguments as in `whit.kernels.columns`."""
 
     def fast(self, weight: Tensor) -> bool:
         """Whether `round_block` can be used for this weight."""
         return columns.available(weight.device) and weight.dtype == torch.float32
+
+    def halves(self, block: Tensor) -> Tensor | None:
+        """Where the kernels can write the errors of a block (columns, rows) in bfloat16 too, or None."""
+        if not columns.writes_halves(block.device):
+            return None
+        return torch.empty(3 * len(block), block.shape[1], dtype=torch.bfloat16, device=block.device)
 
     def books(self, first: int, count: int) -> Tensor:
         """Numbers of the tables of `count` columns, int32."""
@@ -60,28 +68,49 @@ class BlockRounder(ABC):
 
 @dataclass(frozen=True, eq=False)
 class LevelRounder(BlockRounder):
-    """Nearest of ascending levels, the upper one in the middle; codes are their indices."""
+    """Nearest of ascending levels, the upper one in the middle; codes are their indices.
+
+    Attributes:
+        kept: bool (columns, rows), or None for all: a weight that is not kept becomes zero, its code means nothing.
+    """
+
+    kept: Tensor | None = None
 
     def __call__(self, column: int, values: Tensor) -> tuple[Tensor, Tensor]:
         """One column."""
         number = self.number(column)
         codes = (values >= self.middles[number]).sum(0)
-        return codes, self.table[number].gather(0, codes.unsqueeze(0)).squeeze(0)
+        rounded = self.table[number].gather(0, codes.unsqueeze(0)).squeeze(0)
+        return codes, rounded if self.kept is None else rounded * self.kept[column]
+
+    def _kept(self, first: int, count: int) -> Tensor | None:
+        return None if self.kept is None else self.kept[first : first + count]
 
     @cached_property
     def middles(self) -> Tensor:
         """Halfway between neighbouring levels, (books, levels - 1, rows)."""
         return (self.table[:, 1:] + self.table[:, :-1]) * 0.5
 
-    def round_block(self, first: int, values: Tensor, inner: Tensor, codes: Tensor, errors: Tensor) -> None:
+    def round_block(
+        self, first: int, values: Tensor, inner: Tensor, codes: Tensor, errors: Tensor, halves: Tensor | None = None
+    ) -> None:
         """A block of columns on the device."""
-        columns.feedback_levels(values, inner, self.table, self.books(first, len(values)), codes, errors)
+        kept = self._kept(first, len(values))
+        columns.feedback_levels(values, inner, self.table, self.books(first, len(values)), codes, errors, kept, halves)
 
     def descend_block(
-        self, first: int, values: Tensor, gradient: Tensor, inner: Tensor, codes: Tensor, change: Tensor
+        self,
+        first: int,
+        values: Tensor,
+        gradient: Tensor,
+        inner: Tensor,
+        codes: Tensor,
+        change: Tensor,
+        halves: Tensor | None = None,
     ) -> None:
         """Coordinate descent over columns `first`, ... on the device; arguments as in `whit.kernels.columns`."""
-        columns.descend_levels(values, gradient, inner, self.table, self.books(first, len(values)), codes, change)
+        kept, books = self._kept(first, len(values)), self.books(first, len(values))
+        columns.descend_levels(values, gradient, inner, self.table, books, codes, change, kept, halves)
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,10 +136,12 @@ class GridRounder(BlockRounder):
         scale = self.table[:, 0]
         return torch.where(scale == 0, torch.ones_like(scale), scale)
 
-    def round_block(self, first: int, values: Tensor, inner: Tensor, codes: Tensor, errors: Tensor) -> None:
+    def round_block(
+        self, first: int, values: Tensor, inner: Tensor, codes: Tensor, errors: Tensor, halves: Tensor | None = None
+    ) -> None:
         """A block of columns on the device."""
         books = self.books(first, len(values))
-        columns.feedback_grid(values, inner, self.table, books, self.bits, codes, errors)
+        columns.feedback_grid(values, inner, self.table, books, self.bits, codes, errors, halves)
 
 
 def join_rounders(

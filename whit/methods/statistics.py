@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from whit.errors import ModelError
+from whit.kernels.split_product import product
 
 
 class Statistic(Enum):
@@ -74,6 +75,16 @@ class LayerStatistics:
             self._factors[key] = _factorise(self._moment(), damping, order)
         return self._factors[key]
 
+    def damped(self, factor: InverseFactor, order: Tensor) -> Tensor:
+        """H as `factor` (of that order) inverts it, its columns taken in `order`: float32 (m, m), memory of its own."""
+        moment = self._moment()
+        diagonal = torch.diagonal(moment).float().clone()
+        diagonal[factor.dead] = 1
+        diagonal += factor.damping * float(diagonal.mean())
+        out = moment.float()[order][:, order].contiguous()
+        torch.diagonal(out).copy_(diagonal[order])
+        return out
+
     def input_square_sums(self) -> Tensor:
         """1/N sum x_j^2 of each input over the tokens of N sequences (Wanda's squared norm X_j): float32 (m,)."""
         if self.square_sums is not None:
@@ -120,22 +131,59 @@ def _factorise(moment: Tensor, damping: float, order: Tensor | None) -> InverseF
         h = h[order][:, order].contiguous()
     # A contiguous float32 mean times a float32 factor: the very bits of the released GPTQ and BiLLM codes.
     mean = torch.diag(h).mean()
-    index = torch.arange(h.shape[0], device=h.device)
     used, notes = damping, []
     while True:
-        damped = h.clone()
-        damped[index, index] += used * mean
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if int(failed) == 0:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if int(failed) == 0 and bool(torch.isfinite(upper).all()):
-                break
+        upper = _inverse_factor(h, used * mean)
+        if upper is not None:
+            break
         used = max(used, 1e-6) * 10
         if used > 1e4:
             raise ModelError("second moments of the calibration inputs cannot be inverted: use more calibration text")
     if used != damping:
         notes.append(f"damping raised from {damping:g} to {used:g}: second moments were not positive definite")
     return InverseFactor(upper, dead, used, tuple(notes))
+
+
+def _inverse_factor(matrix: Tensor, damping: Tensor) -> Tensor | None:
+    """U, upper triangular with (matrix + damping I)^-1 = U^T U; None if that is not positive definite.
+
+    On a CPU by way of the inverse, as the released codes have it, bit for bit. On a GPU without it: with the columns in
+    reverse order, matrix = L L^T becomes matrix = R R^T, R upper triangular, and U = R^-1. That is a quarter of the
+    arithmetic.
+    """
+    straight = matrix.device.type == "cpu"
+    damped = matrix.clone() if straight else matrix.flip(0, 1)
+    torch.diagonal(damped).add_(damping)
+    lower, failed = torch.linalg.cholesky_ex(damped)
+    del damped  # of a wide layer this is gigabytes
+    if int(failed):
+        return None
+    if straight:
+        upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+    else:
+        lower = lower.flip(0, 1)
+        upper = inverse_of_triangle(lower)
+    return None if int(failed) or not bool(torch.isfinite(upper).all()) else upper
+
+
+def inverse_of_triangle(matrix: Tensor, leaf: int = 512) -> Tensor:
+    """Inverse of an upper triangular matrix, block by block: [A B; 0 C]^-1 = [A^-1, -A^-1 B C^-1; 0, C^-1].
+
+    Args:
+        matrix: (columns, columns), nothing below its diagonal.
+        leaf: width at which a block is solved directly.
+    """
+    size = len(matrix)
+    if size <= leaf:
+        identity = torch.eye(size, dtype=matrix.dtype, device=matrix.device)
+        solved: Tensor = torch.linalg.solve_triangular(matrix, identity, upper=True)
+        return solved
+    half = -(-size // (2 * leaf)) * leaf
+    first, last = inverse_of_triangle(matrix[:half, :half], leaf), inverse_of_triangle(matrix[half:, half:], leaf)
+    out = torch.zeros_like(matrix)
+    out[:half, :half], out[half:, half:] = first, last
+    torch.mm(first @ matrix[:half, half:], last, out=out[:half, half:]).neg_()
+    return out
 
 
 def relative_output_error(weight: Tensor, quantised: Tensor, moment: Tensor | None) -> float:
@@ -149,7 +197,7 @@ def relative_output_error(weight: Tensor, quantised: Tensor, moment: Tensor | No
     if moment is None:
         above, below = difference.square().sum(), weight.square().sum()
     else:
-        above, below = (difference @ moment * difference).sum(), (weight @ moment * weight).sum()
+        above, below = ((product(item, moment) * item).sum() for item in (difference, weight))
     return float(above / below) if float(below) > 0 else float(above)
 
 

@@ -152,17 +152,12 @@ class STBLLM(Method):
     def _refined(
         self, weight: Tensor, kept: Tensor, statistics: LayerStatistics
     ) -> tuple[StructuredPlanes, tuple[str, ...]]:
-        assert statistics.second_moment is not None
         order = statistics.descending_order()
         factor = statistics.inverse_factor(0.05 if self.damping is None else self.damping, order)
-        damped = statistics.second_moment.float().clone()
-        diagonal = torch.diagonal(damped)
-        diagonal[factor.dead] = 1
-        diagonal += factor.damping * float(diagonal.mean())
         planes = refined_stbllm(
             weight,
             kept,
-            damped,
+            statistics.damped(factor, order),
             factor.upper,
             order,
             block_size=self.format(*weight.shape).block_size,

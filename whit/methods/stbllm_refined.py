@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from whit.methods.billm_refined import INITIAL_SHARE, MARK_ROUNDS, SAMPLED_ROWS, two_magnitudes
-from whit.methods.descent import descend_columns, least_squares_step
-from whit.methods.feedback import Rounder, round_with_feedback
+from whit.methods.descent import BlockFactors, descend_columns, least_squares_step
+from whit.methods.feedback import round_with_feedback
+from whit.methods.rounders import LevelRounder
 from whit.methods.three_magnitudes import three_magnitudes
 
 MARKED = 2
@@ -65,13 +66,6 @@ class Magnitudes:
         if self.regions > 1:
             ordinary = torch.cat([ordinary, torch.stack(_scales(self.levels[1::2]), 1)], 1)
         return ordinary.permute(2, 0, 1)
-
-    def thresholds(self) -> Tensor:
-        """Magnitudes above which the second and third level are nearest, if there are such: (codebooks, 2, rows)."""
-        middle = (self.levels[:, 1:] + self.levels[:, :-1]) / 2
-        middle[0::2, self.regions - 1 :] = torch.inf
-        middle[1::2, MARKED - 1 :] = torch.inf
-        return middle
 
 
 def storable(levels: Tensor, regions: int) -> Magnitudes:
@@ -139,20 +133,24 @@ def choose_marks(weight: Tensor, kept: Tensor, importance: Tensor, regions: int,
     return marks
 
 
-def _rounder(magnitudes: Magnitudes, book: Tensor, kept: Tensor) -> Rounder:
-    """Nearest code (bit 0 = positive, the rest the level) of each column's codebook; zero where not kept."""
-    levels, limits, number = magnitudes.levels, magnitudes.thresholds(), book.tolist()
+def _rounder(magnitudes: Magnitudes, book: Tensor, kept: Tensor) -> LevelRounder:
+    """Nearest of each column's signed magnitudes, zero where not kept.
 
-    def round_column(column: int, target: Tensor) -> tuple[Tensor, Tensor]:
-        chosen, size = number[column], target.abs()
-        above, far_above = size > limits[chosen, 0], size > limits[chosen, 1]
-        magnitude = torch.where(above, levels[chosen, 1], levels[chosen, 0])
-        magnitude = torch.where(far_above, levels[chosen, 2], magnitude)
-        positive = target >= 0
-        code = positive + 2 * (above.to(torch.uint8) + far_above.to(torch.uint8))
-        return code, torch.where(positive, magnitude, -magnitude) * kept[column]
+    Every table has six levels; where there are fewer magnitudes, the largest stands in for those that lack. Which of
+    two equal levels is found does not matter: both have one code (`_codes`).
+    """
+    counts = torch.tensor([magnitudes.regions, MARKED], device=kept.device).repeat(len(magnitudes.levels) // 2)
+    places = torch.arange(MOST, device=kept.device).minimum((counts - 1).unsqueeze(1))
+    levels = magnitudes.levels.gather(1, places.unsqueeze(2).expand_as(magnitudes.levels))
+    return LevelRounder(torch.cat([-levels.flip(1), levels], 1), book.to(torch.int32), kept)
 
-    return round_column
+
+def _codes(found: Tensor, regions: int, book: Tensor) -> Tensor:
+    """Codes, bit 0 = positive and the rest the magnitude, of indices into the levels of `_rounder`: uint8."""
+    largest = torch.where(book % 2 == 1, MARKED - 1, regions - 1).to(torch.uint8).unsqueeze(1)
+    positive = found >= MOST
+    magnitude = torch.where(positive, found - MOST, MOST - 1 - found).minimum(largest)
+    return 2 * magnitude + positive
 
 
 def _decode(codes: Tensor, levels: Tensor, book: Tensor, kept: Tensor) -> Tensor:
@@ -169,6 +167,7 @@ def refit(
     magnitudes: Magnitudes,
     book: Tensor,
     kept: Tensor,
+    factors: BlockFactors | None = None,
 ) -> Magnitudes:
     """Least squares of the five magnitudes of each block of a row under the full H, codes fixed.
 
@@ -176,10 +175,11 @@ def refit(
     Arguments as in `whit.methods.billm_refined.refit`, and kept (columns, rows); `values` and `gradient` are updated in
     place, the new magnitudes returned.
     """
+    factors = factors or BlockFactors(moment, book)
     levels, regions = magnitudes.levels.clone(), magnitudes.regions
     counts = [regions] if regions == 1 else [regions, MARKED]
     for block in range(len(levels) // 2):
-        columns = torch.nonzero(book // 2 == block).squeeze(1)
+        columns = factors.columns(block)
         code, mask, marked = codes[columns], kept[columns], (book[columns] % 2 == 1).unsqueeze(1)
         sign = ((code % 2).float() * 2 - 1) * mask
         patterns = [
@@ -187,7 +187,7 @@ def refit(
             for mark, count in enumerate(counts)
             for level in range(count)
         ]
-        step = least_squares_step(patterns, gradient[columns], moment[columns][:, columns])
+        step = least_squares_step(patterns, gradient[columns], factors.of(block))
         old = [levels[2 * block + mark, :count] for mark, count in enumerate(counts)]
         new = [level + part for level, part in zip(old, torch.split(step.T, counts), strict=True)]
         sound = torch.stack([(part >= 0).all(0) & (part.diff(dim=0) >= 0).all(0) for part in new]).all(0)
@@ -197,7 +197,7 @@ def refit(
             both[mark, len(after) :] = both[mark, len(after) - 1]
         levels[2 * block : 2 * block + 2] = storable(both, regions).levels
         updated = _decode(code, levels, book[columns], mask)
-        gradient.addmm_(moment[:, columns], updated - values[columns], alpha=-1)
+        factors.subtract(gradient, block, updated - values[columns])
         values[columns] = updated
     return Magnitudes(levels, regions)
 
@@ -219,7 +219,7 @@ def refined_stbllm(
     Args:
         weight: float32 (rows, columns). Not modified.
         kept: bool (rows, columns).
-        moment: damped H, float32 (columns, columns), positive definite, in the order of the weight.
+        moment: damped H, float32 (columns, columns), positive definite, its columns taken in `order`.
         upper: U with H^-1 = U^T U for the columns taken in `order`.
         order: permutation (columns,) in which columns are rounded.
         block_size: columns that share scalars; 0 for the whole row.
@@ -243,15 +243,16 @@ def refined_stbllm(
 
     target, mask = weight.T[order].contiguous(), kept.T[order].contiguous()
     rounder = _rounder(magnitudes, book, mask)
-    codes = round_with_feedback(target.T, upper, 0, lambda first, values: rounder).codes.T.contiguous()
+    codes = _codes(round_with_feedback(target.T, upper, 0, lambda first, values: rounder).codes.T, regions, book)
     if passes:
-        inner = moment[order][:, order].contiguous()
         values = _decode(codes, magnitudes.levels, book, mask)
-        gradient = inner @ (target - values)
+        factors, gradient = BlockFactors(moment, book), torch.zeros_like(values)
+        factors.whole.subtract(gradient, values - target)
         for _ in range(passes):
-            magnitudes = refit(codes, values, gradient, inner, magnitudes, book, mask)
-            descend_columns(codes, values, gradient, inner, _rounder(magnitudes, book, mask))
-        magnitudes = refit(codes, values, gradient, inner, magnitudes, book, mask)
+            magnitudes = refit(codes, values, gradient, moment, magnitudes, book, mask, factors)
+            descend_columns(codes, values, gradient, moment, _rounder(magnitudes, book, mask), factors.whole)
+            codes = _codes(codes, regions, book)
+        magnitudes = refit(codes, values, gradient, moment, magnitudes, book, mask, factors)
 
     natural = torch.empty_like(codes)
     natural[order] = codes

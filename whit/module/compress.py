@@ -27,8 +27,9 @@ from whit.module.gradients import Loss, loss_gradients
 from whit.module.result import CompressedModule, held_bytes
 from whit.module.survey import divide_budgets
 from whit.pipeline.assign import Assignment
-from whit.pipeline.block import Streams, Swaps, compress_block
+from whit.pipeline.block import Streams, compress_block
 from whit.pipeline.events import Listener
+from whit.pipeline.layer import Swaps
 from whit.pipeline.recipe import Recipe, as_recipe
 from whit.report.record import LayerRecord
 

@@ -10,8 +10,9 @@ from whit.methods.base import Method, SurveyedBlock
 from whit.methods.statistics import LayerStatistics
 from whit.module.assign import NOT_SMALLER, is_smaller
 from whit.pipeline.assign import AssignedLayer, Assignment
-from whit.pipeline.block import Streams, data_free, group_layers, propagate
+from whit.pipeline.block import Streams, group_layers, propagate
 from whit.pipeline.gather import gathering
+from whit.pipeline.layer import data_free
 
 
 def divide_budgets(

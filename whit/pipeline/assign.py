@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -53,6 +54,13 @@ class Assignment:
     def of_block(self, block: str) -> dict[str, AssignedLayer]:
         """Layers of one block ("" for those outside)."""
         return {name: layer for name, layer in self.layers.items() if layer.block == block}
+
+    def widest_sum(self) -> int:
+        """Outputs of all layers of a block together: what one position of a forward pass may hold at a time."""
+        sums = Counter[str]()
+        for layer in self.main():
+            sums[layer.block] += layer.rows
+        return max(sums.values())
 
     def main(self) -> list[AssignedLayer]:
         """The layers that bits per weight and sizes are about: those in blocks, or all if none lies in a block."""

@@ -248,9 +248,11 @@ class CallCatcher:
             self._shared = calls
             return calls
         out = []
+        known: dict[tuple[int, int], Any] = {}  # blocks are mostly given the very same tensors
         for call, first in zip(calls, self._shared, strict=True):
-            arguments = tuple(_share(new, old) for new, old in zip(call.arguments, first.arguments, strict=False))
-            keywords = {key: _share(value, first.keywords.get(key)) for key, value in call.keywords.items()}
+            pairs = zip(call.arguments, first.arguments, strict=False)
+            arguments = tuple(_share(new, old, known) for new, old in pairs)
+            keywords = {key: _share(value, first.keywords.get(key), known) for key, value in call.keywords.items()}
             out.append(Call(call.block, arguments, keywords, call.slot))
         return out
 
@@ -287,10 +289,14 @@ def _standing_in(model: nn.Module, stand_ins: Mapping[str, nn.Module]) -> Iterat
             replace_module(model, name, block)
 
 
-def _share(new: Any, old: Any) -> Any:
+def _share(new: Any, old: Any, known: dict[tuple[int, int], Any]) -> Any:
+    """`old` where the two are equal tensors, within tuples likewise; `known` keeps what was compared before."""
     if isinstance(new, tuple) and isinstance(old, tuple) and len(new) == len(old):
-        return tuple(_share(a, b) for a, b in zip(new, old, strict=True))
-    if isinstance(new, Tensor) and isinstance(old, Tensor):
+        return tuple(_share(a, b, known) for a, b in zip(new, old, strict=True))
+    if not isinstance(new, Tensor) or not isinstance(old, Tensor):
+        return new
+    key = (id(new), id(old))  # all of them live until the batch is dealt with
+    if key not in known:
         same = new.shape == old.shape and new.dtype == old.dtype and bool(torch.equal(new, old))
-        return old if same else new
-    return new
+        known[key] = old if same else new
+    return known[key]

@@ -18,12 +18,13 @@ from whit.pipeline.checks import check_resources
 from whit.pipeline.engine import OUTSIDE, Run, compress_units
 from whit.pipeline.events import Listener, Plan
 from whit.pipeline.finish import write_directory
-from whit.pipeline.journal import WORK_FOLDER, Journal, check_directory
+from whit.pipeline.journal import WORK_FOLDER, Journal, JournalReader, check_directory
 from whit.pipeline.options import RunOptions
 from whit.pipeline.outcome import completed_result, make_result
 from whit.pipeline.passes import has_passes, run_passes
 from whit.pipeline.plan import make_plan
-from whit.pipeline.prepare import Job, prepare
+from whit.pipeline.prepare import Job, choose_device, prepare
+from whit.pipeline.ranks import ALONE, Ranks, join
 from whit.pipeline.recipe import RECIPE_FILE, Recipe, as_recipe
 from whit.report.record import EvaluationRecord, Result
 from whit.report.write import write_reports
@@ -51,50 +52,99 @@ def compress(
     Returns:
         the result, also written to `output`; or the plan if `dry_run`.
 
+    Started by torchrun, all processes work on the model together, the first writes, and all return the result.
+
     Raises:
         WhitError: a subclass per kind of problem, before any work where it can be known before.
     """
-    listener = listener or Listener()
+    options = options or RunOptions()
+    recipe = as_recipe(method, knobs)
+    ranks = join(choose_device(options.device))
+    listener = listener if listener is not None and ranks.first else Listener()
+    return _compress(model, recipe, output, options, listener, dry_run, ranks)
+
+
+def _compress(
+    model: str | Path | None,
+    recipe: Recipe,
+    output: str | Path | None,
+    options: RunOptions,
+    listener: Listener,
+    dry_run: bool,
+    ranks: Ranks,
+) -> Result | Plan:
     started = time.perf_counter()
-    job = prepare(model, as_recipe(method, knobs), output, options or RunOptions())
-    if not dry_run:
-        finished = completed_result(job)
-        if finished is not None:
+    with ranks.together():
+        job = prepare(model, recipe, output, options)
+        finished = None if dry_run else completed_result(job)
+    if not dry_run and finished is not None:
+        if ranks.first:
             _clear_leftovers(job)
-            listener.note(f"{str(job.output)!r} already holds the finished result of this very command: nothing to do")
-            return finished
-    check_directory(job.output, job.identity)
-    plan = make_plan(job)
-    listener.planned(plan)
+        listener.note(f"{str(job.output)!r} already holds the finished result of this very command: nothing to do")
+        return finished
+    with ranks.together():
+        check_directory(job.output, job.identity)
+        plan = make_plan(job)
+        listener.planned(plan)
+        if not dry_run:
+            check_resources(job.output, plan, _bytes_in(job.output / WORK_FOLDER))
     if dry_run:
         return plan
-    check_resources(job.output, plan, _bytes_in(job.output / WORK_FOLDER))
+    if not ranks.first:
+        return _help(job, ranks)
     with _full_disk_explained(job.output):
-        return _run(job, listener, started)
+        return _run(job, listener, started, ranks)
 
 
-def _run(job: Job, listener: Listener, started: float) -> Result:
-    journal = Journal(job.output, job.identity)
+def _help(job: Job, ranks: Ranks) -> Result:
+    """What every process but the first does: compute, and wait for the result."""
+    with ranks.together():
+        pass  # the first has opened the journal
+    journal = JournalReader(job.output)
+    journal.read()
+    ranks.wait()
+    compress_blocks(job, journal, Listener(), ranks)
+    with ranks.together():
+        pass  # the first has written everything
+    return Result.load(job.output / "result.json")
+
+
+def _run(job: Job, listener: Listener, started: float, ranks: Ranks = ALONE) -> Result:
+    with ranks.together():
+        journal = Journal(job.output, job.identity)
+    ranks.wait()
     try:
         for note in journal.notes:
             listener.note(note)
-        timings = execute(job, journal, listener)
-        mark = time.perf_counter()
-        original, compressed = _evaluate(job, listener)
-        timings["evaluation"] = time.perf_counter() - mark
-        timings["total"] = time.perf_counter() - started
-        result = make_result(job, journal, original, compressed, timings)
-        if job.recipe.plain is None:
-            job.recipe.save(job.output / RECIPE_FILE)
-        write_reports(job.output, result)
-        journal.remove()
+        timings = compress_blocks(job, journal, listener, ranks)
+        with ranks.together():
+            return _finish(job, journal, listener, timings, started)
     finally:
         journal.close()
+
+
+def _finish(job: Job, journal: Journal, listener: Listener, timings: dict[str, float], started: float) -> Result:
+    """Write the loadable directory, measure it, report."""
+    mark = time.perf_counter()
+    listener.phase("saving", 1)
+    fresh = build_skeleton(job.reference, job.dense_dtype)
+    write_directory(job.output, job.reference, fresh, job.assignment, journal, job.dense_dtype)
+    listener.step("model written")
+    timings["saving"] = time.perf_counter() - mark
+    mark = time.perf_counter()
+    original, compressed = _evaluate(job, listener)
+    timings["evaluation"] = time.perf_counter() - mark
+    timings["total"] = time.perf_counter() - started
+    result = make_result(job, journal, original, compressed, timings)
+    if job.recipe.plain is None:
+        job.recipe.save(job.output / RECIPE_FILE)
+    write_reports(job.output, result)
+    journal.remove()
     return result
 
 
-def execute(job: Job, journal: Journal, listener: Listener) -> dict[str, float]:
-    """Compress what is not in the journal yet and write the loadable directory; returns seconds by phase."""
+def compress_blocks(job: Job, journal: JournalReader, listener: Listener, ranks: Ranks = ALONE) -> dict[str, float]:
+    """Bring what is not in the journal yet into it; returns seconds by phase."""
     timings: dict[str, float] = {}
     start = time.perf_counter()
     units = {OUTSIDE, *(block for stack in job.stacks for block in stack.blocks)}
@@ -106,25 +156,27 @@ def execute(job: Job, journal: Journal, listener: Listener) -> dict[str, float]:
             assignment=job.assignment,
             journal=journal,
             listener=listener,
-            batches=merge_batches(job.calibration.batches, job.options.batch_size),
+            batches=merge_batches(job.calibration.batches, job.batch_size),
             dense_dtype=job.dense_dtype,
             compute_dtype=job.calibration_dtype,
             device=job.device,
             true_sequential=job.options.true_sequential,
+            ranks=ranks,
         )
         if has_passes(job.assignment):
-            run = run_passes(run)
+            run = _passes(run)
             timings["passes"] = time.perf_counter() - start
             start = time.perf_counter()
         compress_units(run)
     timings["compression"] = time.perf_counter() - start
-    mark = time.perf_counter()
-    listener.phase("saving", 1)
-    fresh = build_skeleton(job.reference, job.dense_dtype)
-    write_directory(job.output, job.reference, fresh, job.assignment, journal, job.dense_dtype)
-    listener.step("model written")
-    timings["saving"] = time.perf_counter() - mark
     return timings
+
+
+def _passes(run: Run) -> Run:
+    """Passes before the block loop are made by the first process; the others read what it found."""
+    with run.ranks.together():
+        passed = run_passes(run) if run.ranks.first else run
+    return passed if run.ranks.first else run_passes(run)
 
 
 def merge_batches(batches: list[dict[str, torch.Tensor]], size: int) -> list[dict[str, torch.Tensor]]:

@@ -11,28 +11,35 @@ hidden states. Weights are read tensor by tensor.
 
 from __future__ import annotations
 
+import dataclasses
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from itertools import groupby
 
 import torch
 from torch import Tensor, nn
 
+from whit.errors import KnobError
 from whit.formats.base import Packed
 from whit.methods.statistics import LayerStatistics
+from whit.models.ahead import ReadAhead
 from whit.models.outside import materialise_outside, release_outside
 from whit.models.skeleton import materialise, release
 from whit.models.source import TensorSource
 from whit.models.stacks import Stack
 from whit.pipeline.assign import Assignment
-from whit.pipeline.block import Streams, Swaps, compress_block, compress_layer, propagate, restore_layers
+from whit.pipeline.background import InOrder
+from whit.pipeline.block import Streams, compress_block, propagate
 from whit.pipeline.catch import Caught, Finished
 from whit.pipeline.events import Listener
 from whit.pipeline.finish import dense_tensor_dtype
 from whit.pipeline.gradient_store import GradientStore
 from whit.pipeline.heap import return_freed_memory
-from whit.pipeline.journal import Journal
+from whit.pipeline.journal import Journal, JournalReader
+from whit.pipeline.layer import Swaps, compress_layer, restore_layers
+from whit.pipeline.ranks import ALONE, Ranks
 from whit.pipeline.stage import Stage
 from whit.report.record import LayerRecord
 
@@ -49,13 +56,15 @@ class Run:
         compute_dtype, device: of the forward passes over the calibration inputs.
         batches: calibration inputs, on CPU.
         gradients: of the dense model, if a method needs them (filled by the passes before the loop).
+        writer: where finished units are written.
+        ranks: processes that work on the model together; the first has a `Journal`, the others read it.
     """
 
     model: nn.Module
     source: TensorSource
     stacks: Sequence[Stack]
     assignment: Assignment
-    journal: Journal
+    journal: JournalReader
     listener: Listener
     batches: list[dict[str, Tensor]]
     dense_dtype: torch.dtype
@@ -63,6 +72,8 @@ class Run:
     device: torch.device
     true_sequential: bool
     gradients: GradientStore | None = None
+    writer: InOrder = field(default_factory=InOrder)
+    ranks: Ranks = ALONE
 
     @property
     def stage(self) -> Stage:
@@ -71,8 +82,46 @@ class Run:
 
 
 def compress_units(run: Run) -> None:
-    """Bring every unit (outside, then block after block) into the journal."""
+    """Bring every unit (outside, then block after block) into the journal.
+
+    A unit is written by another thread while its outputs are computed; it is in the journal before it is reported. On a
+    GPU the weights of the next block are read by a thread, too.
+    """
+    ranks = run.ranks
+    if len(run.batches) < ranks.count:
+        raise KnobError(
+            f"{len(run.batches)} calibration batches cannot be shared among {ranks.count} processes: use a smaller "
+            "batch size, more samples, or fewer processes"
+        )
+    first, last = (len(run.batches) * number // ranks.count for number in (ranks.rank, ranks.rank + 1))
+    mine = dataclasses.replace(run, batches=run.batches[first:last])
+    with mine.writer, _reading_ahead(mine) as ahead:
+        _units(ahead)
+
+
+@contextmanager
+def _reading_ahead(run: Run) -> Iterator[Run]:
+    if run.device.type != "cuda":  # there a second block in memory would cost more than it gives
+        yield run
+        return
+    source = ReadAhead(run.source, run.device)
+    try:
+        yield dataclasses.replace(run, source=source)
+    finally:
+        source.close()
+
+
+def _expect(run: Run, block: str | None) -> None:
+    """Let the weights of the block that comes next be read, where that is done ahead."""
+    if isinstance(run.source, ReadAhead):
+        inside = [] if block is None else [key for key, _ in run.model.get_submodule(block).named_parameters()]
+        stored = set(run.source.names())
+        run.source.expect(name for name in (f"{block}.{key}" for key in inside) if name in stored)
+
+
+def _units(run: Run) -> None:
     blocks = [block for stack in run.stacks for block in stack.blocks]
+    _expect(run, blocks[0])
     materialise_outside(run.model, blocks, run.source, run.compute_dtype, run.device)
     _outside(run)
     done: list[str] = []
@@ -139,6 +188,7 @@ def _block(run: Run, name: str, streams: Streams, done: list[str], total: int, o
     layers = run.assignment.of_block(name)
     start = time.perf_counter()
     materialise(run.model, name, run.source, run.compute_dtype, run.device)
+    _expect(run, run.stage.after(name))
     swaps = Swaps(block, name)
     if name in run.journal.units:
         restore_layers(block, name, layers, run.journal.units[name], run.journal.load(name), swaps)
@@ -156,6 +206,7 @@ def _block(run: Run, name: str, streams: Streams, done: list[str], total: int, o
             done=run.listener.layer,
             swaps=swaps,
             gradients=None if run.gradients is None else run.gradients.gradients(name),
+            ranks=run.ranks,
         )
         _store(run, name, packed, records, time.perf_counter() - start)
     if onward:
@@ -163,13 +214,28 @@ def _block(run: Run, name: str, streams: Streams, done: list[str], total: int, o
     swaps.undo()
     release(run.model, name)
     return_freed_memory()
+    _written(run)  # until here a GPU has the outputs to compute and a CPU has computed them
     if name not in done:
         run.listener.block(len(done), total, name)
         done.append(name)
 
 
+def _written(run: Run) -> None:
+    """Wait for the unit that is being written; every process then knows of it."""
+    if run.ranks.count == 1:
+        run.writer.wait()
+        return
+    with run.ranks.together():
+        run.writer.wait()
+    if not run.ranks.first:
+        run.journal.read()
+
+
 def _store(run: Run, unit: str, packed: dict[str, Packed], records: list[LayerRecord], seconds: float) -> None:
     """Packed tensors of the unit, and its untouched parameters and buffers in the dtype they are saved in."""
+    journal = run.journal
+    if not run.ranks.first:
+        return
     tensors = {f"{name}.{key}": tensor for name, item in packed.items() for key, tensor in item.tensors.items()}
     blocks = [block for stack in run.stacks for block in stack.blocks]
     replaced = {f"{name}.weight" for name in [*packed, *run.assignment.tied]}
@@ -180,7 +246,8 @@ def _store(run: Run, unit: str, packed: dict[str, Packed], records: list[LayerRe
             value = run.source.load(name) if name in stored else run.model.state_dict()[name].detach().cpu()
             dtype = dense_tensor_dtype(run.model, name, run.dense_dtype)
             tensors[name] = value.to(dtype) if value.is_floating_point() else value
-    run.journal.write(unit, tensors, records, seconds)
+    assert isinstance(journal, Journal)
+    run.writer.submit(lambda: journal.write(unit, tensors, records, seconds))
 
 
 def _dense_names(model: nn.Module, unit: str, blocks: Sequence[str]) -> list[str]:
@@ -204,6 +271,7 @@ def _catch(
     catcher = stage.enter(stack, stage.cast(run.batches[0]), finished, later)
     if catcher is None:
         return None
+    _expect(run, stack.blocks[0])
     run.listener.phase("calibration", len(run.batches))
     caught = []
     for index, batch in enumerate(run.batches):

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,10 +14,14 @@ from whit.errors import ModelError
 from whit.kernels.cpu.bfloat16 import products_of_bfloat16
 from whit.methods.statistics import LayerStatistics, Statistic
 from whit.models.layers import LayerKind, layer_kind
+from whit.pipeline.ranks import ALONE
+from whit.pipeline.relay import Relay
 
 SAMPLE_VECTORS = 1024
 #: Columns per product of second moments on a CPU.
 BLOCK_COLUMNS = 256
+#: Columns per product of second moments on a GPU.
+PANEL_COLUMNS = 2048
 INPUT_STATISTICS = frozenset({Statistic.SECOND_MOMENT, Statistic.SQUARE_SUMS, Statistic.RANGE, Statistic.SAMPLE})
 
 
@@ -67,7 +70,7 @@ class SecondMoment:
     """H = 2/N sum over N sequences of X^T X, float32, as a running mean (the accumulation of GPTQ and BiLLM).
 
     Frantar et al. 2022, section 3.3; per batch of b sequences: H <- H N/(N+b), N <- N+b, H += 2/N X^T X.
-    H is symmetric: on a CPU only blocks of columns down to the diagonal are accumulated.
+    H is symmetric: only panels of rows from the diagonal on are accumulated, and mirrored in the end.
 
     Attributes:
         upper: (columns, columns), of which what lies on and above the diagonal is kept up to date.
@@ -84,34 +87,39 @@ class SecondMoment:
         kept = self.sequences / (self.sequences + sequences)
         self.sequences += sequences
         self.tokens += flat.shape[0]
-        if flat.device.type == "cpu":
-            self._update_blocks(flat, kept)
-            return
-        self.upper *= kept
+        # Products of 16-bit numbers are exact in float32, in which tensor cores and matrix units add them.
         if flat.is_cuda and flat.dtype in (torch.float16, torch.bfloat16):
-            # Products of 16-bit numbers are exact in float32, in which tensor cores add them: nothing is lost.
-            self.upper += torch.mm(flat.T, flat, out_dtype=torch.float32).mul_(2 / self.sequences)
+            options: dict[str, Any] = {"out_dtype": torch.float32}
         else:
-            scaled = math.sqrt(2 / self.sequences) * flat.float()
-            self.upper += scaled.T @ scaled
+            options, exact = {}, flat.dtype == torch.bfloat16
+            flat = flat.float()
+            if flat.device.type == "cpu" and exact:
+                with products_of_bfloat16():
+                    self._add(flat, kept, options)
+                return
+        self._add(flat, kept, options)
 
-    def _update_blocks(self, flat: Tensor, kept: float) -> None:
-        """Scale, multiply and add in one product per block of columns."""
-        # Products of bfloat16 numbers are exact in float32, in which matrix units add them.
-        exact = products_of_bfloat16() if flat.dtype == torch.bfloat16 else nullcontext()
-        inputs = flat.float()
-        with exact:
-            for start in range(0, inputs.shape[1], BLOCK_COLUMNS):
-                stop = start + BLOCK_COLUMNS
-                target = self.upper[start:stop, start:]
-                target.addmm_(inputs[:, start:stop].T, inputs[:, start:], beta=kept, alpha=2 / self.sequences)
+    def _add(self, flat: Tensor, kept: float, options: dict[str, Any]) -> None:
+        """Scale, multiply and add in one product per panel."""
+        for target, start, stop in self.panels():
+            left, right = flat[:, start:stop].T, flat[:, start:]
+            torch.addmm(target, left, right, beta=kept, alpha=2 / self.sequences, out=target, **options)
+
+    def panels(self) -> Iterator[tuple[Tensor, int, int]]:
+        """Each panel, and its first and last row."""
+        width = PANEL_COLUMNS if self.upper.is_cuda else BLOCK_COLUMNS
+        for start in range(0, len(self.upper), width):
+            stop = min(start + width, len(self.upper))
+            yield self.upper[start:stop, start:], start, stop
 
     @property
     def moment(self) -> Tensor:
-        """H, float32 (columns, columns); on a CPU exactly symmetric."""
-        if self.upper.device.type != "cpu":
-            return self.upper
-        return self.upper.triu() + self.upper.triu(1).T
+        """H, float32 (columns, columns), exactly symmetric; mirrored in place, as H of a wide layer takes gigabytes."""
+        for _, start, stop in self.panels():
+            inner = self.upper[start:stop, start:stop]
+            inner.copy_(inner.triu() + inner.triu(1).T)
+            self.upper[stop:, start:stop] = self.upper[start:stop, stop:].T
+        return self.upper
 
 
 @dataclass
@@ -155,6 +163,30 @@ class InputAccumulator:
         self.sequences += sequences
         self.tokens += flat.shape[0]
 
+    def state(self) -> tuple[dict[str, int], list[Tensor]]:
+        """What has been summed up so far, for `restore` elsewhere."""
+        sums = [item for item in (self.square_sums, self.maximum) if item is not None]
+        panels = [] if self.moment is None else [panel.contiguous() for panel, _, _ in self.moment.panels()]
+        numbers = {"sequences": self.sequences, "tokens": self.tokens, "samples": len(self.sample)}
+        return numbers, [*sums, *self.sample, *panels]
+
+    def restore(self, numbers: dict[str, int], tensors: Sequence[Tensor]) -> None:
+        """Go on from there; nothing was added here."""
+        if not tensors:
+            return
+        self.sequences, self.tokens = numbers["sequences"], numbers["tokens"]
+        rest = list(tensors)
+        if Statistic.SQUARE_SUMS in self.needs:
+            self.square_sums = rest.pop(0)
+        if Statistic.RANGE in self.needs:
+            self.maximum = rest.pop(0)
+        self.sample, panels = rest[: numbers["samples"]], rest[numbers["samples"] :]
+        if panels:
+            upper = torch.zeros(self.columns, self.columns, device=panels[0].device)
+            self.moment = SecondMoment(upper, self.sequences, self.tokens)
+            for (target, _, _), panel in zip(self.moment.panels(), panels, strict=True):
+                target.copy_(panel)
+
     def write(self, statistics: LayerStatistics, name: str) -> None:
         """Hand everything over.
 
@@ -179,12 +211,14 @@ def gathering(
     layers: dict[str, nn.Module],
     needs: frozenset[Statistic] | Mapping[tuple[str, ...], frozenset[Statistic]],
     calls: int = 1,
+    relay: Relay | None = None,
 ) -> Iterator[dict[tuple[str, ...], LayerStatistics]]:
     """While the context is open, forward passes fill one `LayerStatistics` per group.
 
     Args:
         needs: for every group, or by group.
         calls: forward passes to come; a sample takes about `SAMPLE_VECTORS / calls` vectors from each.
+        relay: to the processes that run other batches.
 
     Raises:
         ModelError: an input holds NaN or Inf (checked once per group, at the end).
@@ -192,31 +226,35 @@ def gathering(
     kinds = {group: _kind(layers[group[0]]) for group in groups}
     statistics = {group: LayerStatistics(kinds[group].shape(layers[group[0]])[1]) for group in groups}
     accumulators: dict[tuple[str, ...], InputAccumulator] = {}
+    relay = relay or Relay(ALONE)
     handles = []
     for group in groups:
         wanted = (needs[group] if isinstance(needs, Mapping) else needs) & INPUT_STATISTICS
         if not wanted:
             continue
         size = -(-SAMPLE_VECTORS // calls)
-        accumulators[group] = accumulator = InputAccumulator(statistics[group].columns, wanted, size)
+        number = len(accumulators)
+        accumulators[group] = InputAccumulator(statistics[group].columns, wanted, size)
 
         def hook(
             module: nn.Module,
             arguments: tuple[Any, ...],
             keywords: dict[str, Any],
-            accumulator: InputAccumulator = accumulator,
+            number: int = number,
             kind: LayerKind = kinds[group],
         ) -> None:
             parts = kind.parts(module, _given(arguments, keywords).detach())
             for part in parts:
-                accumulator.update(kind.inputs(module, part), len(parts))
+                relay.record(number, kind.inputs(module, part).detach(), len(parts))
 
         handles.append(layers[group[0]].register_forward_pre_hook(hook, with_kwargs=True))
+    relay.connect(list(accumulators.values()))
     try:
         yield statistics
     finally:
         for handle in handles:
             handle.remove()
+    relay.finish()
     for group, accumulator in accumulators.items():
         accumulator.write(statistics[group], group[0])
 

@@ -28,30 +28,77 @@ WORK_FOLDER = ".whit-run"
 JOURNAL_FILE = "journal.jsonl"
 
 
-class Journal:
+class JournalReader:
+    """What is in the journal of a run that this process, or another one, is working on in `directory`.
+
+    Attributes:
+        units: finished units (block names; "" for what lies outside the blocks) and their layers.
+        seconds: time each unit took.
+        notes: units whose shard was damaged or missing, so that they must be compressed again.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.folder = directory / WORK_FOLDER
+        self.units: dict[str, list[LayerRecord]] = {}
+        self.seconds: dict[str, float] = {}
+        self.notes: list[str] = []
+        self._shards: dict[str, Path] = {}
+
+    def read(self) -> tuple[bytes, bytes]:
+        """Take over every line whose shard is intact; returns the whole journal, and only those lines."""
+        path = self.folder / JOURNAL_FILE
+        content = path.read_bytes() if path.exists() else b""
+        good = b""
+        for line in content.splitlines(keepends=True):
+            entry = _parse(line)
+            if entry is None:
+                continue
+            unit, shard = entry["unit"], self.folder / entry["shard"]
+            if unit in self.units:  # read before
+                good += line
+                continue
+            if not shard.is_file() or _sha256(shard) != entry["sha256"]:
+                state = "damaged" if shard.is_file() else "missing"
+                self.notes.append(f"shard {shard.name!r} of {unit or 'the embeddings'!r} is {state}: compressed again")
+                continue
+            good += line
+            self.units[unit] = entry["layers"]
+            self._shards[unit] = shard
+            self.seconds[unit] = entry["seconds"]
+        return content, good
+
+    def load(self, unit: str) -> dict[str, Tensor]:
+        """All tensors of a finished unit."""
+        with safe_open(self._shards[unit], framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+
+    def lazy_tensors(self) -> dict[str, LazyTensor]:
+        """Every stored tensor of every unit, read when written."""
+        out: dict[str, LazyTensor] = {}
+        for shard in self._shards.values():
+            with safe_open(shard, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118
+                    part = file.get_slice(name)
+                    spec = TensorSpec(tuple(part.get_shape()), DTYPES[part.get_dtype()])
+                    out[name] = LazyTensor(spec, lambda shard=shard, name=name: _load_one(shard, name))  # type: ignore[misc]
+        return out
+
+
+class Journal(JournalReader):
     """The journal of one run in `directory`.
 
     Args:
         directory: output directory; created if missing.
         run: JSON value that identifies the run: model, method, options, data, versions.
 
-    Attributes:
-        units: finished units (block names; "" for what lies outside the blocks) and their layers.
-        seconds: time each unit took.
-        notes: units whose shard was damaged or missing, so that they must be compressed again.
-
     Raises:
         OutputError: the directory holds something else, another run, or is in use by another process.
     """
 
     def __init__(self, directory: Path, run: dict[str, Any]) -> None:
-        self.directory = directory
-        self.folder = directory / WORK_FOLDER
+        super().__init__(directory)
         self._run = json.loads(json.dumps(run))
-        self.units: dict[str, list[LayerRecord]] = {}
-        self.seconds: dict[str, float] = {}
-        self.notes: list[str] = []
-        self._shards: dict[str, Path] = {}
         check_directory(directory, self._run)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._lock = (self.folder / "lock").open("w")
@@ -63,7 +110,10 @@ class Journal:
                 with atomic_file(run_file) as file:
                     file.write((json.dumps(self._run, indent=1, sort_keys=True) + "\n").encode())
                 sync_folder(directory)
-            self._read()
+            content, good = self.read()
+            if good != content:  # drop lines of damaged shards, and what a crash left half written
+                with atomic_file(self.folder / JOURNAL_FILE) as file:
+                    file.write(good)
         except BlockingIOError:
             self._lock.close()
             raise OutputError(
@@ -72,30 +122,6 @@ class Journal:
         except BaseException:
             self._lock.close()
             raise
-
-    def _read(self) -> None:
-        """Take over every line whose shard is intact; drop the others and what a crash left half written."""
-        path = self.folder / JOURNAL_FILE
-        if not path.exists():
-            return
-        content = path.read_bytes()
-        good = b""
-        for line in content.splitlines(keepends=True):
-            entry = _parse(line)
-            if entry is None:
-                continue
-            unit, shard = entry["unit"], self.folder / entry["shard"]
-            if not shard.is_file() or _sha256(shard) != entry["sha256"]:
-                state = "damaged" if shard.is_file() else "missing"
-                self.notes.append(f"shard {shard.name!r} of {unit or 'the embeddings'!r} is {state}: compressed again")
-                continue
-            good += line
-            self.units[unit] = entry["layers"]
-            self._shards[unit] = shard
-            self.seconds[unit] = entry["seconds"]
-        if good != content:
-            with atomic_file(path) as file:
-                file.write(good)
 
     def write(self, unit: str, tensors: dict[str, Tensor], layers: list[LayerRecord], seconds: float) -> None:
         """Store a finished unit. When this returns it survives a power cut."""
@@ -119,22 +145,6 @@ class Journal:
         self.units[unit] = layers
         self._shards[unit] = shard
         self.seconds[unit] = seconds
-
-    def load(self, unit: str) -> dict[str, Tensor]:
-        """All tensors of a finished unit."""
-        with safe_open(self._shards[unit], framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-
-    def lazy_tensors(self) -> dict[str, LazyTensor]:
-        """Every stored tensor of every unit, read when written."""
-        out: dict[str, LazyTensor] = {}
-        for shard in self._shards.values():
-            with safe_open(shard, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118
-                    part = file.get_slice(name)
-                    spec = TensorSpec(tuple(part.get_shape()), DTYPES[part.get_dtype()])
-                    out[name] = LazyTensor(spec, lambda shard=shard, name=name: _load_one(shard, name))  # type: ignore[misc]
-        return out
 
     def close(self) -> None:
         """Release the lock."""

@@ -65,8 +65,9 @@ def expected_memory(job: Job, file_bytes: int, available: int) -> Memory:
     """
     sizes = _sizes(job, file_bytes)
     gradients = gradient_sizes(job)
+    ahead = 0 if job.device.type == "cpu" else sizes.block  # the next block is there already (`whit.models.ahead`)
     peak = max(
-        compression_bytes(sizes) + (gradients.block if gradients.sums else 0),
+        compression_bytes(sizes) + (gradients.block if gradients.sums else 0) + ahead,
         evaluation_bytes(sizes, available) if job.evaluation is not None else 0,
         gradient_bytes(gradients, available),
     )
@@ -156,7 +157,7 @@ def gradient_sizes(job: Job) -> GradientSizes:
         sums=4 * sum(layer.rows * layer.columns for layer in layers),
         flowing=4 * tokens * width,
         boundaries=4 * tokens * width * (len(blocks) + 1),
-        activations=4 * positions * _widest_sum(job.assignment),
+        activations=4 * positions * job.assignment.widest_sum(),
         logits=4 * positions * (width if head is None else head.get_parameter("weight").shape[0]),
         whole=_reaches_several_stacks(job),
     )
@@ -181,7 +182,7 @@ def _sizes(job: Job, file_bytes: int) -> Sizes:
     inside = job.assignment.main()
     ends = [layer.rows * layer.columns for layer in job.assignment.layers.values() if not layer.block]
     batches = job.calibration.batches
-    positions = job.calibration.tokens // len(batches) * min(job.options.batch_size, len(batches))
+    positions = job.calibration.tokens // len(batches) * min(job.batch_size, len(batches))
     return Sizes(
         outside=(total - sum(counts)) * item,
         block=max(counts) * item,
@@ -190,7 +191,7 @@ def _sizes(job: Job, file_bytes: int) -> Sizes:
         moment=4 * max(layer.columns for layer in inside) ** 2,
         end=4 * max(ends, default=0),
         streams=job.calibration.tokens * hidden_width(job.assignment) * item,
-        activations=positions * _widest_sum(job.assignment) * item,
+        activations=positions * job.assignment.widest_sum() * item,
         packed=file_bytes,
         answer=_answer_bytes(job, item),
     )
@@ -199,14 +200,6 @@ def _sizes(job: Job, file_bytes: int) -> Sizes:
 def hidden_width(assignment: Assignment) -> int:
     """Width of the hidden states: what most layers in blocks take as inputs."""
     return Counter(layer.columns for layer in assignment.main()).most_common(1)[0][0]
-
-
-def _widest_sum(assignment: Assignment) -> int:
-    """Outputs of all layers of a block together: what one position of a forward pass may hold at a time."""
-    sums = Counter[str]()
-    for layer in assignment.main():
-        sums[layer.block] += layer.rows
-    return max(sums.values())
 
 
 def _answer_bytes(job: Job, item: int) -> int:

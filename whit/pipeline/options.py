@@ -30,7 +30,7 @@ class RunOptions:
         seed, device, dtype: randomness, where to compute, and compute dtype ("auto": float32 on
             CPU, but bfloat16 for the calibration of a 16-bit model where the CPU has matrix units for it; the model's
             own on GPU).
-        batch_size: sequences per forward pass.
+        batch_size: sequences per forward pass; 0 takes one on a CPU, and as many as a GPU works well with.
     """
 
     calibration: str | None = None
@@ -47,14 +47,14 @@ class RunOptions:
     seed: int = 0
     device: str = "auto"
     dtype: str = "auto"
-    batch_size: int = 1
+    batch_size: int = 0
 
     def __post_init__(self) -> None:
         self._at_least("samples", 1)
         self._at_least("sequence_length", 0)
         self._at_least("evaluation_windows", 0)
         self._at_least("window", 0)
-        self._at_least("batch_size", 1)
+        self._at_least("batch_size", 0)
         self._at_least("seed", 0)
         if self.seed >= 2**63:
             raise KnobError(f"seed must be less than 2**63, got {self.seed!r}")

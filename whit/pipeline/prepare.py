@@ -27,6 +27,10 @@ from whit.pipeline.loss import loss_labels
 from whit.pipeline.options import RunOptions
 from whit.pipeline.recipe import Recipe, as_recipe
 
+# On a GPU: activations of a block in one forward pass, and sequences in one.
+BATCH_BYTES = 2**32
+LARGEST_BATCH = 64
+
 
 @dataclass
 class Job:
@@ -43,6 +47,7 @@ class Job:
     skeleton: nn.Module
     stacks: list[Stack]
     assignment: Assignment
+    batch_size: int
     calibration: ModelInputs
     evaluation: ModelInputs | None
     leak: bool
@@ -83,10 +88,12 @@ def prepare(model: str | Path | None, recipe: Recipe | Method, output: str | Pat
         )
         leak = check_leak(calibration.provenance, evaluation.provenance, allow=options.allow_leak)
     directory = Path(output) if output is not None else default_output(reference.label, recipe.label)
-    identity = _identity(reference, recipe, options, calibration, device, compute, calibrating)
+    positions = calibration.tokens // len(calibration.batches)
+    batch = options.batch_size or batch_size_for(device, positions * assignment.widest_sum() * calibrating.itemsize)
+    identity = _identity(reference, recipe, options, batch, calibration, device, compute, calibrating)
     return Job(
         reference, recipe, options, directory, device, compute, calibrating, reference.dtype, skeleton, stacks,
-        assignment, calibration, evaluation, leak, identity,
+        assignment, batch, calibration, evaluation, leak, identity,
     )  # fmt: skip
 
 
@@ -130,6 +137,20 @@ def compute_dtype(name: str, model_dtype: torch.dtype, device: torch.device) -> 
     return torch.float32 if device.type == "cpu" else model_dtype
 
 
+def batch_size_for(device: torch.device, sequence_bytes: int) -> int:
+    """Sequences per forward pass: one on a CPU; on a GPU the largest power of two within `BATCH_BYTES`.
+
+    It must not depend on the memory that happens to be free: sums follow the batches.
+
+    Args:
+        sequence_bytes: outputs of all layers of a block for one sequence.
+    """
+    if device.type != "cuda":
+        return 1
+    most = max(1, BATCH_BYTES // max(1, sequence_bytes))
+    return min(LARGEST_BATCH, 1 << (most.bit_length() - 1))
+
+
 def calibration_dtype(name: str, model_dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """Dtype of the calibration's forward passes: the compute dtype, but for "auto" and a 16-bit model on a CPU.
 
@@ -152,6 +173,7 @@ def _identity(
     reference: ModelReference,
     recipe: Recipe,
     options: RunOptions,
+    batch_size: int,
     calibration: ModelInputs,
     device: torch.device,
     compute: torch.dtype,
@@ -169,7 +191,7 @@ def _identity(
         "true_sequential": options.true_sequential,
         "skip": list(options.skip),
         "seed": options.seed,
-        "batch_size": options.batch_size,
+        "batch_size": batch_size,
         # Sums are split among threads, and devices round differently: neither may change in the middle of a run.
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "threads": torch.get_num_threads() if device.type == "cpu" else 0,

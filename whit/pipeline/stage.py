@@ -38,6 +38,11 @@ class Stage:
         """Names of all blocks."""
         return [block for stack in self.stacks for block in stack.blocks]
 
+    def after(self, block: str) -> str | None:
+        """The block that comes after one, None after the last."""
+        place = self.blocks.index(block) + 1
+        return self.blocks[place] if place < len(self.blocks) else None
+
     @contextmanager
     def outside(self) -> Iterator[None]:
         """Everything that lies in no block is loaded inside the context."""

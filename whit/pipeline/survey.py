@@ -25,11 +25,12 @@ from whit.methods.base import Method, SurveyedBlock
 from whit.methods.statistics import LayerStatistics, Statistic
 from whit.models.source import TensorSource, check_finite
 from whit.pipeline.assign import AssignedLayer, Assignment
-from whit.pipeline.block import Streams, data_free, group_layers, propagate
+from whit.pipeline.block import Streams, group_layers, propagate
 from whit.pipeline.catch import Finished
 from whit.pipeline.events import Listener
 from whit.pipeline.gather import gathering
 from whit.pipeline.gradient_store import GradientStore
+from whit.pipeline.layer import data_free
 from whit.pipeline.ledger import Ledger
 from whit.pipeline.stage import Batch, Stage
 

@@ -12,7 +12,7 @@ MOST_COLUMNS = 128
 
 
 @compiled
-def round_rows(values, gradient, inner, table, book, codes, errors, top, grid, descend, first, last):
+def round_rows(values, gradient, inner, table, book, codes, errors, kept, top, masked, grid, descend, first, last):
     """Rows `first` to `last` of a block; see `whit.kernels.columns` for the arguments.
 
     A row takes the same operations in the same order whatever tile or thread it falls to: the bytes do not depend on
@@ -67,6 +67,9 @@ def round_rows(values, gradient, inner, table, book, codes, errors, top, grid, d
                         above = target[r] >= (table[number, level - 1, start + r] + upper) * half
                         nearest[r] = upper if above else nearest[r]
                         code[r] = code[r] + one if above else code[r]
+            if masked:
+                for r in range(size):
+                    nearest[r] = nearest[r] if kept[j, start + r] else zero
             if descend:
                 for r in range(size):
                     done[j, r] = nearest[r] - values[j, start + r]

@@ -16,10 +16,12 @@ def round_block(
     book,
     codes,
     errors,
+    kept,
     rows,
     columns,
     top,
     LEVELS: tl.constexpr,
+    MASKED: tl.constexpr,
     GRID: tl.constexpr,
     DESCEND: tl.constexpr,
     C: tl.constexpr,
@@ -62,6 +64,8 @@ def round_block(
                 nearest = tl.where(above, upper, nearest)
                 code = tl.where(above, code + 1.0, code)
                 lower = upper
+        if MASKED:
+            nearest = tl.where(tl.load(kept + offset + row, mask=here, other=0) != 0, nearest, 0.0)
         error = nearest - before if DESCEND else (target - nearest) / diagonal
         tl.store(codes + offset + row, code.to(tl.uint8), mask=here)
         tl.store(errors + offset + row, error, mask=here)

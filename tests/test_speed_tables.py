@@ -1,0 +1,36 @@
+"""The tables of docs/speed.md are those of the committed measurements."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_tables_are_up_to_date(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    found = importlib.import_module("speed_tables").contents()
+    assert set(found) >= {"speed-runs.md", "history-of-compression.md"}
+    for name, text in found.items():
+        written = (ROOT / "docs" / "generated" / name).read_text(encoding="utf-8")
+        assert written == text, f"{name}: run python benchmarks/speed_tables.py"
+
+
+def test_steps_and_layers_become_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    tables = importlib.import_module("speed_tables")
+    product = dict.fromkeys(("float32", "halves", "halves_error", "float32_error"), 1e-3)
+    report = {
+        "milliseconds": {
+            "columns": [{"rows": 4096, "feedback": 0.0204, "descent": 0.03}],
+            "products": [{"columns": 64, "rows": 32, **product, "update_float32": 0.5, "update_halves": 0.25}],
+            "factors": [{"columns": 64, "by_inverse": 3.0, "by_triangle": 1.0, "difference": 1e-6}],
+            "moments": [{"columns": 64, "whole": 1.0, "panels": 0.5, "float32": 9.0}],
+        },
+        "layers": [{"method": "gptq", "bits": 4, "rows": 8, "columns": 16, "factor_seconds": 0.002, "seconds": 0.0305}],
+    }
+    assert "| rounding with feedback | 128 columns, 4096 rows | | 20 µs |" in tables.step_table(report)
+    assert "| gptq 4 | 8 x 16 | 2 ms | 30 ms |" in tables.layer_table(report)
