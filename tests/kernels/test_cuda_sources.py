@@ -13,7 +13,8 @@ from whit.formats.binary_residual import BinaryResidual
 from whit.formats.grouped_integer import GroupedInteger
 from whit.formats.level_table import LevelTable
 from whit.kernels.cuda_layout import layout_of
-from whit.kernels.cuda_plan import Launch, Shape, place_gemv, place_small, source_of
+from whit.kernels.cuda_plan import Launch, Shape, place_gemv, place_small, source_of, wide_source
+from whit.kernels.cuda_wide import WideShape
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs g++")
 
@@ -93,6 +94,34 @@ def test_few_vectors(layout, tokens, tmp_path):
     assert torch.equal(run(program, described, launch, tensors, (rows, columns), x, None, descending=True), actual)
 
 
+WIDE = [
+    (BinaryResidual(128, True), WideShape(16, 1, 3, 6, 1), 11),
+    (BinaryResidual(64, False), WideShape(8, 2, 1, 4, 1), 3),
+    (LevelTable(1, 0), WideShape(16, 1, 2, 4, 1), 20),
+    (LevelTable(2, 128), WideShape(128, 2, 2, 4, 1), 150),
+    (GroupedInteger(1, 128, True), WideShape(8, 1, 1, 5, 1), 8),
+    (GroupedInteger(2, 64, False), WideShape(32, 1, 1, 4, 1), 20),
+    (GroupedInteger(3, 128, False), WideShape(16, 1, 2, 4, 1), 16),
+    (GroupedInteger(4, 128, False), WideShape(16, 2, 1, 3, 1), 9),
+    (GroupedInteger(8, 0, True), WideShape(16, 1, 2, 4, 1), 16),
+]
+
+
+@pytest.mark.parametrize(("layout", "shape", "tokens"), WIDE, ids=str)
+def test_many_vectors(layout, shape, tokens, tmp_path):
+    rows, columns, dtype = 83, 704, torch.bfloat16 if tokens in (8, 11) else torch.float16
+    described = layout_of(layout, columns)
+    program = compiled("wide", described, shape, tokens, dtype == torch.bfloat16, tmp_path)
+    packed = random_packed(layout, rows, columns)
+    x, bias = inputs(tokens, columns, dtype, "cpu"), torch.linspace(-1, 1, rows).to(dtype)
+    tensors = [packed.tensors[name] for name in described.names if name]
+    actual = run(program, described, shape, tensors, (rows, columns), x, bias)
+    weight = packed.unpack().double()
+    expected = x.double() @ weight.T + bias.double()
+    assert ((actual.double() - expected).abs() <= error_bound(x, weight, expected)).all()
+    assert torch.equal(run(program, described, shape, tensors, (rows, columns), x, bias, descending=True), actual)
+
+
 @pytest.mark.parametrize(
     "layout",
     [
@@ -118,5 +147,5 @@ def test_decoded_weight(layout, tmp_path):
 
 def test_the_emulator_replaces_every_assembly_function():
     parts = ("common.cuh", "group.cuh", "bits.cuh", "limbs.cuh", "gemv.cu", "small.cu", "decode.cu")
-    source = source_of(*parts)
+    source = source_of(*parts) + wide_source(8)
     assert all(start in source for start in MEANINGS)

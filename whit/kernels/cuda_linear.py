@@ -2,15 +2,16 @@
 
     one vector          `cuda/gemv.cu`    bit planes on the binary or integer tensor cores
     2 to 32 vectors     `cuda/small.cu`   codes expanded in registers for the 16-bit tensor cores
-    more                `cuda/decode.cu`  the weight decoded to 16 bits, then the library's matrix product
+    2 and more          `cuda/wide.cu`    codes expanded in registers for the warpgroup tensor cores (Hopper)
+    otherwise           `cuda/decode.cu`  the weight decoded to 16 bits, then the library's matrix product
 
 Stored tensors are read as they are: no second copy of a weight is kept. The ops are functional, have fake
-implementations (torch.compile) and neither synchronise nor allocate anything but their result and, for more than 32
-vectors, the decoded weight for the time of the product.
+implementations (torch.compile) and neither synchronise nor allocate anything but their result and, where the weight is
+decoded, that weight for the time of the product.
 
 Bounds, with u the unit roundoff of the type of x (2^-11, 2^-8), against the product in exact arithmetic:
     gemv           |error| <= u |y| + 2^-16 sum_blocks max|x_b| sum_j |w_ij| + 2^-20 sum_j |w_ij x_j|
-    small, decode  |error| <= u |y| + (u + 2^-20) sum_j |w_ij x_j|      (the u is the plain meaning's own rounding of w)
+    otherwise      |error| <= u |y| + (u + 2^-20) sum_j |w_ij x_j|      (the u is the plain meaning's own rounding of w)
 """
 
 from __future__ import annotations
@@ -36,15 +37,17 @@ from whit.kernels.cuda_plan import (
     plan,
     small_shapes,
     source_of,
+    tuned_shapes,
     tuning_key,
     use_shape,
+    wide_source,
 )
+from whit.kernels.cuda_wide import WideShape, bucket, wide_options, wide_plan, wide_shapes, wide_supports
 from whit.kernels.linear import Implementation, register_implementation
-from whit.kernels.nvrtc import CompilationError, Kernel, kernel
+from whit.kernels.nvrtc import Argument, CompilationError, Kernel, kernel
 
 FEW = 32
-"""Most vectors that the kernels multiply without decoding the weight to memory."""
-
+"""Most vectors that `small` multiplies."""
 
 _ADDRESSED = 2**31  # bytes of a tensor that the kernels' 32-bit offsets reach
 
@@ -93,6 +96,29 @@ def _prepared(
     return kernel(source_of(*parts_of(name, launch.shape)), name, options, index), launch
 
 
+def _has_warpgroups(index: int) -> bool:
+    """Whether the device has the tensor cores that `wide` is written for, which no other architecture has."""
+    return torch.cuda.get_device_capability(index) == (9, 0)
+
+
+@lru_cache(maxsize=4096)
+def _wide_shape(layout: Layout, rows: int, columns: int, tokens: int, index: int) -> WideShape | None:
+    """How `wide` multiplies up to `tokens` (see `bucket`) vectors; None if another kernel does."""
+    if not (_has_warpgroups(index) and wide_supports(layout, columns)):
+        return None
+    device, processors, memory = _device_limits(index)
+    found = tuned_shapes(device).get(tuning_key(layout, rows, columns, tokens))
+    if isinstance(found, WideShape):
+        return found
+    return None if tokens <= FEW else wide_plan(layout, rows, columns, tokens, processors, memory)
+
+
+@lru_cache(maxsize=4096)
+def _prepared_wide(layout: Layout, shape: WideShape, bfloat: bool, index: int) -> Kernel:
+    options = wide_options(layout, shape, bfloat, early=True)
+    return kernel(wide_source(shape.tokens), "wide", options, index, specific=True)
+
+
 def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
     return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 
@@ -122,25 +148,25 @@ def _layout_from(fields: list[int]) -> Layout:
 def packed_product(
     x: Tensor, tensors: list[Tensor], bias: Tensor | None, layout: list[int], rows: int, columns: int
 ) -> Tensor:
-    """x (m, columns), 1 <= m <= 32, contiguous, times the packed weight: (m, rows). See the top of this file."""
+    """x (m, columns), contiguous, times the packed weight: (m, rows). See the top of this file."""
     described, tensors = _layout_from(layout), _aligned(tensors)
-    m, bfloat = x.shape[0], x.dtype == torch.bfloat16
+    m, bfloat, index = x.shape[0], x.dtype == torch.bfloat16, x.device.index
     out = torch.empty(m, rows, dtype=x.dtype, device=x.device)
     with torch.cuda.device(x.device):
         weight = _weight(described, tensors, rows, columns)
-        tokens = 8 if m <= 8 else 16 if m <= 16 else 32
-        name = "gemv" if m == 1 else "small"
-        run, launch = _prepared(name, described, rows, columns, 1 if m == 1 else tokens, bfloat, x.device.index)
-        sizes = [ctypes.c_int(launch.chunk), ctypes.c_int(launch.tiles)]
-        if m > 1:
-            sizes.insert(0, ctypes.c_int(m))
-        run.launch(
-            launch.grid,
-            launch.shape.threads,
-            launch.shared,
-            [_pointer(x), weight, _pointer(bias), _pointer(out), *sizes],
-            early=_starts_early(x.device.index),
-        )
+        shape = None if m == 1 else _wide_shape(described, rows, columns, bucket(m), index)
+        arguments: list[Argument] = [_pointer(x), weight, _pointer(bias), _pointer(out)]
+        if shape is not None:
+            run = _prepared_wide(described, shape, bfloat, index)
+            arguments[0] = _pointer(x if x.data_ptr() % 16 == 0 else x.clone())
+            arguments.append(ctypes.c_int(m))
+            grid = shape.grid(rows, m)
+            run.launch(grid, shape.threads, shape.shared, arguments, early=True, cluster=shape.splits)
+            return out
+        tokens = 1 if m == 1 else 8 if m <= 8 else 16 if m <= 16 else 32
+        run, launch = _prepared("gemv" if m == 1 else "small", described, rows, columns, tokens, bfloat, index)
+        arguments += [ctypes.c_int(m)] * (m > 1) + [ctypes.c_int(launch.chunk), ctypes.c_int(launch.tiles)]
+        run.launch(launch.grid, launch.shape.threads, launch.shared, arguments, early=_starts_early(index))
     return out
 
 
@@ -217,6 +243,13 @@ def _supports_few(x: Tensor, packed: Packed) -> bool:
     return layout is not None and layout.multiplies and 2 <= _vectors(x) <= FEW
 
 
+def _supports_wide(x: Tensor, packed: Packed) -> bool:
+    layout = _usable(x, packed)
+    if layout is None or _vectors(x) <= 1:
+        return False
+    return _wide_shape(layout, packed.rows, packed.columns, bucket(_vectors(x)), x.device.index) is not None
+
+
 def _supports_many(x: Tensor, packed: Packed) -> bool:
     return _usable(x, packed) is not None
 
@@ -241,11 +274,11 @@ def _decoded_product(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
     return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
 
-def tune(x: Tensor, packed: Packed, seconds: Callable[[], float]) -> tuple[str, Shape]:
+def tune(x: Tensor, packed: Packed, seconds: Callable[[], float]) -> tuple[str, Shape | WideShape]:
     """Find the fastest launch shape for one call and use it from now on in this process.
 
     Args:
-        x: inputs that a kernel multiplies (1 to 32 vectors).
+        x: inputs that a kernel multiplies: 1 to 32 vectors, on Hopper any number.
         packed: weight of the layout and shape to tune for.
         seconds: measures the call; run once per shape.
 
@@ -255,31 +288,38 @@ def tune(x: Tensor, packed: Packed, seconds: Callable[[], float]) -> tuple[str, 
     Raises:
         ValueError: no kernel multiplies these.
     """
-    layout = _usable(x, packed)
-    tokens = 1 if _vectors(x) == 1 else 8 if _vectors(x) <= 8 else 16 if _vectors(x) <= 16 else 32
-    if layout is None or not layout.multiplies or not 1 <= _vectors(x) <= FEW:
-        raise ValueError(f"no kernel to tune for {_vectors(x)} vectors and {packed.format}")
-    device, processors, memory = _device_limits(x.device.index)
+    layout, count, index = _usable(x, packed), _vectors(x), x.device.index
+    tokens = 1 if count == 1 else bucket(count)
+    wide = layout is not None and count > 1 and _has_warpgroups(index) and wide_supports(layout, packed.columns)
+    if layout is None or not layout.multiplies or not (1 <= count <= FEW or wide):
+        raise ValueError(f"no kernel to tune for {count} vectors and {packed.format}")
+    device, processors, memory = _device_limits(index)
     key = tuning_key(layout, packed.rows, packed.columns, tokens)
-    times: dict[Shape, float] = {}
-    for shape in gemv_shapes(layout, _counts_bits(x.device.index)) if tokens == 1 else small_shapes(layout):
+    shapes: list[Shape | WideShape] = [*wide_shapes(layout, tokens, packed.columns, memory)] if wide else []
+    for shape in gemv_shapes(layout, _counts_bits(index)) if count == 1 else small_shapes(layout) * (count <= FEW):
         try:
             plan(layout, packed.rows, packed.columns, tokens, processors, memory, [shape])
         except ValueError:
             continue
-        use_shape(device, key, shape)
+        shapes.append(shape)
+    times: dict[Shape | WideShape, float] = {}
+    for candidate in shapes:
+        use_shape(device, key, candidate)
         _prepared.cache_clear()
+        _wide_shape.cache_clear()
         try:
-            times[shape] = seconds()
+            times[candidate] = seconds()
         except CompilationError:
             continue  # this compiler or device cannot do it; another shape will
     best = min(times, key=times.__getitem__)
     use_shape(device, key, best)
     _prepared.cache_clear()
+    _wide_shape.cache_clear()
     return key, best
 
 
 for _format in ("binary-residual", "level-table", "grouped-integer"):  # the last one registered is asked first
     register_implementation(_format, Implementation("cuda decode + matmul", _supports_many, _decoded_product))
     register_implementation(_format, Implementation("cuda tensor-core product", _supports_few, _product))
+    register_implementation(_format, Implementation("cuda warpgroup product", _supports_wide, _product))
     register_implementation(_format, Implementation("cuda bit-plane gemv", _supports_one, _product))

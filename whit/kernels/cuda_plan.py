@@ -9,13 +9,14 @@ fixed list that fits is taken. Shapes change speed alone: the sums of a row are 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
 
 from whit.kernels.cuda_layout import Layout
+from whit.kernels.cuda_wide import WideShape, warpgroup_product
 from whit.kernels.nvrtc import cache_folder
 
 
@@ -182,6 +183,12 @@ def source_of(*names: str) -> str:
     return "".join((folder / name).read_text(encoding="utf-8") for name in names)
 
 
+@lru_cache(maxsize=16)
+def wide_source(tokens: int) -> str:
+    """The CUDA C++ of `wide` for tiles of `tokens` vectors."""
+    return source_of("common.cuh") + warpgroup_product(tokens) + source_of("wide.cu")
+
+
 def tuning_key(layout: Layout, rows: int, columns: int, tokens: int) -> str:
     """What a found shape is filed under."""
     group = "row" if layout.groups == 1 else str(layout.group)
@@ -195,28 +202,29 @@ def tuning_file(device: str) -> Path:
 
 
 @lru_cache(maxsize=8)
-def tuned_shapes(device: str) -> dict[str, Shape]:
+def tuned_shapes(device: str) -> dict[str, Shape | WideShape]:
     """Shapes found for a kind of device: the shipped ones, and over them those of this machine."""
     shipped = files("whit.kernels") / "tuned" / f"{device.replace(' ', '-')}.json"
-    found: dict[str, Shape] = {}
+    found: dict[str, Shape | WideShape] = {}
     for source in (shipped, tuning_file(device)):
         try:
-            found |= {key: Shape(**fields) for key, fields in json.loads(source.read_text(encoding="utf-8")).items()}
+            content = json.loads(source.read_text(encoding="utf-8"))
+            found |= {key: (WideShape if "splits" in shape else Shape)(**shape) for key, shape in content.items()}
         except (OSError, ValueError, TypeError, AttributeError):
             continue  # absent or of another version: shapes only change speed
     return found
 
 
-def keep_tuned(device: str, shapes: dict[str, Shape]) -> None:
+def keep_tuned(device: str, shapes: Mapping[str, Shape | WideShape]) -> None:
     """Add found shapes to this machine's file."""
     path = tuning_file(device)
     path.parent.mkdir(parents=True, exist_ok=True)
-    merged = {key: asdict(shape) for key, shape in sorted((tuned_shapes(device) | shapes).items())}
+    merged = {key: asdict(shape) for key, shape in sorted((tuned_shapes(device) | dict(shapes)).items())}
     path.write_text(json.dumps(merged, indent=0) + "\n", encoding="utf-8")
     tuned_shapes.cache_clear()
 
 
-def use_shape(device: str, key: str, shape: Shape | None) -> None:
+def use_shape(device: str, key: str, shape: Shape | WideShape | None) -> None:
     """Take a shape (or with None no longer any) for what `key` names, in this process alone."""
     found = tuned_shapes(device)
     if shape is None:
@@ -238,7 +246,7 @@ def choose(
 ) -> Launch:
     """The launch to use: the found shape if there is one and it fits, otherwise `plan`'s."""
     found = tuned_shapes(device).get(tuning_key(layout, rows, columns, tokens))
-    if found is not None:
+    if isinstance(found, Shape):
         shape = replace(found, bitwise=found.bitwise and layout.bitwise and binary)
         try:
             return plan(layout, rows, columns, tokens, processors, memory, [shape])

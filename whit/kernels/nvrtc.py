@@ -13,20 +13,25 @@ import tempfile
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
 from whit.errors import WhitError
 
 _MAX_DYNAMIC_SHARED_MEMORY = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_CLUSTER_DIMENSION = 4  # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 
 
-class _Attribute(ctypes.Structure):
-    """CUlaunchAttribute: a number, padding, and a value of 64 bytes of which the first int is used."""
+Argument: TypeAlias = "ctypes._SimpleCData[Any] | ctypes.Structure"
+"""Of a kernel."""
 
-    _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int), ("rest", ctypes.c_byte * 60))
+
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute: a number, padding, and a value of 64 bytes of which the first three ints are used."""
+
+    _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int * 3), ("rest", ctypes.c_byte * 52))
 
 
 class _Config(ctypes.Structure):
@@ -146,9 +151,10 @@ class Kernel:
         grid: int,
         threads: int,
         shared: int,
-        arguments: Sequence[ctypes._SimpleCData[Any] | ctypes.Structure],
+        arguments: Sequence[Argument],
         *,
         early: bool = False,
+        cluster: int = 1,
     ) -> None:
         """Enqueue on the current stream; returns at once.
 
@@ -157,6 +163,7 @@ class Kernel:
             threads: per block.
             shared: bytes of dynamic shared memory per block.
             arguments: ctypes values in the order of the kernel's parameters.
+            cluster: consecutive blocks that run together and read each other's shared memory (needs Hopper).
             early: let it start while the kernel before it ends (the kernel then waits by itself; needs Hopper).
         """
         if shared > self._shared:
@@ -165,15 +172,26 @@ class Kernel:
             self._shared = shared
         pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(value) for value in arguments))
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        attribute = _Attribute(id=_PROGRAMMATIC_STREAM_SERIALIZATION, value=1)
-        config = _Config(grid, 1, 1, threads, 1, 1, shared, stream, ctypes.pointer(attribute), int(early))
+        attributes = (_Attribute * 2)()
+        count = 0
+        for wanted, number, value in (
+            (early, _PROGRAMMATIC_STREAM_SERIALIZATION, (1, 0, 0)),
+            (cluster > 1, _CLUSTER_DIMENSION, (cluster, 1, 1)),
+        ):
+            if wanted:
+                attributes[count] = _Attribute(id=number, value=value)
+                count += 1
+        config = _Config(grid, 1, 1, threads, 1, 1, shared, stream, attributes, count)
         status = _driver().cuLaunchKernelEx(ctypes.byref(config), self._function, pointers, None)
         _check(status, "launch a kernel")
 
 
 @lru_cache(maxsize=512)
-def kernel(source: str, name: str, options: tuple[str, ...], device: int) -> Kernel:
-    """The function `name` of a source, compiled for device number `device` (which must be the current one)."""
+def kernel(source: str, name: str, options: tuple[str, ...], device: int, *, specific: bool = False) -> Kernel:
+    """The function `name` of a source, compiled for device number `device` (which must be the current one).
+
+    `specific` allows the instructions that only this very architecture has (sm_90a).
+    """
     major, minor = torch.cuda.get_device_capability(device)
-    target = f"--gpu-architecture=sm_{major}{minor}"
+    target = f"--gpu-architecture=sm_{major}{minor}{'a' * specific}"
     return Kernel(cached_cubin(source, (target, "--std=c++17", *options)), name)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from whit.kernels.cuda_layout import Layout
-from whit.kernels.cuda_plan import Launch, options_of, parts_of, source_of
+from whit.kernels.cuda_plan import Launch, options_of, parts_of, source_of, wide_source
+from whit.kernels.cuda_wide import WideShape, wide_options
 
 HERE = Path(__file__).parent
 COMPILER = shutil.which("g++")
@@ -41,6 +42,16 @@ MEANINGS = {
     " { u32 b[2] = {b0, b1}; tensor_product(c, 4, a, 2, b, floats_times_floats); }",
     "void count(": "static void count(int (&c)[4], u32 a0, u32 a1, u32 b)"
     " { u32 a[2] = {a0, a1}; tensor_product(c, 2, a, 1, &b, ones_in_both); }",
+    "void copy_chunk(": "static void copy_chunk(u8* to, const u16* from, bool there)"
+    " { copy_later<16>(to, (const u8*)from, there ? 16 : 0); }",
+    "void show_to_tensor_cores(": "static void show_to_tensor_cores() {}",
+    "void registers_ready(": "static void registers_ready() {}",
+    "void products_commit(": "static void products_commit() { close_products(); }",
+    "void products_wait(": "template <int LEFT> static void products_wait() { finish_products(LEFT); }",
+    "void cluster_barrier(": "",
+    "float4 peer_floats(": "",
+    "void warpgroup_product(": "static void warpgroup_product(float (&c)[TOKENS / 2], const u32 (&a)[4],"
+    " const u8* tile, int step) { late_product(c, TOKENS / 2, a, tile, step); }",
     "u32 pair_of_floats(": "static u32 pair_of_floats(float low, float high)"
     " { return to16(low) | (u32)to16(high) << 16; }",
     "u32 add_pairs(": "static u32 add_pairs(u32 a, u32 b)"
@@ -50,15 +61,16 @@ CALLS = {
     "gemv": "gemv((const u16*)x, weight, (const u16*)bias, (u16*)y, chunk, tiles)",
     "small": "small((const u16*)x, weight, (const u16*)bias, (u16*)y, tokens, chunk, tiles)",
     "decode": "decode(weight, (u16*)y)",
+    "wide": "wide((const u16*)x, weight, (const u16*)bias, (u16*)y, tokens)",
 }
 MAIN = """
 static uint8_t *x, *bias, *y;
 static Weight weight;
 static int tokens, chunk, tiles;
 int main(int, char** arguments) {
-    long sizes[8], numbers[10];
+    long sizes[8], numbers[11];
     FILE* in = fopen(arguments[1], "rb");
-    if (fread(sizes, 8, 8, in) != 8 || fread(numbers, 8, 10, in) != 10) return 2;
+    if (fread(sizes, 8, 8, in) != 8 || fread(numbers, 8, 11, in) != 11) return 2;
     uint8_t* tensors[7];
     for (int i = 0; i < 7; i++) {
         tensors[i] = sizes[i] ? guarded(sizes[i]) : nullptr;
@@ -71,7 +83,7 @@ int main(int, char** arguments) {
     memset(y, 0xff, sizes[7]);
     tokens = numbers[4], chunk = numbers[5], tiles = numbers[6];
     kernel_body = []() { CALL; };
-    run_blocks(numbers[7], THREADS, numbers[8], numbers[9]);
+    run_blocks(numbers[7], THREADS, numbers[8], numbers[9], numbers[10]);
     FILE* out = fopen(arguments[2], "wb");
     fwrite(y, 1, sizes[7], out);
     return fclose(out);
@@ -89,13 +101,17 @@ def translated(source: str) -> str:
             end = line_end if one_line else source.index("\n}\n", match.start()) + 2
             source = source[: match.start()] + meaning + source[end:]
     assert "asm(" not in source and "asm volatile(" not in source
-    return source.replace("extern __shared__ __align__(16) u8 memory[];", "u8* memory = shared_memory;")
+    return re.sub(r"extern __shared__ __align__\(\d+\) u8 memory\[\];", "u8* memory = shared_memory;", source)
 
 
-def compiled(name: str, layout: Layout, launch: Launch, tokens: int, bfloat: bool, folder: Path) -> Path:
+def compiled(name: str, layout: Layout, launch: Launch | WideShape, tokens: int, bfloat: bool, folder: Path) -> Path:
     """An executable that runs the kernel `name` once."""
-    options = options_of(layout, launch.shape, launch.depth, tokens, bfloat, early=False)
-    source = '#include "emulator.h"\n' + translated(source_of(*parts_of(name, launch.shape)))
+    if isinstance(launch, WideShape):
+        options, source = wide_options(layout, launch, bfloat, early=False), wide_source(launch.tokens)
+    else:
+        options = options_of(layout, launch.shape, launch.depth, tokens, bfloat, early=False)
+        source = source_of(*parts_of(name, launch.shape))
+    source = '#include "emulator.h"\n' + translated(source)
     path = folder / f"{name}.cpp"
     path.write_text(source + MAIN.replace("CALL", CALLS[name]), encoding="utf-8")
     command = [
@@ -118,7 +134,7 @@ def compiled(name: str, layout: Layout, launch: Launch, tokens: int, bfloat: boo
 def run(
     program: Path,
     layout: Layout,
-    launch: Launch,
+    launch: Launch | WideShape,
     tensors: Sequence[Tensor],
     shape: tuple[int, int],
     x: Tensor,
@@ -137,18 +153,12 @@ def run(
     out = torch.empty((rows, columns) if program.name == "decode" else (len(x), rows), dtype=x.dtype)
     sizes = [0 if blob is None else blob.numel() * blob.element_size() for blob in blobs]
     sizes.append(out.numel() * out.element_size())
-    numbers = [
-        rows,
-        columns,
-        layout.width,
-        layout.groups,
-        len(x),
-        launch.chunk,
-        launch.tiles,
-        launch.grid,
-        launch.shared,
-    ]
-    header = torch.tensor([*sizes, *numbers, int(descending)]).view(torch.uint8)
+    numbers = [rows, columns, layout.width, layout.groups, len(x)]
+    if isinstance(launch, WideShape):
+        numbers += [0, 0, launch.grid(rows, len(x)), launch.shared, int(descending), launch.splits]
+    else:
+        numbers += [launch.chunk, launch.tiles, launch.grid, launch.shared, int(descending), 1]
+    header = torch.tensor([*sizes, *numbers]).view(torch.uint8)
     content = [blob.contiguous().reshape(-1).view(torch.uint8) for blob in blobs if blob is not None and blob.numel()]
     source, target = program.with_suffix(".in"), program.with_suffix(".out")
     source.write_bytes(torch.cat([header, *content]).numpy().tobytes())

@@ -38,6 +38,15 @@ __device__ __forceinline__ u16 x_of_float(float f) {
         h = half_of_float(f);
     return h;
 }
+__device__ __forceinline__ u32 pair_of_floats(float low, float high) {
+    u32 pair;
+#if BF16
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+#else
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+#endif
+    return pair;
+}
 __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
 // Sixteen bytes from global to shared memory; only the first `valid` are read, the rest become zero.

@@ -25,15 +25,6 @@ __device__ __forceinline__ void product(float (&c)[4], const u32 (&a)[4], u32 b0
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
-__device__ __forceinline__ u32 pair_of_floats(float low, float high) {
-    u32 pair;
-#if BF16
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-#else
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-#endif
-    return pair;
-}
 __device__ __forceinline__ u32 add_pairs(u32 a, u32 b) {
     u32 sum;
 #if BF16

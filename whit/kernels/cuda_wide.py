@@ -1,0 +1,134 @@
+"""How `cuda/wide.cu` is launched: products of packed weights on the warpgroup tensor cores (compute capability 9.0)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from whit.kernels.cuda_layout import Layout
+
+BLOCK = 64
+"""Columns of a stage; every split takes whole ones."""
+WIDEST_TILE = 256
+
+
+@dataclass(frozen=True)
+class WideShape:
+    """What may be chosen freely.
+
+    Vectors of a tile, warpgroups of a thread block (64 rows each), thread blocks of a cluster that share the columns of
+    a tile, stages of x, and how many thread blocks a multiprocessor must have room for.
+    """
+
+    tokens: int
+    row_groups: int
+    splits: int
+    depth: int
+    resident: int
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return 128 * self.row_groups
+
+    @property
+    def shared(self) -> int:
+        """Bytes of shared memory: the ring of x, then the sums of the tile; whole swizzled rows of 1024 bytes."""
+        ring = self.depth * self.tokens * 2 * BLOCK
+        sums = self.tokens * (64 * self.row_groups + 4) * 4
+        return -(-max(ring, sums) // 1024) * 1024
+
+    def grid(self, rows: int, tokens: int) -> int:
+        """Thread blocks of a product."""
+        return -(-rows // (64 * self.row_groups)) * -(-tokens // self.tokens) * self.splits
+
+
+def wide_supports(layout: Layout, columns: int) -> bool:
+    """Whether `wide.cu` multiplies a weight of this layout: it takes whole blocks of columns."""
+    return layout.multiplies and columns % BLOCK == 0
+
+
+def bucket(tokens: int) -> int:
+    """Number of vectors that a launch is chosen for: the next power of two, 8 to 2048."""
+    return next((size for size in (8, 16, 32, 64, 128, 256, 512, 1024) if tokens <= size), 2048)
+
+
+def wide_shapes(layout: Layout, tokens: int, columns: int, memory: int) -> list[WideShape]:
+    """Shapes worth trying for `tokens` vectors, in no order."""
+    tile = min(bucket(tokens), WIDEST_TILE)
+    splits = [s for s in (1, 2, 3, 4, 6, 8) if s <= columns // BLOCK]
+    if tile <= 32:
+        shapes = [WideShape(tile, 1, s, 6, resident) for s in splits for resident in (4, 6)]
+        shapes += [WideShape(tile, 2, s, 6, 2) for s in splits]
+    elif tile == 64:
+        shapes = [WideShape(tile, 2, s, 5, resident) for s in splits for resident in (2, 3)]
+        shapes += [WideShape(tile, 1, s, 5, 4) for s in splits]
+    else:
+        shapes = [WideShape(128, 2, s, 4, resident) for s in splits[:4] for resident in (1, 2)]
+        if tile > 128:
+            shapes += [WideShape(256, 2, s, 4, 1) for s in splits[:4]]
+            shapes += [WideShape(128, 4, s, 5, 1) for s in splits[:4]]
+    return [shape for shape in shapes if shape.resident * (shape.shared + 1024) <= memory + 1024]
+
+
+def wide_plan(layout: Layout, rows: int, columns: int, tokens: int, processors: int, memory: int) -> WideShape:
+    """The shape whose blocks come out most evenly over the multiprocessors, a little in favour of few splits.
+
+    Raises:
+        ValueError: nothing fits.
+    """
+    shapes = wide_shapes(layout, tokens, columns, memory)
+    if not shapes:
+        raise ValueError(f"no launch of {rows} x {columns} fits {memory} bytes of shared memory")
+
+    def cost(shape: WideShape) -> tuple[float, int]:
+        slots = processors * shape.resident
+        waves = -(-shape.grid(rows, tokens) // slots)
+        work = shape.tokens * shape.row_groups * shape.resident / shape.splits  # of a wave
+        return waves * work * (1 + 0.03 * shape.splits), -shape.tokens * shape.row_groups
+
+    return min(shapes, key=cost)
+
+
+def wide_options(layout: Layout, shape: WideShape, bfloat: bool, early: bool) -> tuple[str, ...]:
+    """Preprocessor options of `wide.cu`; `early` asks for programmatic dependent launch."""
+    values = {
+        "BF16": bfloat,
+        "EARLY": early,
+        "PIECE": layout.piece(128),
+        "ITEM": 128,
+        "THREADS": shape.threads,
+        "TOKENS": shape.tokens,
+        "ROW_GROUPS": shape.row_groups,
+        "SPLITS": shape.splits,
+        "DEPTH": shape.depth,
+        "RESIDENT": shape.resident,
+    }
+    return (*layout.defines(), *(f"-D{key}={int(value)}" for key, value in values.items()))
+
+
+def warpgroup_product(tokens: int) -> str:
+    """The function that multiplies the registers of a warpgroup, 64 x 16, by `tokens` vectors in shared memory.
+
+    The instruction names every accumulator, so its text depends on the number of vectors. The descriptor of x: address,
+    1024 bytes between groups of eight vectors, swizzled by 128 bytes; a product of 16 columns is 32 bytes on.
+    """
+    count = tokens // 2
+    sums = ", ".join(f"%{i}" for i in range(count))
+    codes = ", ".join(f"%{count + i}" for i in range(4))
+    outputs = ", ".join(f'"+f"(c[{i}])' for i in range(count))
+    return f"""
+__device__ __forceinline__ void warpgroup_product(float (&c)[TOKENS / 2], const u32 (&a)[4], const u8* tile, int step)
+{{
+    const u64 start = ((shared_address(tile) >> 4) + 2 * step) & 0x3fff;
+    const u64 b = start | 1ull << 16 | 64ull << 32 | 1ull << 62;
+#if BF16
+#define OPERANDS "bf16.bf16"
+#else
+#define OPERANDS "f16.f16"
+#endif
+    asm volatile("{{.reg .pred p; setp.eq.u32 p, 0, 0; wgmma.mma_async.sync.aligned.m64n{tokens}k16.f32." OPERANDS " "
+        "{{{sums}}}, {{{codes}}}, %{count + 4}, p, 1, 1, 0;}}"
+        : {outputs}
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b) : "memory");
+}}
+"""
