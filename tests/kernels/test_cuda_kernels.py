@@ -7,6 +7,7 @@ from whit.formats import Packed
 from whit.formats.binary_residual import BinaryResidual
 from whit.formats.grouped_integer import GroupedInteger
 from whit.formats.level_table import LevelTable
+from whit.formats.nm_index import encode_mask, kept_in_group
 from whit.kernels import explain, packed_linear
 from whit.kernels.cuda_layout import layout_of
 from whit.kernels.cuda_linear import decoded_weight
@@ -53,8 +54,13 @@ def random_packed(layout, rows, columns, device="cpu", seed=0):
     generator = torch.Generator(device).manual_seed(seed)
     tensors = {}
     for name, spec in layout.specs(rows, columns).items():
-        if spec.dtype == torch.uint8:
-            tensor = torch.randint(0, 256, spec.shape, dtype=torch.uint8, device=device, generator=generator)
+        if not spec.dtype.is_floating_point:
+            low, high = (-127, 128) if spec.dtype == torch.int8 else (0, 256)
+            tensor = torch.randint(low, high, spec.shape, dtype=spec.dtype, device=device, generator=generator)
+            if name in ("codebook", "regions") and spec.dtype == torch.uint8 and getattr(layout, "regions", 3) == 3:
+                tensor %= 243  # five trits
+            if name == "index":
+                tensor = random_index(layout, rows, columns, generator)
             if name == "salient":
                 for _ in range(2):
                     again = torch.randint(0, 256, spec.shape, dtype=torch.uint8, device=device, generator=generator)
@@ -63,6 +69,17 @@ def random_packed(layout, rows, columns, device="cpu", seed=0):
             tensor = (0.02 * torch.randn(spec.shape, device=device, generator=generator)).to(spec.dtype)
         tensors[name] = tensor
     return Packed(layout, rows, columns, tensors)
+
+
+def random_index(layout, rows, columns, generator):
+    """The index of random N:M masks; a last, narrower group keeps its share."""
+    score = torch.rand(rows, columns, device=generator.device, generator=generator)
+    mask = torch.zeros(rows, columns, dtype=torch.bool, device=generator.device)
+    for start in range(0, columns, layout.m):
+        part = score[:, start : start + layout.m]
+        kept = part.topk(kept_in_group(part.shape[1], layout.n, layout.m), dim=1).indices
+        mask.scatter_(1, kept + start, True)
+    return encode_mask(mask, layout.n, layout.m)
 
 
 def inputs(tokens, columns, dtype, device, seed=1):

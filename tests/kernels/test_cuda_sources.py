@@ -12,6 +12,9 @@ from tests.kernels.test_cuda_kernels import error_bound, inputs, name_of, random
 from whit.formats.binary_residual import BinaryResidual
 from whit.formats.grouped_integer import GroupedInteger
 from whit.formats.level_table import LevelTable
+from whit.formats.structured_binary import StructuredBinary
+from whit.formats.vector_codebook import VectorCodebook
+from whit.kernels.cuda_decode import decode_shared
 from whit.kernels.cuda_layout import layout_of
 from whit.kernels.cuda_plan import Launch, Shape, place_gemv, place_small, source_of, wide_source
 from whit.kernels.cuda_wide import WideShape
@@ -96,20 +99,28 @@ def test_few_vectors(layout, tokens, tmp_path):
 
 WIDE = [
     (BinaryResidual(128, True), WideShape(16, 1, 3, 6, 1), 11),
+    (BinaryResidual(128, False), WideShape(16, 1, 2, 3, 1, 128), 12),
     (BinaryResidual(64, False), WideShape(8, 2, 1, 4, 1), 3),
-    (LevelTable(1, 0), WideShape(16, 1, 2, 4, 1), 20),
+    (LevelTable(1, 0), WideShape(16, 1, 2, 4, 1, 128), 20),
     (LevelTable(2, 128), WideShape(128, 2, 2, 4, 1), 150),
-    (GroupedInteger(1, 128, True), WideShape(8, 1, 1, 5, 1), 8),
+    (LevelTable(2, 384), WideShape(8, 2, 2, 3, 1, 128), 8),
+    (GroupedInteger(1, 128, True), WideShape(8, 1, 1, 2, 1), 8),
     (GroupedInteger(2, 64, False), WideShape(32, 1, 1, 4, 1), 20),
-    (GroupedInteger(3, 128, False), WideShape(16, 1, 2, 4, 1), 16),
+    (GroupedInteger(3, 128, False), WideShape(16, 1, 2, 4, 1, 128), 16),
     (GroupedInteger(4, 128, False), WideShape(16, 2, 1, 3, 1), 9),
-    (GroupedInteger(8, 0, True), WideShape(16, 1, 2, 4, 1), 16),
+    (GroupedInteger(8, 0, True), WideShape(16, 1, 2, 4, 1, 128), 16),
+    (VectorCodebook(256, 12, False), WideShape(8, 1, 2, 3, 1), 1),
+    (VectorCodebook(64, 4, True), WideShape(16, 2, 1, 3, 1, 128), 11),
 ]
 
 
 @pytest.mark.parametrize(("layout", "shape", "tokens"), WIDE, ids=str)
 def test_many_vectors(layout, shape, tokens, tmp_path):
-    rows, columns, dtype = 83, 704, torch.bfloat16 if tokens in (8, 11) else torch.float16
+    rows, columns, dtype = (
+        83,
+        768 if shape.block == 128 else 704,
+        torch.bfloat16 if tokens in (8, 11) else torch.float16,
+    )
     described = layout_of(layout, columns)
     program = compiled("wide", described, shape, tokens, dtype == torch.bfloat16, tmp_path)
     packed = random_packed(layout, rows, columns)
@@ -130,13 +141,21 @@ def test_many_vectors(layout, shape, tokens, tmp_path):
         LevelTable(3, 32),
         GroupedInteger(4, 64, True),
         GroupedInteger(5, 8, False),
+        VectorCodebook(256, 12, False),
+        VectorCodebook(64, 5, True),
+        VectorCodebook(8, 3, False),
+        StructuredBinary(4, 8, 0),
+        StructuredBinary(2, 8, 32, regions=2),
+        StructuredBinary(1, 4, 0, regions=1),
+        StructuredBinary(1, 1, 64, means=True),
+        StructuredBinary(7, 16, 24),
     ],
     ids=name_of,
 )
 def test_decoded_weight(layout, tmp_path):
     rows, columns = 12, 100
     described = layout_of(layout, columns)
-    launch = Launch(2, Shape(256, 128, 1), 2, 0, 0, 16)
+    launch = Launch(2, Shape(256, 128, 1), 2, 0, 0, decode_shared(described) + 16)
     program = compiled("decode", described, launch, 8, False, tmp_path)
     packed = random_packed(layout, rows, columns)
     tensors = [packed.tensors[name] for name in described.names if name]

@@ -26,6 +26,8 @@ import torch
 from torch import Tensor
 
 from whit.formats.base import Packed
+from whit.kernels.cuda_decode import THREADS as DECODE_THREADS
+from whit.kernels.cuda_decode import decode_options, decode_shared, decode_source
 from whit.kernels.cuda_layout import Layout, layout_of
 from whit.kernels.cuda_plan import (
     Launch,
@@ -42,9 +44,18 @@ from whit.kernels.cuda_plan import (
     use_shape,
     wide_source,
 )
-from whit.kernels.cuda_wide import WideShape, bucket, wide_options, wide_plan, wide_shapes, wide_supports
+from whit.kernels.cuda_wide import (
+    BOX,
+    WideShape,
+    bucket,
+    shared_bytes,
+    wide_options,
+    wide_plan,
+    wide_shapes,
+    wide_supports,
+)
 from whit.kernels.linear import Implementation, register_implementation
-from whit.kernels.nvrtc import Argument, CompilationError, Kernel, kernel
+from whit.kernels.nvrtc import Argument, CompilationError, Kernel, kernel, tensor_map
 
 FEW = 32
 """Most vectors that `small` multiplies."""
@@ -88,10 +99,11 @@ def _prepared(
     name: str, layout: Layout, rows: int, columns: int, tokens: int, bfloat: bool, index: int
 ) -> tuple[Kernel, Launch]:
     if name == "decode":
-        launch = Launch(8 * _device_limits(index)[1], Shape(256, 128, 1), 2, 0, 0, 0)
-    else:
-        limits = _device_limits(index)
-        launch = choose(limits[0], layout, rows, columns, tokens, *limits[1:], binary=_counts_bits(index))
+        shape = Shape(DECODE_THREADS, 128, 1)
+        launch = Launch(8 * _device_limits(index)[1], shape, 2, 0, 0, decode_shared(layout))
+        return kernel(decode_source(layout), name, decode_options(layout, bfloat), index), launch
+    limits = _device_limits(index)
+    launch = choose(limits[0], layout, rows, columns, tokens, *limits[1:], binary=_counts_bits(index))
     options = options_of(layout, launch.shape, launch.depth, tokens, bfloat, _starts_early(index))
     return kernel(source_of(*parts_of(name, launch.shape)), name, options, index), launch
 
@@ -110,7 +122,9 @@ def _wide_shape(layout: Layout, rows: int, columns: int, tokens: int, index: int
     found = tuned_shapes(device).get(tuning_key(layout, rows, columns, tokens))
     if isinstance(found, WideShape):
         return found
-    return None if tokens <= FEW else wide_plan(layout, rows, columns, tokens, processors, memory)
+    if tokens <= FEW and layout.multiplies:
+        return None
+    return wide_plan(layout, rows, columns, tokens, processors, memory)
 
 
 @lru_cache(maxsize=4096)
@@ -135,13 +149,14 @@ def _aligned(tensors: list[Tensor]) -> list[Tensor]:
 
 
 def _layout_fields(layout: Layout) -> list[int]:
-    return [int(value) for value in astuple(layout)[:-1]]
+    present = sum(1 << i for i, name in enumerate(layout.names) if name)
+    return [present, *(int(value) for value in astuple(layout)[:7]), *layout.numbers]
 
 
 def _layout_from(fields: list[int]) -> Layout:
-    kind, bits, scalars, asymmetric, group, width, groups = fields
-    names = {0: ("c", "2", "m", "s", ""), 1: ("c", "", "", "s", ""), 2: ("c", "", "", "s", "z" if asymmetric else "")}
-    return Layout(kind, bits, scalars, bool(asymmetric), group, width, groups, names[kind])
+    present, kind, bits, scalars, asymmetric, group, width, groups, *numbers = fields
+    names = tuple("?" if present >> i & 1 else "" for i in range(5))
+    return Layout(kind, bits, scalars, bool(asymmetric), group, width, groups, names, tuple(numbers))  # type: ignore[arg-type]
 
 
 @torch.library.custom_op("whit::packed_product", mutates_args=(), device_types="cuda")
@@ -154,14 +169,15 @@ def packed_product(
     out = torch.empty(m, rows, dtype=x.dtype, device=x.device)
     with torch.cuda.device(x.device):
         weight = _weight(described, tensors, rows, columns)
-        shape = None if m == 1 else _wide_shape(described, rows, columns, bucket(m), index)
+        shape = None if m == 1 and described.multiplies else _wide_shape(described, rows, columns, bucket(m), index)
         arguments: list[Argument] = [_pointer(x), weight, _pointer(bias), _pointer(out)]
         if shape is not None:
             run = _prepared_wide(described, shape, bfloat, index)
-            arguments[0] = _pointer(x if x.data_ptr() % 16 == 0 else x.clone())
+            x = x if x.data_ptr() % 16 == 0 else x.clone()
+            arguments[0] = tensor_map(x.data_ptr(), m, columns, shape.tokens, BOX)
             arguments.append(ctypes.c_int(m))
             grid = shape.grid(rows, m)
-            run.launch(grid, shape.threads, shape.shared, arguments, early=True, cluster=shape.splits)
+            run.launch(grid, shape.threads, shared_bytes(described, shape), arguments, early=True, cluster=shape.splits)
             return out
         tokens = 1 if m == 1 else 8 if m <= 8 else 16 if m <= 16 else 32
         run, launch = _prepared("gemv" if m == 1 else "small", described, rows, columns, tokens, bfloat, index)
@@ -186,7 +202,7 @@ def decoded_weight(tensors: list[Tensor], layout: list[int], rows: int, columns:
         run.launch(
             launch.grid,
             launch.shape.threads,
-            0,
+            launch.shared,
             [_weight(described, tensors, rows, columns), ctypes.c_void_p(out.data_ptr())],
         )
     return out
@@ -245,7 +261,7 @@ def _supports_few(x: Tensor, packed: Packed) -> bool:
 
 def _supports_wide(x: Tensor, packed: Packed) -> bool:
     layout = _usable(x, packed)
-    if layout is None or _vectors(x) <= 1:
+    if layout is None or _vectors(x) < (2 if layout.multiplies else 1):
         return False
     return _wide_shape(layout, packed.rows, packed.columns, bucket(_vectors(x)), x.device.index) is not None
 
@@ -289,14 +305,15 @@ def tune(x: Tensor, packed: Packed, seconds: Callable[[], float]) -> tuple[str, 
         ValueError: no kernel multiplies these.
     """
     layout, count, index = _usable(x, packed), _vectors(x), x.device.index
-    tokens = 1 if count == 1 else bucket(count)
-    wide = layout is not None and count > 1 and _has_warpgroups(index) and wide_supports(layout, packed.columns)
-    if layout is None or not layout.multiplies or not (1 <= count <= FEW or wide):
+    tokens = 1 if count == 1 and layout is not None and layout.multiplies else bucket(count)
+    wide = layout is not None and tokens > 1 and _has_warpgroups(index) and wide_supports(layout, packed.columns)
+    few = layout is not None and layout.multiplies and 1 <= count <= FEW
+    if layout is None or not (few or wide):
         raise ValueError(f"no kernel to tune for {count} vectors and {packed.format}")
     device, processors, memory = _device_limits(index)
     key = tuning_key(layout, packed.rows, packed.columns, tokens)
     shapes: list[Shape | WideShape] = [*wide_shapes(layout, tokens, packed.columns, memory)] if wide else []
-    for shape in gemv_shapes(layout, _counts_bits(index)) if count == 1 else small_shapes(layout) * (count <= FEW):
+    for shape in (gemv_shapes(layout, _counts_bits(index)) if tokens == 1 else small_shapes(layout)) if few else ():
         try:
             plan(layout, packed.rows, packed.columns, tokens, processors, memory, [shape])
         except ValueError:
@@ -318,7 +335,8 @@ def tune(x: Tensor, packed: Packed, seconds: Callable[[], float]) -> tuple[str, 
     return key, best
 
 
-for _format in ("binary-residual", "level-table", "grouped-integer"):  # the last one registered is asked first
+# The last one registered is asked first.
+for _format in ("binary-residual", "level-table", "grouped-integer", "vector-codebook", "structured-binary"):
     register_implementation(_format, Implementation("cuda decode + matmul", _supports_many, _decoded_product))
     register_implementation(_format, Implementation("cuda tensor-core product", _supports_few, _product))
     register_implementation(_format, Implementation("cuda warpgroup product", _supports_wide, _product))

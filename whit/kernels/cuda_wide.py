@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from whit.kernels.cuda_layout import Layout
+from whit.kernels.cuda_layout import VECTOR_CODEBOOK, WIDEST_CODEBOOK, Layout
 
-BLOCK = 64
-"""Columns of a stage; every split takes whole ones."""
+BOX = 64
+"""Columns that one copy of x brings; a stage has one or two of them, a split whole stages."""
 WIDEST_TILE = 256
 
 
@@ -16,7 +16,7 @@ class WideShape:
     """What may be chosen freely.
 
     Vectors of a tile, warpgroups of a thread block (64 rows each), thread blocks of a cluster that share the columns of
-    a tile, stages of x, and how many thread blocks a multiprocessor must have room for.
+    a tile, stages of x, how many thread blocks a multiprocessor must have room for, and the columns of a stage.
     """
 
     tokens: int
@@ -24,6 +24,7 @@ class WideShape:
     splits: int
     depth: int
     resident: int
+    block: int = 64
 
     @property
     def threads(self) -> int:
@@ -31,9 +32,9 @@ class WideShape:
         return 128 * self.row_groups
 
     @property
-    def shared(self) -> int:
-        """Bytes of shared memory: the ring of x, then the sums of the tile; whole swizzled rows of 1024 bytes."""
-        ring = self.depth * self.tokens * 2 * BLOCK
+    def tile_bytes(self) -> int:
+        """Bytes of the ring of x, in which later the sums of the tile lie; whole swizzled rows of 1024 bytes."""
+        ring = self.depth * self.tokens * 2 * self.block
         sums = self.tokens * (64 * self.row_groups + 4) * 4
         return -(-max(ring, sums) // 1024) * 1024
 
@@ -43,8 +44,22 @@ class WideShape:
 
 
 def wide_supports(layout: Layout, columns: int) -> bool:
-    """Whether `wide.cu` multiplies a weight of this layout: it takes whole blocks of columns."""
-    return layout.multiplies and columns % BLOCK == 0
+    """Whether `wide.cu` multiplies a weight of this layout: it takes whole boxes, and codewords by pairs."""
+    if layout.kind == VECTOR_CODEBOOK:
+        return columns % BOX == 0 and layout.numbers[1] % 2 == 0 and codebook_bytes(layout) <= WIDEST_CODEBOOK
+    return layout.multiplies and columns % BOX == 0
+
+
+def codebook_bytes(layout: Layout) -> int:
+    """Bytes of the 16-bit codewords in shared memory, in whole KiB; 0 for other formats."""
+    if layout.kind != VECTOR_CODEBOOK:
+        return 0
+    return -(-2 * layout.numbers[0] * layout.numbers[1] // 1024) * 1024
+
+
+def shared_bytes(layout: Layout, shape: WideShape) -> int:
+    """Bytes of shared memory of a thread block."""
+    return shape.tile_bytes + codebook_bytes(layout) + 16 * shape.depth
 
 
 def bucket(tokens: int) -> int:
@@ -55,19 +70,23 @@ def bucket(tokens: int) -> int:
 def wide_shapes(layout: Layout, tokens: int, columns: int, memory: int) -> list[WideShape]:
     """Shapes worth trying for `tokens` vectors, in no order."""
     tile = min(bucket(tokens), WIDEST_TILE)
-    splits = [s for s in (1, 2, 3, 4, 6, 8) if s <= columns // BLOCK]
+    splits = [s for s in (1, 2, 3, 4, 6, 8) if s <= columns // BOX]
     if tile <= 32:
-        shapes = [WideShape(tile, 1, s, 6, resident) for s in splits for resident in (4, 6)]
-        shapes += [WideShape(tile, 2, s, 6, 2) for s in splits]
+        shapes = [WideShape(tile, 1, s, 4, resident, 128) for s in splits for resident in (4, 5)]
+        shapes += [WideShape(tile, 2, s, 4, 2, 128) for s in splits]
+        shapes += [WideShape(tile, 1, s, 4, 5) for s in splits]
     elif tile == 64:
-        shapes = [WideShape(tile, 2, s, 5, resident) for s in splits for resident in (2, 3)]
-        shapes += [WideShape(tile, 1, s, 5, 4) for s in splits]
+        shapes = [WideShape(tile, 2, s, 4, 2, block) for s in splits for block in (128, 64)]
+        shapes += [WideShape(tile, 1, s, 4, 4) for s in splits]
     else:
-        shapes = [WideShape(128, 2, s, 4, resident) for s in splits[:4] for resident in (1, 2)]
+        shapes = [WideShape(128, 2, s, 4, 2) for s in splits[:4]]
+        shapes += [WideShape(128, 2, s, 4, 1, 128) for s in splits[:4]]
         if tile > 128:
             shapes += [WideShape(256, 2, s, 4, 1) for s in splits[:4]]
-            shapes += [WideShape(128, 4, s, 5, 1) for s in splits[:4]]
-    return [shape for shape in shapes if shape.resident * (shape.shared + 1024) <= memory + 1024]
+            shapes += [WideShape(256, 2, s, 3, 1, 128) for s in splits[:4]]
+            shapes += [WideShape(128, 4, s, 4, 1) for s in splits[:4]]
+    fits = [shape for shape in shapes if shape.resident * (shared_bytes(layout, shape) + 1024) <= memory + 1024]
+    return [shape for shape in fits if columns % shape.block == 0 and layout.group % shape.block == 0]
 
 
 def wide_plan(layout: Layout, rows: int, columns: int, tokens: int, processors: int, memory: int) -> WideShape:
@@ -102,6 +121,9 @@ def wide_options(layout: Layout, shape: WideShape, bfloat: bool, early: bool) ->
         "SPLITS": shape.splits,
         "DEPTH": shape.depth,
         "RESIDENT": shape.resident,
+        "BLOCK": shape.block,
+        "TILE_BYTES": shape.tile_bytes,
+        "CODEBOOK_BYTES": codebook_bytes(layout),
     }
     return (*layout.defines(), *(f"-D{key}={int(value)}" for key, value in values.items()))
 

@@ -27,6 +27,8 @@ _PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREA
 Argument: TypeAlias = "ctypes._SimpleCData[Any] | ctypes.Structure"
 """Of a kernel."""
 
+_UINT16, _SWIZZLE_128, _PROMOTION_256 = 1, 3, 3  # CUtensorMapDataType, CUtensorMapSwizzle, CUtensorMapL2promotion
+
 
 class _Attribute(ctypes.Structure):
     """CUlaunchAttribute: a number, padding, and a value of 64 bytes of which the first three ints are used."""
@@ -43,6 +45,12 @@ class _Config(ctypes.Structure):
         ("attributes", ctypes.POINTER(_Attribute)),
         ("attribute_count", ctypes.c_uint),
     )
+
+
+class TensorMap(ctypes.Structure):
+    """CUtensorMap: what the tensor copy engine must know of an array; made by `tensor_map`."""
+
+    _fields_ = (("words", ctypes.c_uint64 * 16),)
 
 
 class CompilationError(WhitError):
@@ -132,6 +140,37 @@ def cached_cubin(source: str, options: Sequence[str]) -> bytes:
     except OSError:
         pass
     return code
+
+
+@lru_cache(maxsize=1024)
+def tensor_map(address: int, rows: int, columns: int, box_rows: int, box_columns: int) -> TensorMap:
+    """A matrix of 16-bit values (rows, columns), contiguous, to be copied in boxes swizzled by 128 bytes.
+
+    Args:
+        address: of the matrix, a multiple of 16; a row must be one too, in bytes.
+        rows: of the matrix; boxes that reach beyond are filled with zeros.
+        columns: of the matrix.
+        box_rows: at most 256.
+        box_columns: 64, the 128 bytes of the swizzle.
+    """
+    room = (ctypes.c_uint8 * 192)()
+    map_address = -(-ctypes.addressof(room) // 64) * 64
+    status = _driver().cuTensorMapEncodeTiled(
+        ctypes.c_void_p(map_address),
+        _UINT16,
+        2,
+        ctypes.c_void_p(address),
+        (ctypes.c_uint64 * 2)(columns, rows),
+        (ctypes.c_uint64 * 1)(columns * 2),
+        (ctypes.c_uint32 * 2)(box_columns, box_rows),
+        (ctypes.c_uint32 * 2)(1, 1),
+        0,  # no interleaving
+        _SWIZZLE_128,
+        _PROMOTION_256,
+        0,  # zeros beyond the edges
+    )
+    _check(status, f"describe a matrix of {rows} x {columns}")
+    return TensorMap.from_buffer_copy((ctypes.c_uint8 * 128).from_address(map_address))
 
 
 class Kernel:

@@ -11,9 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from whit.kernels.cuda_decode import decode_options, decode_source
 from whit.kernels.cuda_layout import Layout
 from whit.kernels.cuda_plan import Launch, options_of, parts_of, source_of, wide_source
-from whit.kernels.cuda_wide import WideShape, wide_options
+from whit.kernels.cuda_wide import WideShape, shared_bytes, wide_options
 
 HERE = Path(__file__).parent
 COMPILER = shutil.which("g++")
@@ -42,9 +43,13 @@ MEANINGS = {
     " { u32 b[2] = {b0, b1}; tensor_product(c, 4, a, 2, b, floats_times_floats); }",
     "void count(": "static void count(int (&c)[4], u32 a0, u32 a1, u32 b)"
     " { u32 a[2] = {a0, a1}; tensor_product(c, 2, a, 1, &b, ones_in_both); }",
-    "void copy_chunk(": "static void copy_chunk(u8* to, const u16* from, bool there)"
-    " { copy_later<16>(to, (const u8*)from, there ? 16 : 0); }",
-    "void show_to_tensor_cores(": "static void show_to_tensor_cores() {}",
+    "void barrier_init(": "",
+    "void barriers_ready(": "static void barriers_ready() {}",
+    "void barrier_arrive(": "",
+    "void barrier_expect(": "",
+    "void barrier_wait(": "",
+    "void copy_box(": "static void copy_box(u8* to, const TensorMap& map, u64* barrier, int column, int token)"
+    " { copy_box(to, map, barrier, column, token, TOKENS); }",
     "void registers_ready(": "static void registers_ready() {}",
     "void products_commit(": "static void products_commit() { close_products(); }",
     "void products_wait(": "template <int LEFT> static void products_wait() { finish_products(LEFT); }",
@@ -61,7 +66,7 @@ CALLS = {
     "gemv": "gemv((const u16*)x, weight, (const u16*)bias, (u16*)y, chunk, tiles)",
     "small": "small((const u16*)x, weight, (const u16*)bias, (u16*)y, tokens, chunk, tiles)",
     "decode": "decode(weight, (u16*)y)",
-    "wide": "wide((const u16*)x, weight, (const u16*)bias, (u16*)y, tokens)",
+    "wide": "wide({{(u64)x, (u64)weight.columns, (u64)tokens}}, weight, (const u16*)bias, (u16*)y, tokens)",
 }
 MAIN = """
 static uint8_t *x, *bias, *y;
@@ -108,6 +113,8 @@ def compiled(name: str, layout: Layout, launch: Launch | WideShape, tokens: int,
     """An executable that runs the kernel `name` once."""
     if isinstance(launch, WideShape):
         options, source = wide_options(layout, launch, bfloat, early=False), wide_source(launch.tokens)
+    elif name == "decode":
+        options, source = decode_options(layout, bfloat), decode_source(layout)
     else:
         options = options_of(layout, launch.shape, launch.depth, tokens, bfloat, early=False)
         source = source_of(*parts_of(name, launch.shape))
@@ -155,7 +162,8 @@ def run(
     sizes.append(out.numel() * out.element_size())
     numbers = [rows, columns, layout.width, layout.groups, len(x)]
     if isinstance(launch, WideShape):
-        numbers += [0, 0, launch.grid(rows, len(x)), launch.shared, int(descending), launch.splits]
+        shared = shared_bytes(layout, launch)
+        numbers += [0, 0, launch.grid(rows, len(x)), -(-shared // 1024) * 1024, int(descending), launch.splits]
     else:
         numbers += [launch.chunk, launch.tiles, launch.grid, launch.shared, int(descending), 1]
     header = torch.tensor([*sizes, *numbers]).view(torch.uint8)

@@ -13,11 +13,13 @@
 #include <cstdlib>
 #include <cstring>
 #include <deque>
+#include <map>
 #include <vector>
 
 #define __device__
 #define __forceinline__ inline
 #define __global__
+#define __grid_constant__
 #define __launch_bounds__(...)
 #define __align__(x)
 using std::max;
@@ -78,7 +80,11 @@ static void __syncthreads() {
     block_barrier().wait(block_threads);
     fibers[current].parked = -1;
 }
-static void cluster_barrier() { cluster_wide.wait((int)fibers.size()); }
+static bool waits_unparked;  // someone waits in a way that the scheduler does not see
+static void cluster_barrier() {
+    waits_unparked = true;
+    cluster_wide.wait((int)fibers.size());
+}
 static void __syncwarp() { warp_barriers[current / 32].wait(32); }
 
 // Every lane shows its words to the others; `f(slots of the warp, lane)` is its result.
@@ -188,6 +194,48 @@ static double floats_times_floats(uint32_t a, uint32_t b) {
 static float4 peer_floats(const float* own, int rank) {
     return *(const float4*)(shared_memories[rank] + ((const uint8_t*)own - shared_memory));
 }
+// A box of x comes when it is waited for. A barrier's phase ends when all have arrived and, if one expected a box, it has come.
+struct Box {
+    uint8_t* to;
+    const uint16_t* x;
+    int columns, tokens, column, token, rows;
+};
+struct Meeting {
+    int expected = 0, arrived = 0, phase = 0;
+    std::vector<Box> boxes;
+};
+static std::map<void*, Meeting> meetings;
+static void barrier_init(void* barrier, int arrivals) { meetings[barrier] = Meeting{arrivals}; }
+static void barrier_arrive(void* barrier) {
+    Meeting& meeting = meetings.at(barrier);
+    if (++meeting.arrived == meeting.expected) meeting.arrived = 0, meeting.phase ^= 1;
+}
+static void barrier_expect(void* barrier, int) {
+    if (meetings.at(barrier).arrived) abort();
+    meetings.at(barrier).arrived = 1;
+}
+static void barrier_wait(void* barrier, int parity) {
+    waits_unparked = true;
+    for (Meeting& meeting = meetings.at(barrier); meeting.phase == parity; ) {
+        if (meeting.boxes.empty()) {
+            hand_over();
+            continue;
+        }
+        for (const Box& box : meeting.boxes)
+            for (int token = 0; token < box.rows; token++)
+                for (int k = 0; k < 64; k++) {
+                    const bool there = box.token + token < box.tokens && box.column + k < box.columns;
+                    const uint16_t value = there ? box.x[(size_t)(box.token + token) * box.columns + box.column + k] : 0;
+                    *(uint16_t*)(box.to + token * 128 + ((k / 8) ^ (token & 7)) * 16 + k % 8 * 2) = value;
+                }
+        meeting.boxes.clear();
+        meeting.arrived = 0, meeting.phase ^= 1;
+    }
+}
+template <class Map> static void copy_box(uint8_t* to, const Map& map, void* barrier, int column, int token, int rows) {
+    if ((uintptr_t)to % 1024) abort();
+    meetings.at(barrier).boxes.push_back({to, (const uint16_t*)map.words[0], (int)map.words[1], (int)map.words[2], column, token, rows});
+}
 // A product of a warpgroup happens when it is waited for: shared memory that is filled again too early changes it. Each
 // lane keeps the two rows of codes of its results; x is read through the swizzle of 128 bytes.
 struct LateProduct {
@@ -264,7 +312,7 @@ static void run_blocks(int grid, int threads, size_t shared, bool descending, in
         for (int left = all; left;)
             for (int turn = 0; turn < all / 32; turn++) {
                 const int warp = descending ? all / 32 - 1 - turn : turn;
-                // Waiting for the cluster does not park a fiber: a turn then ends after some rounds that change nothing.
+                // Some waits do not park a fiber: a turn then ends after some rounds.
                 for (int rounds = 0; rounds < 64; rounds++) {
                     bool moved = false;
                     for (int lane = 0; lane < 32; lane++) {
@@ -276,7 +324,7 @@ static void run_blocks(int grid, int threads, size_t shared, bool descending, in
                         swapcontext(&scheduler, &fiber.context);
                         left -= fiber.done;
                     }
-                    if (moved && cluster == 1) rounds = 0;
+                    if (moved && !waits_unparked) rounds = 0;
                     if (!moved) break;
                 }
             }

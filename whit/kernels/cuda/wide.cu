@@ -1,25 +1,47 @@
 // y = x W^T for two vectors and more, from packed codes, on the warpgroup tensor cores of compute capability 9.0.
 //
 // The weight is the operand in registers: 64 rows x 16 columns of codes are expanded by the lanes that hold them, while
-// the product before them runs. x is the operand in shared memory, TOKENS vectors x 64 columns a stage, as it lies in
-// memory (swizzled by 128 bytes). So a weight is expanded once per TOKENS vectors and no 16-bit weight is ever written.
-// Weights are those of the plain meaning rounded once to the type of x, exactly as `decode.cu` gives them.
+// the product before them runs. x is the operand in shared memory, TOKENS vectors x BLOCK columns a stage, brought by the
+// tensor copy engine (swizzled by 128 bytes). So a weight is expanded once per TOKENS vectors and no 16-bit weight is ever
+// written. Weights are those of the plain meaning rounded once to the type of x, exactly as `decode.cu` gives them.
 //
-// A thread block has ROW_GROUPS warpgroups of 64 rows each. SPLITS blocks of a cluster share the columns of a tile; their
-// float32 sums are added in the order of their ranks through distributed shared memory.
+// A thread block has ROW_GROUPS warpgroups of 64 rows each, which only meet at the barriers of the stages. SPLITS blocks of
+// a cluster share the columns of a tile; their float32 sums are added in the order of their ranks.
 
-#define STEP_COLUMNS 64                          // of x in one stage; four products
+#define BOXES (BLOCK / 64)                       // of 64 columns: what one copy brings
 #define ROWS (64 * ROW_GROUPS)
-#define X_BYTES (TOKENS * 128)                   // of one stage
+#define BOX_BYTES (TOKENS * 128)
+#define X_BYTES (BOXES * BOX_BYTES)              // of one stage
 #define SUM_STRIDE (ROWS + 4)                    // floats per vector: keeps the lanes of a store in different banks
-#define TABLE (KIND != GROUPED_INTEGER || BITS <= 2)
-#define CODE_WORDS (2 * CODE_BITS)               // 32-bit words of 64 codes of a row and plane
+#define VECTOR_CODEBOOK 3
+#define TABLE (KIND != VECTOR_CODEBOOK && (KIND != GROUPED_INTEGER || BITS <= 2))
+#define CODE_WORDS (KIND == VECTOR_CODEBOOK ? 2 * BOXES : BLOCK * CODE_BITS / 32)  // 32-bit words of the codes of a row and plane
+#define KEPT_WORDS (CODE_BITS == 8 && KIND != VECTOR_CODEBOOK ? CODE_WORDS / 4 : CODE_WORDS)  // 8 bits: the lane's own pairs
 
-__device__ __forceinline__ void copy_chunk(u8* shared, const u16* source, bool there) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(source), "r"(there ? 16 : 0) : "memory");
+// What the tensor copy engine must know of x: an opaque value made by the driver.
+struct __align__(64) TensorMap { u64 words[16]; };
+
+__device__ __forceinline__ void barrier_init(u64* barrier, int arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
 }
-// What threads have written to shared memory is seen by the tensor cores after a barrier.
-__device__ __forceinline__ void show_to_tensor_cores() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+__device__ __forceinline__ void barriers_ready() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
+__device__ __forceinline__ void barrier_arrive(u64* barrier) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+__device__ __forceinline__ void barrier_expect(u64* barrier, int bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
+}
+// Returns when the phase of this parity has ended.
+__device__ __forceinline__ void barrier_wait(u64* barrier, int parity) {
+    asm volatile(
+        "{.reg .pred p; waiting: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1; @p bra done; bra waiting; done:}"
+        ::"r"(shared_address(barrier)), "r"(parity) : "memory");
+}
+// TOKENS vectors x 64 columns to shared memory; vectors that are not there become zero.
+__device__ __forceinline__ void copy_box(u8* shared, const TensorMap& map, u64* barrier, int column, int token) {
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
+        ::"r"(shared_address(shared)), "l"(&map), "r"(column), "r"(token), "r"(shared_address(barrier)) : "memory");
+}
 __device__ __forceinline__ void registers_ready() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int LEFT> __device__ __forceinline__ void products_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory"); }
@@ -36,29 +58,47 @@ __device__ __forceinline__ float4 peer_floats(const float* own, int rank) {
     return v;
 }
 
-// ---- Codes of 64 columns of rows r and r + 8, as a lane of the product needs them ---------------------------------------
+// ---- Codes of a block of columns of rows r and r + 8, as a lane of the product needs them -------------------------------
 struct Codes {
-    u32 word[2][PLANES][CODE_BITS == 8 ? 4 : CODE_WORDS];  // 8 bits: the lane's own pairs, two to a word
-    u32 marks[2];
+    u32 word[2][PLANES][KEPT_WORDS];
+    u32 marks[2 * BOXES];
     u16 scalar[2][NS];  // of the group, if it begins here
     u16 zero[2];
 };
 
-// 16-byte chunk (eight columns) of the place `place` in a stage: 1-bit codes take chunks 0 and 2 first, then 1 and 3.
-__device__ __forceinline__ int chunk_at(int chunk) { return CODE_BITS == 1 ? (chunk & 4) | (chunk & 1) << 1 | (chunk >> 1 & 1) : chunk; }
+// Number of the codeword that column `column` of a row belongs to.
+__device__ __forceinline__ u32 code_at(const u8* codes, u32 group) {
+    if (BITS == 8) return __ldg(codes + group);
+    const u32 bit = group * BITS;
+    u32 window = __ldg(codes + (bit >> 3));
+    if (8 % BITS && (bit & 7) + BITS > 8) window |= (u32)__ldg(codes + (bit >> 3) + 1) << 8;
+    return window >> (bit & 7) & ((1 << BITS) - 1);
+}
 
 __device__ __forceinline__ void fetch(Codes& codes, const Weight& w, const int (&row)[2], int block, int q, bool first) {
+#if KIND == VECTOR_CODEBOOK
+#pragma unroll
+    for (int chunk = 0; chunk < BLOCK / 8; chunk++) {
+        const u32 group = (u32)(block * BLOCK + chunk * 8 + 2 * q) / WIDTH;
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            const u32 code = code_at(w.codes[0] + (u32)(row[h] * w.width), group) << (8 * (chunk % 4));
+            codes.word[h][0][chunk / 4] = chunk % 4 ? codes.word[h][0][chunk / 4] | code : code;
+        }
+    }
+    return;
+#endif
 #pragma unroll
     for (int h = 0; h < 2; h++)
 #pragma unroll
         for (int p = 0; p < PLANES; p++) {
-            const u8* from = w.codes[p] + (u32)(row[h] * w.width + block * (8 * CODE_BITS));
+            const u8* from = w.codes[p] + (u32)(row[h] * w.width + block * (BLOCK / 8 * CODE_BITS));
             u32* to = codes.word[h][p];
             if (CODE_BITS == 8) {
 #pragma unroll
-                for (int i = 0; i < 4; i++)
+                for (int i = 0; i < KEPT_WORDS; i++)
                     to[i] = (u32)__ldg((const u16*)(from + 16 * i + 2 * q)) | (u32)__ldg((const u16*)(from + 16 * i + 8 + 2 * q)) << 16;
-            } else if (CODE_BITS % 2) {
+            } else if (CODE_WORDS % 4) {
 #pragma unroll
                 for (int i = 0; i < CODE_WORDS / 2; i++) {
                     const uint2 pair = __ldg((const uint2*)from + i);
@@ -73,11 +113,14 @@ __device__ __forceinline__ void fetch(Codes& codes, const Weight& w, const int (
             }
         }
     if (KIND == BINARY_RESIDUAL) {
-        const uint2 marks = __ldg((const uint2*)w.salient + block);
-        codes.marks[0] = marks.x, codes.marks[1] = marks.y;
+#pragma unroll
+        for (int i = 0; i < BOXES; i++) {
+            const uint2 marks = __ldg((const uint2*)w.salient + block * BOXES + i);
+            codes.marks[2 * i] = marks.x, codes.marks[2 * i + 1] = marks.y;
+        }
     }
-    if (!first && block % (GROUP / STEP_COLUMNS) != 0) return;
-    const int group = GROUP >= (1 << 30) ? 0 : block / (GROUP / STEP_COLUMNS);
+    if (!first && block % (GROUP / BLOCK) != 0) return;
+    const int group = GROUP >= (1 << 30) ? 0 : block / (GROUP / BLOCK);
 #pragma unroll
     for (int h = 0; h < 2; h++) {
         const u32 cell = (u32)(row[h] * w.groups + group);
@@ -138,47 +181,66 @@ __device__ __forceinline__ u32 pair_of_codes(u32 first, u32 second, const Levels
     return pair_of_floats(levels.scale * a, levels.scale * b);
 }
 
+// Nibbles that choose the bytes of two 16-bit levels, 2 c and 2 c + 1 for each code c, in both halves of a word.
+__device__ __forceinline__ u32 selector_of_bits(u32 v) { return (v & 0x00010001u) * 0x22u + ((v & 0x00020002u) * 0x1100u + 0x10101010u); }
+__device__ __forceinline__ u32 selector_of_high_bits(u32 v) { return (v & 0x00010001u) * 0x44u + (v & 0x00020002u) * 0x2200u; }
+__device__ __forceinline__ u32 selector_of_twos(u32 v) { return (v & 0x00030003u) * 0x22u + ((v & 0x000c000cu) * 0x880u + 0x10101010u); }
+
+// Selectors of products `step` (even) and `step + 1`. One-bit planes have eight columns to a byte: a word is four chunks of
+// eight columns, of which 0 and 2 share a selector, and 1 and 3. A word of two-bit codes is the two chunks of one product.
+__device__ __forceinline__ void make_selectors(u32 (&selector)[2][2], const Codes& codes, int step, int q) {
+#pragma unroll
+    for (int h = 0; h < 2; h++)
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            if (CODE_BITS == 1) {
+                selector[h][i] = selector_of_bits(codes.word[h][0][step / 2] >> (2 * q + 8 * i));
+                if (KIND == BINARY_RESIDUAL) selector[h][i] += selector_of_high_bits(codes.word[h][PLANES - 1][step / 2] >> (2 * q + 8 * i));
+            } else {
+                selector[h][i] = selector_of_twos(codes.word[h][0][(step + i) % KEPT_WORDS] >> (4 * q));
+            }
+        }
+}
+
 // Operand words of product `step` (16 columns): rows r and r + 8 of the first eight columns, then of the others.
-__device__ __forceinline__ void expand(u32 (&a)[4], const Codes& codes, const Levels (&levels)[2], int step, int q) {
-    const u32 marks = KIND == BINARY_RESIDUAL ? codes.marks[step >> 1] >> (8 * (step & 1)) : 0;
+__device__ __forceinline__ void expand(u32 (&a)[4], const Codes& codes, const u32 (&selector)[2][2], const Levels (&levels)[2], int step, int q, int column0, const u16* codebook) {
+    const u32 marks = KIND == BINARY_RESIDUAL ? codes.marks[step >> 1] >> (16 * (step & 1)) : 0;
 #pragma unroll
     for (int h = 0; h < 2; h++) {
         const u32* word = codes.word[h][0];
         if (TABLE) {
-            u32 selector;  // nibbles choose the bytes of a level: 2 c and 2 c + 1 for each of two codes c, in both halves
-            if (CODE_BITS == 1) {
-                const u32 v = word[step >> 1] >> (2 * q + 8 * (step & 1));
-                selector = (v & 0x00010001u) * 0x22u + ((v & 0x00020002u) * 0x1100u + 0x10101010u);
-                if (KIND == BINARY_RESIDUAL) {
-                    const u32 u = codes.word[h][PLANES - 1][step >> 1] >> (2 * q + 8 * (step & 1));
-                    selector += (u & 0x00010001u) * 0x44u;
-                    selector += (u & 0x00020002u) * 0x2200u;
-                }
-            } else {
-                const u32 v = word[step] >> (4 * q);
-                selector = (v & 0x00030003u) * 0x22u + ((v & 0x000c000cu) * 0x880u + 0x10101010u);
-            }
-            a[h] = __byte_perm(levels[h].table[0], levels[h].table[1], selector);
-            a[2 + h] = __byte_perm(levels[h].table[0], levels[h].table[1], selector >> 16);
-            if (KIND == BINARY_RESIDUAL && (marks & 0x00ff00ffu)) {
+            const u32 low = CODE_BITS == 1 ? selector[h][0] >> (16 * (step & 1)) : selector[h][step & 1];
+            const u32 high = CODE_BITS == 1 ? selector[h][1] >> (16 * (step & 1)) : selector[h][step & 1] >> 16;
+            a[h] = __byte_perm(levels[h].table[0], levels[h].table[1], low);
+            a[2 + h] = __byte_perm(levels[h].table[0], levels[h].table[1], high);
+            if (KIND == BINARY_RESIDUAL && (marks & 0xffffu)) {
                 const u32 v = marks >> (2 * q);
-                const u32 low = (v & 1) * 0xffffu | (v & 2) * 0x7fff8000u, high = (v >> 16 & 1) * 0xffffu | (v >> 16 & 2) * 0x7fff8000u;
-                a[h] = (a[h] & ~low) | (__byte_perm(levels[h].marked[0], levels[h].marked[1], selector) & low);
-                a[2 + h] = (a[2 + h] & ~high) | (__byte_perm(levels[h].marked[0], levels[h].marked[1], selector >> 16) & high);
+                const u32 first = (v & 1) * 0xffffu | (v & 2) * 0x7fff8000u, second = (v >> 8 & 1) * 0xffffu | (v >> 8 & 2) * 0x7fff8000u;
+                a[h] = (a[h] & ~first) | (__byte_perm(levels[h].marked[0], levels[h].marked[1], low) & first);
+                a[2 + h] = (a[2 + h] & ~second) | (__byte_perm(levels[h].marked[0], levels[h].marked[1], high) & second);
             }
+#if KIND == VECTOR_CODEBOOK
+        } else if (true) {
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const int chunk = 2 * step + half;
+                const u32 column = column0 + chunk * 8 + 2 * q, code = word[chunk / 4] >> (8 * (chunk % 4)) & 255;
+                a[2 * half + h] = *(const u32*)(codebook + code * WIDTH + column % WIDTH);
+            }
+#endif
         } else {
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 const int chunk = 2 * step + half;
                 if (CODE_BITS == 3) {
                     const int at = 3 * chunk / 4, shift = 8 * (3 * chunk % 4);
-                    const u32 v = (shift <= 8 ? word[at] >> shift : funnel_right(word[at], word[at + 1 < CODE_WORDS ? at + 1 : at], shift)) >> (6 * q);
+                    const u32 v = (shift <= 8 ? word[at % KEPT_WORDS] >> shift : funnel_right(word[at % KEPT_WORDS], word[(at + 1) % KEPT_WORDS], shift)) >> (6 * q);
                     a[2 * half + h] = pair_of_codes(v & 7, v >> 3 & 7, levels[h]);
                 } else if (CODE_BITS == 4) {
-                    const u32 v = word[chunk % CODE_WORDS] >> (8 * q);
+                    const u32 v = word[chunk % KEPT_WORDS] >> (8 * q);
                     a[2 * half + h] = pair_of_codes(v & 15, v >> 4 & 15, levels[h]);
                 } else {
-                    const u32 v = half ? word[step] >> 16 : word[step];
+                    const u32 v = word[step % KEPT_WORDS] >> (16 * half);
                     a[2 * half + h] = pair_of_codes(v & 255, v >> 8 & 255, levels[h]);
                 }
             }
@@ -186,32 +248,55 @@ __device__ __forceinline__ void expand(u32 (&a)[4], const Codes& codes, const Le
     }
 }
 
+// All codewords in the type of x, their entries exact: the second half negated.
+__device__ __forceinline__ void decode_codebook(u16* codebook, const u8* stored) {
+#if KIND == VECTOR_CODEBOOK
+    for (int entry = threadIdx.x; entry < CODES * WIDTH; entry += THREADS) {
+        const int code = entry / WIDTH % (CODES / 2), at = entry % WIDTH;
+        float value;
+        if (TERNARY) {
+            int trits = stored[code * ((WIDTH + 4) / 5) + at / 5];
+            for (int i = 0; i < at % 5; i++) trits /= 3;
+            value = (float)(trits % 3 - 1);
+        } else {
+            value = (float)(signed char)stored[code * WIDTH + at] * (1.0f / 128.0f);
+        }
+        codebook[entry] = x_of_float(entry < CODES / 2 * WIDTH ? value : -value);
+    }
+#endif
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
-wide(const u16* x, Weight w, const u16* bias, u16* y, int tokens) {
+wide(const __grid_constant__ TensorMap x, Weight w, const u16* bias, u16* y, int tokens) {
     extern __shared__ __align__(1024) u8 memory[];
     const int rank = blockIdx.x % SPLITS, tile = blockIdx.x / SPLITS, row_tiles = (w.rows + ROWS - 1) / ROWS;
-    const int row0 = tile % row_tiles * ROWS, token0 = tile / row_tiles * TOKENS, blocks = w.columns / STEP_COLUMNS;
+    const int row0 = tile % row_tiles * ROWS, token0 = tile / row_tiles * TOKENS, blocks = w.columns / BLOCK;
     const int begin = rank * blocks / SPLITS, end = (rank + 1) * blocks / SPLITS;
     const int lane = threadIdx.x % 32, r = lane >> 2, q = lane & 3, own_row = threadIdx.x / 32 * 16 + r;
     const int row[2] = {min(row0 + own_row, w.rows - 1), min(row0 + own_row + 8, w.rows - 1)};
-
-    // This thread's copies of x: one chunk of eight columns of every (THREADS / 8)-th vector.
-    const int chunk = threadIdx.x % 8, first_token = threadIdx.x / 8;
-    const u16* from = x + (size_t)min(token0 + first_token, tokens - 1) * w.columns + chunk * 8;
-    u8* const to = memory + first_token * 128 + ((chunk_at(chunk) ^ (first_token & 7)) << 4);
+    u16* const codebook = (u16*)(memory + TILE_BYTES);
+    u64* const full = (u64*)(memory + TILE_BYTES + CODEBOOK_BYTES);  // a stage has come
+    u64* const empty = full + DEPTH;                                 // every warp is done with it
+    if (threadIdx.x == 0) {
+        for (int slot = 0; slot < DEPTH; slot++) {
+            barrier_init(full + slot, 1);
+            barrier_init(empty + slot, WARPS);
+        }
+        barriers_ready();
+    }
+    __syncthreads();
     auto load = [&](int block, int slot) {
-        if (block < end)
+        barrier_expect(full + slot, X_BYTES);
 #pragma unroll
-            for (int i = 0; i < (TOKENS * 8 + THREADS - 1) / THREADS; i++) {
-                const int token = first_token + i * (THREADS / 8);
-                const bool there = token0 + token < tokens;
-                if (TOKENS * 8 >= THREADS || token < TOKENS)
-                    copy_chunk(to + slot * X_BYTES + i * (THREADS * 16), there ? from + (size_t)(i * (THREADS / 8)) * w.columns + block * STEP_COLUMNS : x, there);
-            }
-        copies_commit();
+        for (int box = 0; box < BOXES; box++) copy_box(memory + slot * X_BYTES + box * BOX_BYTES, x, full + slot, block * BLOCK + box * 64, token0);
     };
     wait_for_previous_kernel();
-    for (int ahead = 0; ahead < DEPTH - 2; ahead++) load(begin + ahead, ahead);
+    if (threadIdx.x == 0)
+        for (int ahead = 0; ahead < DEPTH && begin + ahead < end; ahead++) load(begin + ahead, ahead);
+    if (KIND == VECTOR_CODEBOOK) {
+        decode_codebook(codebook, w.zeros);
+        __syncthreads();
+    }
 
     float sums[TOKENS / 2];
 #pragma unroll
@@ -219,32 +304,41 @@ wide(const u16* x, Weight w, const u16* bias, u16* y, int tokens) {
     Codes codes, next;
     Levels levels[2];
     if (begin < end) fetch(next, w, row, begin, q, true);
-    int slot = 0;
-    u32 a[2][4];
+    int slot = 0, before = 0, phase = 0, phase_before = 0;
+    u32 a[2][4], selector[2][2];
     for (int block = begin; block < end; block++) {
         codes = next;
-        if (block == begin || block % (GROUP / STEP_COLUMNS) == 0)
+        if (KIND != VECTOR_CODEBOOK && (block == begin || block % (GROUP / BLOCK) == 0))
 #pragma unroll
             for (int h = 0; h < 2; h++) levels_of(levels[h], codes.scalar[h], codes.zero[h]);
         if (block + 1 < end) fetch(next, w, row, block + 1, q, false);
-        copies_wait<DEPTH - 3>();
-        show_to_tensor_cores();
-        __syncthreads();
-        // Every warpgroup has waited for its products of the block before the last one, whose slot is filled again.
-        load(block + DEPTH - 2, slot >= 2 ? slot - 2 : slot + DEPTH - 2);
+        barrier_wait(full + slot, phase);
 #pragma unroll
-        for (int step = 0; step < 4; step++) {
+        for (int step = 0; step < BLOCK / 16; step++) {
             products_wait<1>();  // the registers of the product before the last one are free
-            expand(a[step & 1], codes, levels, step, q);
+            if (step == 1 && block > begin && lane == 0) barrier_arrive(empty + before);  // and all of the block before it are done
+            if (TABLE && step % 2 == 0) make_selectors(selector, codes, step, q);
+            expand(a[step & 1], codes, selector, levels, step, q, block * BLOCK, codebook);
             registers_ready();
-            warpgroup_product(sums, a[step & 1], memory + slot * X_BYTES, step);
+            warpgroup_product(sums, a[step & 1], memory + slot * X_BYTES + step / 4 * BOX_BYTES, step % 4);
             products_commit();
         }
+        if (threadIdx.x == 0 && block > begin && block - 1 + DEPTH < end) {
+            barrier_wait(empty + before, phase_before);
+            load(block - 1 + DEPTH, before);
+        }
+        __syncwarp();
+        before = slot, phase_before = phase;
         slot = slot == DEPTH - 1 ? 0 : slot + 1;
+        phase ^= slot == 0;
     }
     products_wait<0>();
-    copies_wait<0>();
     __syncthreads();
+    if (KIND == VECTOR_CODEBOOK) {
+        const float scale[2] = {float_of_half(__ldg((const u16*)w.scalars + row[0])), float_of_half(__ldg((const u16*)w.scalars + row[1]))};
+#pragma unroll
+        for (int i = 0; i < TOKENS / 2; i++) sums[i] *= scale[i / 2 % 2];
+    }
 
     float* const total = (float*)memory;  // [TOKENS][SUM_STRIDE]
 #pragma unroll
