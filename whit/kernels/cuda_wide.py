@@ -131,26 +131,25 @@ def wide_options(layout: Layout, shape: WideShape, bfloat: bool, early: bool) ->
 def warpgroup_product(tokens: int) -> str:
     """The function that multiplies the registers of a warpgroup, 64 x 16, by `tokens` vectors in shared memory.
 
-    The instruction names every accumulator, so its text depends on the number of vectors. The descriptor of x: address,
-    1024 bytes between groups of eight vectors, swizzled by 128 bytes; a product of 16 columns is 32 bytes on.
+    The instruction names every accumulator, so its text depends on the number of vectors. The descriptor of x: address
+    over 16, 1024 bytes between groups of eight vectors, swizzled by 128 bytes; a product of 16 columns is 32 bytes on.
     """
     count = tokens // 2
     sums = ", ".join(f"%{i}" for i in range(count))
     codes = ", ".join(f"%{count + i}" for i in range(4))
     outputs = ", ".join(f'"+f"(c[{i}])' for i in range(count))
     return f"""
-__device__ __forceinline__ void warpgroup_product(float (&c)[TOKENS / 2], const u32 (&a)[4], const u8* tile, int step)
+__device__ __forceinline__ u32 descriptor_of(const u8* tile) {{ return shared_address(tile) >> 4 | 1u << 16; }}
+__device__ __forceinline__ void warpgroup_product(float (&c)[TOKENS / 2], const u32 (&a)[4], u32 descriptor)
 {{
-    const u64 start = ((shared_address(tile) >> 4) + 2 * step) & 0x3fff;
-    const u64 b = start | 1ull << 16 | 64ull << 32 | 1ull << 62;
 #if BF16
 #define OPERANDS "bf16.bf16"
 #else
 #define OPERANDS "f16.f16"
 #endif
-    asm volatile("{{.reg .pred p; setp.eq.u32 p, 0, 0; wgmma.mma_async.sync.aligned.m64n{tokens}k16.f32." OPERANDS " "
-        "{{{sums}}}, {{{codes}}}, %{count + 4}, p, 1, 1, 0;}}"
+    asm volatile("{{.reg .pred p; .reg .b64 b; setp.eq.u32 p, 0, 0; mov.b64 b, {{%{count + 4}, %{count + 5}}}; "
+        "wgmma.mma_async.sync.aligned.m64n{tokens}k16.f32." OPERANDS " {{{sums}}}, {{{codes}}}, b, p, 1, 1, 0;}}"
         : {outputs}
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b) : "memory");
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(descriptor), "n"(0x40000040) : "memory");
 }}
 """

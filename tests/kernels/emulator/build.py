@@ -55,8 +55,12 @@ MEANINGS = {
     "void products_wait(": "template <int LEFT> static void products_wait() { finish_products(LEFT); }",
     "void cluster_barrier(": "",
     "float4 peer_floats(": "",
+    "u32 descriptor_of(": "static u32 descriptor_of(const u8* tile) { return (tile - shared_memory) / 16; }",
     "void warpgroup_product(": "static void warpgroup_product(float (&c)[TOKENS / 2], const u32 (&a)[4],"
-    " const u8* tile, int step) { late_product(c, TOKENS / 2, a, tile, step); }",
+    " u32 descriptor) { late_product(c, TOKENS / 2, a, shared_memory + descriptor / 64 * 1024, descriptor % 64 / 2); }",
+    "u32 choose_bytes(": "static u32 choose_bytes(u32 low, u32 high, u32 selector)"
+    " { return __byte_perm(low, high, selector); }",
+    "u32 in_register(": "static u32 in_register(u32 constant) { return constant; }",
     "u32 pair_of_floats(": "static u32 pair_of_floats(float low, float high)"
     " { return to16(low) | (u32)to16(high) << 16; }",
     "u32 add_pairs(": "static u32 add_pairs(u32 a, u32 b)"

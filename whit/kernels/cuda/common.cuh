@@ -47,6 +47,19 @@ __device__ __forceinline__ u32 pair_of_floats(float low, float high) {
 #endif
     return pair;
 }
+// Four bytes of eight, as the nibbles of the selector say. Their highest bits must be zero, which __byte_perm would see to
+// with one more instruction; the other half of a selector does not matter.
+__device__ __forceinline__ u32 choose_bytes(u32 low, u32 high, u32 selector) {
+    u32 chosen;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(chosen) : "r"(low), "r"(high), "r"(selector));
+    return chosen;
+}
+// A constant in a register: an instruction has room for one immediate operand.
+__device__ __forceinline__ u32 in_register(u32 constant) {
+    u32 value;
+    asm("mov.u32 %0, %1;" : "=r"(value) : "r"(constant));
+    return value;
+}
 __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
 // Sixteen bytes from global to shared memory; only the first `valid` are read, the rest become zero.

@@ -182,22 +182,26 @@ __device__ __forceinline__ u32 pair_of_codes(u32 first, u32 second, const Levels
 }
 
 // Nibbles that choose the bytes of two 16-bit levels, 2 c and 2 c + 1 for each code c, in both halves of a word.
-__device__ __forceinline__ u32 selector_of_bits(u32 v) { return (v & 0x00010001u) * 0x22u + ((v & 0x00020002u) * 0x1100u + 0x10101010u); }
-__device__ __forceinline__ u32 selector_of_high_bits(u32 v) { return (v & 0x00010001u) * 0x44u + (v & 0x00020002u) * 0x2200u; }
-__device__ __forceinline__ u32 selector_of_twos(u32 v) { return (v & 0x00030003u) * 0x22u + ((v & 0x000c000cu) * 0x880u + 0x10101010u); }
+struct Multipliers { u32 once, base; };
+__device__ __forceinline__ u32 selector_of_bits(u32 v, const Multipliers& m) { return (v & 0x00010001u) * m.once + ((v & 0x00020002u) * 0x1100u + m.base); }
+__device__ __forceinline__ u32 selector_of_high_bits(u32 v, u32 selector) {
+    selector = (v & 0x00010001u) * 0x44u + selector;
+    return (v & 0x00020002u) * 0x2200u + selector;
+}
+__device__ __forceinline__ u32 selector_of_twos(u32 v, const Multipliers& m) { return (v & 0x00030003u) * m.once + ((v & 0x000c000cu) * 0x880u + m.base); }
 
 // Selectors of products `step` (even) and `step + 1`. One-bit planes have eight columns to a byte: a word is four chunks of
 // eight columns, of which 0 and 2 share a selector, and 1 and 3. A word of two-bit codes is the two chunks of one product.
-__device__ __forceinline__ void make_selectors(u32 (&selector)[2][2], const Codes& codes, int step, int q) {
+__device__ __forceinline__ void make_selectors(u32 (&selector)[2][2], const Codes& codes, const Multipliers& m, int step, int q) {
 #pragma unroll
     for (int h = 0; h < 2; h++)
 #pragma unroll
         for (int i = 0; i < 2; i++) {
             if (CODE_BITS == 1) {
-                selector[h][i] = selector_of_bits(codes.word[h][0][step / 2] >> (2 * q + 8 * i));
-                if (KIND == BINARY_RESIDUAL) selector[h][i] += selector_of_high_bits(codes.word[h][PLANES - 1][step / 2] >> (2 * q + 8 * i));
+                selector[h][i] = selector_of_bits(codes.word[h][0][step / 2] >> (2 * q + 8 * i), m);
+                if (KIND == BINARY_RESIDUAL) selector[h][i] = selector_of_high_bits(codes.word[h][PLANES - 1][step / 2] >> (2 * q + 8 * i), selector[h][i]);
             } else {
-                selector[h][i] = selector_of_twos(codes.word[h][0][(step + i) % KEPT_WORDS] >> (4 * q));
+                selector[h][i] = selector_of_twos(codes.word[h][0][(step + i) % KEPT_WORDS] >> (4 * q), m);
             }
         }
 }
@@ -211,13 +215,13 @@ __device__ __forceinline__ void expand(u32 (&a)[4], const Codes& codes, const u3
         if (TABLE) {
             const u32 low = CODE_BITS == 1 ? selector[h][0] >> (16 * (step & 1)) : selector[h][step & 1];
             const u32 high = CODE_BITS == 1 ? selector[h][1] >> (16 * (step & 1)) : selector[h][step & 1] >> 16;
-            a[h] = __byte_perm(levels[h].table[0], levels[h].table[1], low);
-            a[2 + h] = __byte_perm(levels[h].table[0], levels[h].table[1], high);
+            a[h] = choose_bytes(levels[h].table[0], levels[h].table[1], low);
+            a[2 + h] = choose_bytes(levels[h].table[0], levels[h].table[1], high);
             if (KIND == BINARY_RESIDUAL && (marks & 0xffffu)) {
                 const u32 v = marks >> (2 * q);
                 const u32 first = (v & 1) * 0xffffu | (v & 2) * 0x7fff8000u, second = (v >> 8 & 1) * 0xffffu | (v >> 8 & 2) * 0x7fff8000u;
-                a[h] = (a[h] & ~first) | (__byte_perm(levels[h].marked[0], levels[h].marked[1], low) & first);
-                a[2 + h] = (a[2 + h] & ~second) | (__byte_perm(levels[h].marked[0], levels[h].marked[1], high) & second);
+                a[h] = (a[h] & ~first) | (choose_bytes(levels[h].marked[0], levels[h].marked[1], low) & first);
+                a[2 + h] = (a[2 + h] & ~second) | (choose_bytes(levels[h].marked[0], levels[h].marked[1], high) & second);
             }
 #if KIND == VECTOR_CODEBOOK
         } else if (true) {
@@ -306,6 +310,8 @@ wide(const __grid_constant__ TensorMap x, Weight w, const u16* bias, u16* y, int
     if (begin < end) fetch(next, w, row, begin, q, true);
     int slot = 0, before = 0, phase = 0, phase_before = 0;
     u32 a[2][4], selector[2][2];
+    const Multipliers multipliers = {in_register(0x22), in_register(0x10101010)};
+    const u32 first_tile = descriptor_of(memory);
     for (int block = begin; block < end; block++) {
         codes = next;
         if (KIND != VECTOR_CODEBOOK && (block == begin || block % (GROUP / BLOCK) == 0))
@@ -313,14 +319,15 @@ wide(const __grid_constant__ TensorMap x, Weight w, const u16* bias, u16* y, int
             for (int h = 0; h < 2; h++) levels_of(levels[h], codes.scalar[h], codes.zero[h]);
         if (block + 1 < end) fetch(next, w, row, block + 1, q, false);
         barrier_wait(full + slot, phase);
+        const u32 tile_of_x = first_tile + slot * (X_BYTES / 16);
 #pragma unroll
         for (int step = 0; step < BLOCK / 16; step++) {
             products_wait<1>();  // the registers of the product before the last one are free
             if (step == 1 && block > begin && lane == 0) barrier_arrive(empty + before);  // and all of the block before it are done
-            if (TABLE && step % 2 == 0) make_selectors(selector, codes, step, q);
+            if (TABLE && step % 2 == 0) make_selectors(selector, codes, multipliers, step, q);
             expand(a[step & 1], codes, selector, levels, step, q, block * BLOCK, codebook);
             registers_ready();
-            warpgroup_product(sums, a[step & 1], memory + slot * X_BYTES + step / 4 * BOX_BYTES, step % 4);
+            warpgroup_product(sums, a[step & 1], tile_of_x + step / 4 * (BOX_BYTES / 16) + step % 4 * 2);
             products_commit();
         }
         if (threadIdx.x == 0 && block > begin && block - 1 + DEPTH < end) {
