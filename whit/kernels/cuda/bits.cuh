@@ -116,11 +116,13 @@ template <bool FULL>
 __device__ __forceinline__ void item_sums(float (&y)[2], const u8* stage, const u32* words, const float2* factors, const Weight& w, int row0, int column0, int lane) {
     const int r = lane >> 2, q = lane & 3, group0 = GROUP >= (1 << 30) ? 0 : column0 / GROUP;
     const int parity[2] = {odd_start(w, row0 + r, group0), odd_start(w, row0 + r + 8, group0)};
+    constexpr int ALL = KIND == BINARY_RESIDUAL ? 5 : KIND == GROUPED_INTEGER && BITS == 2 ? 2 : SUMS;
+    constexpr bool ONCE = GROUP % ICOLS == 0;  // an item lies in one group: scalars multiply the sums of the whole item
+    float item_sum[2][ALL] = {}, item_total = 0.0f, item_marked = 0.0f;
     y[0] = y[1] = 0.0f;
 #pragma unroll BLOCKS_AT_ONCE
     for (int block = 0; block < BLOCKS; block++) {
         if (!FULL && column0 + block * 128 >= w.columns) break;
-        constexpr int ALL = KIND == BINARY_RESIDUAL ? 5 : KIND == GROUPED_INTEGER && BITS == 2 ? 2 : SUMS;
         int c[ALL][OCTETS][4];
 #pragma unroll
         for (int p = 0; p < ALL; p++)
@@ -176,6 +178,15 @@ __device__ __forceinline__ void item_sums(float (&y)[2], const u8* stage, const 
         }
         const int group = group_of(column0, block * 128);
         const float2 factor = factors[block * X_FACTORS + q * KINDS];
+        if (ONCE) {
+#pragma unroll
+            for (int h = 0; h < 2; h++)
+#pragma unroll
+                for (int p = 0; p < ALL; p++) item_sum[h][p] += factor.x * counted(c[p], h, q);
+            item_total += factor.x * factor.y;
+            if (KIND == BINARY_RESIDUAL) item_marked += factor.x * factors[block * X_FACTORS + q * KINDS + 1].y;
+            continue;
+        }
 #pragma unroll
         for (int h = 0; h < 2; h++) {
             float s[SUMS];
@@ -194,4 +205,18 @@ __device__ __forceinline__ void item_sums(float (&y)[2], const u8* stage, const 
             y[h] += factor.x * value;
         }
     }
+    if (ONCE)
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            float s[SUMS];
+#pragma unroll
+            for (int p = 0; p < SUMS; p++) s[p] = item_sum[h][p];
+            if (KIND == GROUPED_INTEGER && BITS == 2) s[0] += 2.0f * item_sum[h][1 % ALL];
+            y[h] = group_value(s, item_total, stage, w, r + 8 * h, row0, column0, parity[h], 0, false);
+            if (KIND == BINARY_RESIDUAL) {
+                float marked[SUMS];
+                marked[0] = item_sum[h][3 % ALL], marked[1 % SUMS] = item_sum[h][4 % ALL], marked[2 % SUMS] = 0.0f;
+                y[h] += group_value(marked, item_marked, stage, w, r + 8 * h, row0, column0, parity[h], 0, true);
+            }
+        }
 }

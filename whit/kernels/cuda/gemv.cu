@@ -9,6 +9,8 @@
 // warp takes items of 16 rows x ICOLS columns through a private ring in shared memory, filled by cp.async DEPTH - 1
 // ahead. Partial sums of items are added in a fixed order: same input, same bytes.
 
+constexpr int PREFETCHED = 4;  // items of a warp that L2 is asked for while the kernel before still runs
+
 // The items of a warp: numbers warp, warp + WARPS, ... of the row tiles of a round, each `across` items wide.
 struct Place {
     int tile, column;
@@ -45,7 +47,12 @@ gemv(const u16* x, Weight w, const u16* bias, u16* y, int chunk_columns, int til
                 }
             };
             if (!waited) {
-                if (ahead.tile < mine) prefetch_item(w, (first + ahead.tile * (int)gridDim.x) * 16, ahead.column * ICOLS, lane);
+                Place soon = ahead;
+                for (int i = 0; i < PREFETCHED && soon.tile < mine; i++) {
+                    prefetch_item(w, (first + soon.tile * (int)gridDim.x) * 16, soon.column * ICOLS, lane);
+                    soon.column += WARPS;
+                    soon.settle(across);
+                }
                 wait_for_previous_kernel();
                 waited = true;
             }
