@@ -113,6 +113,8 @@ WIDE = [
     (GroupedInteger(3, 128, False), WideShape(16, 1, 2, 4, 1, 128), 16),
     (GroupedInteger(4, 128, False), WideShape(16, 2, 1, 3, 1), 9),
     (GroupedInteger(8, 0, True), WideShape(16, 1, 2, 4, 1, 128), 16),
+    (LevelTable(2, 128), WideShape(128, 1, 1, 3, 1, 64, 2), 150),
+    (BinaryResidual(128, True), WideShape(64, 2, 1, 2, 1, 64, 4), 70),
     (VectorCodebook(256, 12, False), WideShape(8, 1, 2, 3, 1), 1),
     (VectorCodebook(64, 4, True), WideShape(16, 2, 1, 3, 1, 128), 11),
 ]

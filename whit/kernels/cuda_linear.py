@@ -174,10 +174,12 @@ def packed_product(
         if shape is not None:
             run = _prepared_wide(described, shape, bfloat, index)
             x = x if x.data_ptr() % 16 == 0 else x.clone()
-            arguments[0] = tensor_map(x.data_ptr(), m, columns, shape.tokens, BOX)
+            arguments[0] = tensor_map(x.data_ptr(), m, columns, shape.tokens // shape.shares, BOX)
             arguments.append(ctypes.c_int(m))
             grid = shape.grid(rows, m)
-            run.launch(grid, shape.threads, shared_bytes(described, shape), arguments, early=True, cluster=shape.splits)
+            run.launch(
+                grid, shape.threads, shared_bytes(described, shape), arguments, early=True, cluster=shape.cluster
+            )
             return out
         tokens = 1 if m == 1 else 8 if m <= 8 else 16 if m <= 16 else 32
         run, launch = _prepared("gemv" if m == 1 else "small", described, rows, columns, tokens, bfloat, index)

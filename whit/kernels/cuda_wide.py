@@ -16,7 +16,8 @@ class WideShape:
     """What may be chosen freely.
 
     Vectors of a tile, warpgroups of a thread block (64 rows each), thread blocks of a cluster that share the columns of
-    a tile, stages of x, how many thread blocks a multiprocessor must have room for, and the columns of a stage.
+    a tile, stages of x, how many thread blocks a multiprocessor must have room for, the columns of a stage, and thread
+    blocks of a cluster that share x (of `splits` and `shares` one is 1).
     """
 
     tokens: int
@@ -25,6 +26,7 @@ class WideShape:
     depth: int
     resident: int
     block: int = 64
+    shares: int = 1
 
     @property
     def threads(self) -> int:
@@ -35,12 +37,19 @@ class WideShape:
     def tile_bytes(self) -> int:
         """Bytes of the ring of x, in which later the sums of the tile lie; whole swizzled rows of 1024 bytes."""
         ring = self.depth * self.tokens * 2 * self.block
-        sums = self.tokens * (64 * self.row_groups + 4) * 4
+        rows = 64 * self.row_groups
+        sums = self.tokens * (rows + 4) * 4 if self.splits > 1 else max(self.tokens, 16) * (rows + 8) * 2
         return -(-max(ring, sums) // 1024) * 1024
 
     def grid(self, rows: int, tokens: int) -> int:
         """Thread blocks of a product."""
-        return -(-rows // (64 * self.row_groups)) * -(-tokens // self.tokens) * self.splits
+        row_tiles = -(-rows // (64 * self.row_groups * self.shares)) * self.shares
+        return row_tiles * -(-tokens // self.tokens) * self.splits
+
+    @property
+    def cluster(self) -> int:
+        """Thread blocks of a cluster."""
+        return self.splits * self.shares
 
 
 def wide_supports(layout: Layout, columns: int) -> bool:
@@ -79,12 +88,17 @@ def wide_shapes(layout: Layout, tokens: int, columns: int, memory: int) -> list[
         shapes = [WideShape(tile, 2, s, 4, 2, block) for s in splits for block in (128, 64)]
         shapes += [WideShape(tile, 1, s, 4, 4) for s in splits]
     else:
-        shapes = [WideShape(128, 2, s, 4, 2) for s in splits[:4]]
+        shapes = [WideShape(128, 2, s, 4, 2, 64) for s in splits[:4]]
         shapes += [WideShape(128, 2, s, 4, 1, 128) for s in splits[:4]]
+        shapes += [WideShape(128, 2, 1, 4, 2, 64, 2), WideShape(128, 4, 1, 4, 1, 64, 2)]
         if tile > 128:
-            shapes += [WideShape(256, 2, s, 4, 1) for s in splits[:4]]
             shapes += [WideShape(256, 2, s, 3, 1, 128) for s in splits[:4]]
-            shapes += [WideShape(128, 4, s, 4, 1) for s in splits[:4]]
+            shapes += [WideShape(256, 2, 1, 3, 1, 128, 2), WideShape(256, 2, 1, 4, 1, 64, 2)]
+            shapes += [
+                WideShape(256, 2, 1, 5, 1, 64, 2),
+                WideShape(256, 1, 1, 3, 2, 64, 2),
+                WideShape(256, 1, 1, 3, 2, 64, 4),
+            ]
     fits = [shape for shape in shapes if shape.resident * (shared_bytes(layout, shape) + 1024) <= memory + 1024]
     return [shape for shape in fits if columns % shape.block == 0 and layout.group % shape.block == 0]
 
@@ -122,6 +136,7 @@ def wide_options(layout: Layout, shape: WideShape, bfloat: bool, early: bool) ->
         "DEPTH": shape.depth,
         "RESIDENT": shape.resident,
         "BLOCK": shape.block,
+        "SHARES": shape.shares,
         "TILE_BYTES": shape.tile_bytes,
         "CODEBOOK_BYTES": codebook_bytes(layout),
     }

@@ -201,23 +201,28 @@ struct Box {
     int columns, tokens, column, token, rows;
 };
 struct Meeting {
-    int expected = 0, arrived = 0, phase = 0;
+    int expected = 0, arrived = 0, phase = 0, bytes = 0;
     std::vector<Box> boxes;
 };
 static std::map<void*, Meeting> meetings;
+static void* at_peer(void* place, int rank) { return shared_memories[rank] + ((uint8_t*)place - shared_memory); }
 static void barrier_init(void* barrier, int arrivals) { meetings[barrier] = Meeting{arrivals}; }
 static void barrier_arrive(void* barrier) {
     Meeting& meeting = meetings.at(barrier);
     if (++meeting.arrived == meeting.expected) meeting.arrived = 0, meeting.phase ^= 1;
 }
-static void barrier_expect(void* barrier, int) {
-    if (meetings.at(barrier).arrived) abort();
-    meetings.at(barrier).arrived = 1;
+static void peer_arrive(void* barrier, int rank) { barrier_arrive(at_peer(barrier, rank)); }
+static void barrier_expect(void* barrier, int bytes) {
+    Meeting& meeting = meetings.at(barrier);
+    if (meeting.arrived || meeting.expected != 1) abort();
+    meeting.arrived = 1, meeting.bytes = bytes;
 }
 static void barrier_wait(void* barrier, int parity) {
     waits_unparked = true;
     for (Meeting& meeting = meetings.at(barrier); meeting.phase == parity; ) {
-        if (meeting.boxes.empty()) {
+        int bytes = 0;
+        for (const Box& box : meeting.boxes) bytes += box.rows * 128;
+        if (bytes == 0 || bytes != meeting.bytes) {
             hand_over();
             continue;
         }
@@ -229,12 +234,26 @@ static void barrier_wait(void* barrier, int parity) {
                     *(uint16_t*)(box.to + token * 128 + ((k / 8) ^ (token & 7)) * 16 + k % 8 * 2) = value;
                 }
         meeting.boxes.clear();
-        meeting.arrived = 0, meeting.phase ^= 1;
+        meeting.arrived = meeting.bytes = 0, meeting.phase ^= 1;
     }
 }
-template <class Map> static void copy_box(uint8_t* to, const Map& map, void* barrier, int column, int token, int rows) {
+template <class Map> static void copy_box(uint8_t* to, const Map& map, void* barrier, int column, int token, int rows, int shares) {
     if ((uintptr_t)to % 1024) abort();
-    meetings.at(barrier).boxes.push_back({to, (const uint16_t*)map.words[0], (int)map.words[1], (int)map.words[2], column, token, rows});
+    for (int rank = 0; rank < shares; rank++) {
+        uint8_t* there = shares > 1 ? (uint8_t*)at_peer(to, rank) : to;
+        Meeting& meeting = meetings.at(shares > 1 ? at_peer(barrier, rank) : barrier);
+        meeting.boxes.push_back({there, (const uint16_t*)map.words[0], (int)map.words[1], (int)map.words[2], column, token, rows});
+    }
+}
+static void store_transposed(uint16_t* place, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+    const uint64_t address = (uint64_t)place;
+    const uint32_t shown[6] = {a, b, c, d, (uint32_t)address, (uint32_t)(address >> 32)};
+    collective(shown, 6, [](Slots s, int lane) {
+        uint16_t* to = (uint16_t*)(s[lane][4] | (uint64_t)s[lane][5] << 32);  // row lane % 8 of matrix lane / 8
+        if ((uintptr_t)to % 16) abort();
+        for (int i = 0; i < 8; i++) to[i] = (uint16_t)(s[i * 4 + lane % 8 / 2][lane / 8] >> (16 * (lane % 2)));
+        return 0;
+    });
 }
 // A product of a warpgroup happens when it is waited for: shared memory that is filled again too early changes it. Each
 // lane keeps the two rows of codes of its results; x is read through the swizzle of 128 bytes.

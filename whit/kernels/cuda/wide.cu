@@ -5,14 +5,17 @@
 // tensor copy engine (swizzled by 128 bytes). So a weight is expanded once per TOKENS vectors and no 16-bit weight is ever
 // written. Weights are those of the plain meaning rounded once to the type of x, exactly as `decode.cu` gives them.
 //
-// A thread block has ROW_GROUPS warpgroups of 64 rows each, which only meet at the barriers of the stages. SPLITS blocks of
-// a cluster share the columns of a tile; their float32 sums are added in the order of their ranks.
+// A thread block has ROW_GROUPS warpgroups of 64 rows each, which only meet at the barriers of the stages. A cluster of
+// blocks either shares the columns of one tile (SPLITS): their float32 sums are added in the order of their ranks; or has
+// neighbouring tiles of rows (SHARES): each block brings a part of x for all of them, since L2 could not feed every block.
 
 #define BOXES (BLOCK / 64)                       // of 64 columns: what one copy brings
 #define ROWS (64 * ROW_GROUPS)
 #define BOX_BYTES (TOKENS * 128)
 #define X_BYTES (BOXES * BOX_BYTES)              // of one stage
+#define CLUSTER (SPLITS * SHARES)
 #define SUM_STRIDE (ROWS + 4)                    // floats per vector: keeps the lanes of a store in different banks
+#define OUT_STRIDE (ROWS + 8)                    // 16-bit results per vector, likewise
 #define VECTOR_CODEBOOK 3
 #define TABLE (KIND != VECTOR_CODEBOOK && (KIND != GROUPED_INTEGER || BITS <= 2))
 #define CODE_WORDS (KIND == VECTOR_CODEBOOK ? 2 * BOXES : BLOCK * CODE_BITS / 32)  // 32-bit words of the codes of a row and plane
@@ -37,10 +40,28 @@ __device__ __forceinline__ void barrier_wait(u64* barrier, int parity) {
         "{.reg .pred p; waiting: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1; @p bra done; bra waiting; done:}"
         ::"r"(shared_address(barrier)), "r"(parity) : "memory");
 }
-// TOKENS vectors x 64 columns to shared memory; vectors that are not there become zero.
+// TOKENS / SHARES vectors x 64 columns to the same place of the shared memory of all blocks that share x; vectors that are
+// not there become zero.
 __device__ __forceinline__ void copy_box(u8* shared, const TensorMap& map, u64* barrier, int column, int token) {
+#if SHARES > 1
+    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;"
+        ::"r"(shared_address(shared)), "l"(&map), "r"(column), "r"(token), "r"(shared_address(barrier)), "h"((u16)((1 << SHARES) - 1)) : "memory");
+#else
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
         ::"r"(shared_address(shared)), "l"(&map), "r"(column), "r"(token), "r"(shared_address(barrier)) : "memory");
+#endif
+}
+__device__ __forceinline__ void prefetch_map(const TensorMap& map) { asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory"); }
+// Arrives at the barrier at the same place of block `rank` of the cluster.
+__device__ __forceinline__ void peer_arrive(u64* barrier, int rank) {
+    u32 address;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(barrier)), "r"(rank));
+    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(address) : "memory");
+}
+// Four 8 x 8 matrices of 16-bit values, as the results of a product lie in a warp, to shared memory, transposed: lane i
+// names the place of row i % 8 of matrix i / 8.
+__device__ __forceinline__ void store_transposed(u16* place, u32 a, u32 b, u32 c, u32 d) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(shared_address(place)), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
 }
 __device__ __forceinline__ void registers_ready() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
@@ -273,7 +294,8 @@ __device__ __forceinline__ void decode_codebook(u16* codebook, const u8* stored)
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 wide(const __grid_constant__ TensorMap x, Weight w, const u16* bias, u16* y, int tokens) {
     extern __shared__ __align__(1024) u8 memory[];
-    const int rank = blockIdx.x % SPLITS, tile = blockIdx.x / SPLITS, row_tiles = (w.rows + ROWS - 1) / ROWS;
+    const int member = blockIdx.x % CLUSTER, rank = member % SPLITS, row_tiles = (w.rows + ROWS * SHARES - 1) / (ROWS * SHARES) * SHARES;
+    const int tile = blockIdx.x / CLUSTER * SHARES + member / SPLITS;
     const int row0 = tile % row_tiles * ROWS, token0 = tile / row_tiles * TOKENS, blocks = w.columns / BLOCK;
     const int begin = rank * blocks / SPLITS, end = (rank + 1) * blocks / SPLITS;
     const int lane = threadIdx.x % 32, r = lane >> 2, q = lane & 3, own_row = threadIdx.x / 32 * 16 + r;
@@ -282,17 +304,20 @@ wide(const __grid_constant__ TensorMap x, Weight w, const u16* bias, u16* y, int
     u64* const full = (u64*)(memory + TILE_BYTES + CODEBOOK_BYTES);  // a stage has come
     u64* const empty = full + DEPTH;                                 // every warp is done with it
     if (threadIdx.x == 0) {
+        prefetch_map(x);
         for (int slot = 0; slot < DEPTH; slot++) {
             barrier_init(full + slot, 1);
-            barrier_init(empty + slot, WARPS);
+            barrier_init(empty + slot, WARPS * SHARES);
         }
         barriers_ready();
     }
-    __syncthreads();
+    if (SHARES > 1) cluster_barrier();
+    else __syncthreads();
+    const int part = SHARES > 1 ? member : 0;  // of x that this block brings
     auto load = [&](int block, int slot) {
         barrier_expect(full + slot, X_BYTES);
 #pragma unroll
-        for (int box = 0; box < BOXES; box++) copy_box(memory + slot * X_BYTES + box * BOX_BYTES, x, full + slot, block * BLOCK + box * 64, token0);
+        for (int box = 0; box < BOXES; box++) copy_box(memory + slot * X_BYTES + box * BOX_BYTES + part * (BOX_BYTES / SHARES), x, full + slot, block * BLOCK + box * 64, token0 + part * (TOKENS / SHARES));
     };
     wait_for_previous_kernel();
     if (threadIdx.x == 0)
@@ -323,7 +348,11 @@ wide(const __grid_constant__ TensorMap x, Weight w, const u16* bias, u16* y, int
 #pragma unroll
         for (int step = 0; step < BLOCK / 16; step++) {
             products_wait<1>();  // the registers of the product before the last one are free
-            if (step == 1 && block > begin && lane == 0) barrier_arrive(empty + before);  // and all of the block before it are done
+            if (step == 1 && block > begin) {  // and all of the block before are done
+                if (SHARES > 1 && lane < SHARES) peer_arrive(empty + before, lane);
+                if (SHARES == 1 && lane == 0) barrier_arrive(empty + before);
+                __syncwarp();
+            }
             if (TABLE && step % 2 == 0) make_selectors(selector, codes, multipliers, step, q);
             expand(a[step & 1], codes, selector, levels, step, q, block * BLOCK, codebook);
             registers_ready();
@@ -347,13 +376,42 @@ wide(const __grid_constant__ TensorMap x, Weight w, const u16* bias, u16* y, int
         for (int i = 0; i < TOKENS / 2; i++) sums[i] *= scale[i / 2 % 2];
     }
 
+#if SPLITS == 1
+    u16* const staged = (u16*)memory;  // [TOKENS][OUT_STRIDE]
+    const float offset[2] = {bias ? float_of_x(bias[row[0]]) : 0.0f, bias ? float_of_x(bias[row[1]]) : 0.0f};
+    u16* const place = staged + (lane / 16 * 8 + lane % 8) * OUT_STRIDE + threadIdx.x / 32 * 16 + lane / 8 % 2 * 8;
+#pragma unroll
+    for (int j = 0; j < TOKENS / 8; j += 2) {
+        u32 pair[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const float* from = sums + (4 * j + 2 * i) % (TOKENS / 2);
+            pair[i] = pair_of_floats(from[0] + offset[i % 2], from[1] + offset[i % 2]);
+        }
+        store_transposed(place + (TOKENS == 8 && lane >= 16 ? -8 : 8 * j) * OUT_STRIDE, pair[0], pair[1], pair[2], pair[3]);
+    }
+    __syncthreads();
+    for (int cell = threadIdx.x; cell < TOKENS * (ROWS / 8); cell += THREADS) {
+        const int token = cell / (ROWS / 8), part = cell % (ROWS / 8) * 8, first_row = row0 + part;
+        if (token0 + token >= tokens || first_row >= w.rows) continue;
+        const uint4 eight = *(const uint4*)(staged + token * OUT_STRIDE + part);
+        u16* const to = y + (size_t)(token0 + token) * w.rows + first_row;
+        if (w.rows % 8 == 0) {
+            *(uint4*)to = eight;
+        } else {
+            const u32 two[4] = {eight.x, eight.y, eight.z, eight.w};
+#pragma unroll
+            for (int i = 0; i < 8; i++)
+                if (first_row + i < w.rows) to[i] = (u16)(two[i / 2] >> (16 * (i % 2)));
+        }
+    }
+#else
     float* const total = (float*)memory;  // [TOKENS][SUM_STRIDE]
 #pragma unroll
     for (int j = 0; j < TOKENS / 8; j++)
 #pragma unroll
         for (int e = 0; e < 4; e++) total[(8 * j + 2 * q + (e & 1)) * SUM_STRIDE + own_row + 8 * (e >> 1)] = sums[4 * j + e];
-    if (SPLITS > 1) cluster_barrier();
-    else __syncthreads();
+    cluster_barrier();
     for (int cell = rank * THREADS + threadIdx.x; cell < TOKENS * (ROWS / 4); cell += SPLITS * THREADS) {
         const int token = cell / (ROWS / 4), part = cell % (ROWS / 4) * 4, first_row = row0 + part;
         if (token0 + token >= tokens || first_row >= w.rows) continue;
@@ -361,7 +419,7 @@ wide(const __grid_constant__ TensorMap x, Weight w, const u16* bias, u16* y, int
         float v[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
         for (int other = 0; other < SPLITS; other++) {
-            const float4 four = SPLITS > 1 ? peer_floats(own, other) : *(const float4*)own;
+            const float4 four = peer_floats(own, other);
             v[0] += four.x, v[1] += four.y, v[2] += four.z, v[3] += four.w;
         }
         u16 out[4];
@@ -376,5 +434,6 @@ wide(const __grid_constant__ TensorMap x, Weight w, const u16* bias, u16* y, int
                 if (first_row + i < w.rows) place[i] = out[i];
         }
     }
-    if (SPLITS > 1) cluster_barrier();  // no block ends while another one reads its sums
+#endif
+    if (CLUSTER > 1) cluster_barrier();  // no block ends while another one reads its sums, or writes or arrives here
 }
