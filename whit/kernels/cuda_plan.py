@@ -58,6 +58,8 @@ def gemv_shapes(layout: Layout, binary: bool = True) -> list[Shape]:
     shapes += [Shape(1024, widest, 2, bitwise), Shape(512, widest, 2, bitwise, 2)]
     if narrowest < widest:
         shapes += [Shape(1024, narrowest, 2, bitwise), Shape(512, narrowest, 2, bitwise, 2)]
+    if layout.bits <= 2 and bitwise:  # half as often the work that an item costs whatever its size
+        shapes += [Shape(512, 1024, 4, bitwise), Shape(512, 1024, 8, bitwise), Shape(768, 1024, 4, bitwise)]
     if layout.kind == 0 and bitwise:  # two scalar sets double the work per plane of x, not that per limb
         shapes += [Shape(768, widest, 4), Shape(512, widest, 4)]
     return [*shapes, Shape(256, narrowest, 2, bitwise)]

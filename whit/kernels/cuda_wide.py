@@ -79,26 +79,23 @@ def bucket(tokens: int) -> int:
 def wide_shapes(layout: Layout, tokens: int, columns: int, memory: int) -> list[WideShape]:
     """Shapes worth trying for `tokens` vectors, in no order."""
     tile = min(bucket(tokens), WIDEST_TILE)
-    splits = [s for s in (1, 2, 3, 4, 6, 8) if s <= columns // BOX]
+    splits = [s for s in (1, 2, 4, 6, 8) if s <= columns // BOX]
     if tile <= 32:
-        shapes = [WideShape(tile, 1, s, 4, resident, 128) for s in splits for resident in (4, 5)]
-        shapes += [WideShape(tile, 2, s, 4, 2, 128) for s in splits]
+        shapes = [WideShape(tile, 1, s, 4, 4, 128) for s in splits] + [WideShape(tile, 2, s, 4, 2, 128) for s in splits]
         shapes += [WideShape(tile, 1, s, 4, 5) for s in splits]
     elif tile == 64:
         shapes = [WideShape(tile, 2, s, 4, 2, block) for s in splits for block in (128, 64)]
-        shapes += [WideShape(tile, 1, s, 4, 4) for s in splits]
+        shapes += [WideShape(tile, 2, 1, 4, 2, 128, 2)]
     else:
-        shapes = [WideShape(128, 2, s, 4, 2, 64) for s in splits[:4]]
-        shapes += [WideShape(128, 2, s, 4, 1, 128) for s in splits[:4]]
+        shapes = [WideShape(128, 2, s, 4, 2) for s in splits[:2]] + [
+            WideShape(128, 2, s, 4, 1, 128) for s in splits[:2]
+        ]
         shapes += [WideShape(128, 2, 1, 4, 2, 64, 2), WideShape(128, 4, 1, 4, 1, 64, 2)]
         if tile > 128:
-            shapes += [WideShape(256, 2, s, 3, 1, 128) for s in splits[:4]]
-            shapes += [WideShape(256, 2, 1, 3, 1, 128, 2), WideShape(256, 2, 1, 4, 1, 64, 2)]
-            shapes += [
-                WideShape(256, 2, 1, 5, 1, 64, 2),
-                WideShape(256, 1, 1, 3, 2, 64, 2),
-                WideShape(256, 1, 1, 3, 2, 64, 4),
-            ]
+            shapes += [WideShape(256, 2, s, 3, 1, 128) for s in splits[:3]]
+            shapes += [WideShape(256, 2, 1, 3, 1, 128, s) for s in (2, 4)]
+            shapes += [WideShape(256, 2, 1, depth, 1, 64, 2) for depth in (4, 5)]
+            shapes += [WideShape(256, 1, 1, 3, 2, 64, s) for s in (2, 4)]
     fits = [shape for shape in shapes if shape.resident * (shared_bytes(layout, shape) + 1024) <= memory + 1024]
     return [shape for shape in fits if columns % shape.block == 0 and layout.group % shape.block == 0]
 

@@ -17,6 +17,7 @@
 #define SUM_STRIDE (ROWS + 4)                    // floats per vector: keeps the lanes of a store in different banks
 #define OUT_STRIDE (ROWS + 8)                    // 16-bit results per vector, likewise
 #define VECTOR_CODEBOOK 3
+#define BYTE_PER_CHUNK (KIND == VECTOR_CODEBOOK && BITS == 8 && WIDTH == 8)  // a code for each eight columns
 #define TABLE (KIND != VECTOR_CODEBOOK && (KIND != GROUPED_INTEGER || BITS <= 2))
 #define CODE_WORDS (KIND == VECTOR_CODEBOOK ? 2 * BOXES : BLOCK * CODE_BITS / 32)  // 32-bit words of the codes of a row and plane
 #define KEPT_WORDS (CODE_BITS == 8 && KIND != VECTOR_CODEBOOK ? CODE_WORDS / 4 : CODE_WORDS)  // 8 bits: the lane's own pairs
@@ -97,7 +98,7 @@ __device__ __forceinline__ u32 code_at(const u8* codes, u32 group) {
 }
 
 __device__ __forceinline__ void fetch(Codes& codes, const Weight& w, const int (&row)[2], int block, int q, bool first) {
-#if KIND == VECTOR_CODEBOOK
+#if KIND == VECTOR_CODEBOOK && !BYTE_PER_CHUNK
 #pragma unroll
     for (int chunk = 0; chunk < BLOCK / 8; chunk++) {
         const u32 group = (u32)(block * BLOCK + chunk * 8 + 2 * q) / WIDTH;
@@ -113,9 +114,9 @@ __device__ __forceinline__ void fetch(Codes& codes, const Weight& w, const int (
     for (int h = 0; h < 2; h++)
 #pragma unroll
         for (int p = 0; p < PLANES; p++) {
-            const u8* from = w.codes[p] + (u32)(row[h] * w.width + block * (BLOCK / 8 * CODE_BITS));
+            const u8* from = w.codes[p] + (u32)(row[h] * w.width + block * (BYTE_PER_CHUNK ? BLOCK / 8 : BLOCK / 8 * CODE_BITS));
             u32* to = codes.word[h][p];
-            if (CODE_BITS == 8) {
+            if (CODE_BITS == 8 && !BYTE_PER_CHUNK) {
 #pragma unroll
                 for (int i = 0; i < KEPT_WORDS; i++)
                     to[i] = (u32)__ldg((const u16*)(from + 16 * i + 2 * q)) | (u32)__ldg((const u16*)(from + 16 * i + 8 + 2 * q)) << 16;
@@ -133,6 +134,7 @@ __device__ __forceinline__ void fetch(Codes& codes, const Weight& w, const int (
                 }
             }
         }
+    if (KIND == VECTOR_CODEBOOK) return;
     if (KIND == BINARY_RESIDUAL) {
 #pragma unroll
         for (int i = 0; i < BOXES; i++) {
@@ -351,7 +353,6 @@ wide(const __grid_constant__ TensorMap x, Weight w, const u16* bias, u16* y, int
             if (step == 1 && block > begin) {  // and all of the block before are done
                 if (SHARES > 1 && lane < SHARES) peer_arrive(empty + before, lane);
                 if (SHARES == 1 && lane == 0) barrier_arrive(empty + before);
-                __syncwarp();
             }
             if (TABLE && step % 2 == 0) make_selectors(selector, codes, multipliers, step, q);
             expand(a[step & 1], codes, selector, levels, step, q, block * BLOCK, codebook);
