@@ -17,6 +17,9 @@
 #define SUM_STRIDE (ROWS + 4)                    // floats per vector: keeps the lanes of a store in different banks
 #define OUT_STRIDE (ROWS + 8)                    // 16-bit results per vector, likewise
 #define VECTOR_CODEBOOK 3
+#ifndef WIDTH
+#define WIDTH 1
+#endif
 #define BYTE_PER_CHUNK (KIND == VECTOR_CODEBOOK && BITS == 8 && WIDTH == 8)  // a code for each eight columns
 #define TABLE (KIND != VECTOR_CODEBOOK && (KIND != GROUPED_INTEGER || BITS <= 2))
 #define CODE_WORDS (KIND == VECTOR_CODEBOOK ? 2 * BOXES : BLOCK * CODE_BITS / 32)  // 32-bit words of the codes of a row and plane
