@@ -28,7 +28,7 @@ from whit.formats.binary_residual import BinaryResidual
 from whit.formats.grouped_integer import GroupedInteger
 from whit.formats.level_table import LevelTable
 from whit.kernels import explain, packed_linear
-from whit.kernels.cuda_linear import FEW, tune
+from whit.kernels.cuda_linear import tune
 from whit.kernels.cuda_plan import keep_tuned
 
 FORMATS: dict[str, Format] = {
@@ -155,7 +155,7 @@ def measure(
         size = layout.bytes(rows, columns)
         weights = [random_packed(layout, rows, columns, generator) for _ in range(copies_for(size, cache, moved))]
         calls = [lambda w=w: packed_linear(x, w) for w in weights]
-        if tuning and tokens <= FEW:
+        if tuning:
             key, shape = tune(x, weights[0], lambda calls=calls: seconds_per_call(calls, 8)[0])
             keep_tuned(torch.cuda.get_device_name(), {key: shape})
             print(f"    {key}: {shape}", flush=True)

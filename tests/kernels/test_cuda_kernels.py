@@ -8,9 +8,11 @@ from whit.formats.binary_residual import BinaryResidual
 from whit.formats.grouped_integer import GroupedInteger
 from whit.formats.level_table import LevelTable
 from whit.formats.nm_index import encode_mask, kept_in_group
+from whit.formats.structured_binary import StructuredBinary
+from whit.formats.vector_codebook import VectorCodebook
 from whit.kernels import explain, packed_linear
 from whit.kernels.cuda_layout import layout_of
-from whit.kernels.cuda_linear import decoded_weight
+from whit.kernels.cuda_ops import decoded_weight, layout_fields
 from whit.kernels.cuda_plan import gemv_shapes, plan, small_shapes
 from whit.models.packed import PackedLinear
 
@@ -40,8 +42,19 @@ FORMATS = [
     GroupedInteger(8, 128, False),
     GroupedInteger(8, 0, True),
 ]
+OTHERS = [
+    LevelTable(4, 32),
+    GroupedInteger(5, 8, False),
+    VectorCodebook(256, 12, False),
+    VectorCodebook(256, 8, True),
+    VectorCodebook(64, 5, True),
+    StructuredBinary(4, 8, 0),
+    StructuredBinary(2, 8, 64, regions=2),
+    StructuredBinary(1, 1, 128, means=True),
+]
+"""Formats that are decoded for every number of vectors, or multiplied by `wide` alone."""
 SHAPES = [(16, 128), (48, 512), (33, 200), (7, 13), (130, 1000), (256, 4096), (100, 11008)]
-COUNTS = [1, 2, 7, 8, 9, 16, 17, 32, 33]
+COUNTS = [1, 2, 7, 8, 9, 16, 17, 32, 33, 150, 600]
 ROUNDOFF = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 
 
@@ -104,7 +117,7 @@ def error_bound(x, weight, expected, block=128):
 @needs_gpu
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
-@pytest.mark.parametrize("layout", FORMATS, ids=name_of)
+@pytest.mark.parametrize("layout", [*FORMATS, *OTHERS], ids=name_of)
 def test_products_are_those_of_the_plain_meaning(layout, dtype):
     failures = []
     for shape_number, (rows, columns) in enumerate(SHAPES):
@@ -130,14 +143,13 @@ def test_products_are_those_of_the_plain_meaning(layout, dtype):
 @needs_gpu
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
-@pytest.mark.parametrize("layout", [*FORMATS, LevelTable(4, 32), GroupedInteger(5, 8, False)], ids=name_of)
+@pytest.mark.parametrize("layout", [*FORMATS, *OTHERS], ids=name_of)
 def test_decoded_weight_is_the_unpacked_weight(layout, dtype):
     for rows, columns in SHAPES[:5]:
         packed = random_packed(layout, rows, columns, "cuda")
         described = layout_of(layout, columns)
         tensors = [packed.tensors[name] for name in described.names if name]
-        fields = [described.kind, described.bits, described.scalars, int(described.asymmetric)]
-        fields += [described.group, described.width, described.groups]
+        fields = layout_fields(described)
         assert torch.equal(decoded_weight(tensors, fields, rows, columns, dtype), packed.unpack().to(dtype))
 
 

@@ -14,9 +14,10 @@ from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
+from typing import TypeAlias
 
 from whit.kernels.cuda_layout import Layout
-from whit.kernels.cuda_wide import WideShape, warpgroup_product
+from whit.kernels.cuda_wide import Decode, WideShape, warpgroup_product
 from whit.kernels.nvrtc import cache_folder
 
 
@@ -34,6 +35,10 @@ class Shape:
     unroll: int
     bitwise: bool = False
     resident: int = 1
+
+
+Tuned: TypeAlias = Shape | WideShape | Decode
+"""What can be found fastest for a call."""
 
 
 @dataclass(frozen=True)
@@ -194,7 +199,8 @@ def wide_source(tokens: int) -> str:
 def tuning_key(layout: Layout, rows: int, columns: int, tokens: int) -> str:
     """What a found shape is filed under."""
     group = "row" if layout.groups == 1 else str(layout.group)
-    kind = f"{layout.kind}-{layout.bits}-{layout.scalars}{'-zeros' if layout.asymmetric else ''}"
+    numbers = "".join(f"-{number}" for number in layout.numbers)
+    kind = f"{layout.kind}-{layout.bits}-{layout.scalars}{'-zeros' if layout.asymmetric else ''}{numbers}"
     return f"{kind}/{group}/{rows}x{columns}/{tokens}"
 
 
@@ -203,21 +209,26 @@ def tuning_file(device: str) -> Path:
     return cache_folder() / f"tuned-{device.replace(' ', '-')}.json"
 
 
+def _tuned_from(fields: dict[str, int]) -> Tuned:
+    kind: type[Tuned] = Decode if "decode" in fields else WideShape if "splits" in fields else Shape
+    return kind(**fields)  # type: ignore[arg-type]
+
+
 @lru_cache(maxsize=8)
-def tuned_shapes(device: str) -> dict[str, Shape | WideShape]:
+def tuned_shapes(device: str) -> dict[str, Tuned]:
     """Shapes found for a kind of device: the shipped ones, and over them those of this machine."""
     shipped = files("whit.kernels") / "tuned" / f"{device.replace(' ', '-')}.json"
-    found: dict[str, Shape | WideShape] = {}
+    found: dict[str, Tuned] = {}
     for source in (shipped, tuning_file(device)):
         try:
             content = json.loads(source.read_text(encoding="utf-8"))
-            found |= {key: (WideShape if "splits" in shape else Shape)(**shape) for key, shape in content.items()}
+            found |= {key: _tuned_from(fields) for key, fields in content.items()}
         except (OSError, ValueError, TypeError, AttributeError):
             continue  # absent or of another version: shapes only change speed
     return found
 
 
-def keep_tuned(device: str, shapes: Mapping[str, Shape | WideShape]) -> None:
+def keep_tuned(device: str, shapes: Mapping[str, Tuned]) -> None:
     """Add found shapes to this machine's file."""
     path = tuning_file(device)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -226,7 +237,7 @@ def keep_tuned(device: str, shapes: Mapping[str, Shape | WideShape]) -> None:
     tuned_shapes.cache_clear()
 
 
-def use_shape(device: str, key: str, shape: Shape | WideShape | None) -> None:
+def use_shape(device: str, key: str, shape: Tuned | None) -> None:
     """Take a shape (or with None no longer any) for what `key` names, in this process alone."""
     found = tuned_shapes(device)
     if shape is None:
@@ -246,7 +257,7 @@ def choose(
     *,
     binary: bool = True,
 ) -> Launch:
-    """The launch to use: the found shape if there is one and it fits, otherwise `plan`'s."""
+    """The launch of `gemv` or `small`: the found shape if there is one and it fits, otherwise `plan`'s."""
     found = tuned_shapes(device).get(tuning_key(layout, rows, columns, tokens))
     if isinstance(found, Shape):
         shape = replace(found, bitwise=found.bitwise and layout.bitwise and binary)

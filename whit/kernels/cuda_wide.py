@@ -52,6 +52,13 @@ class WideShape:
         return self.splits * self.shares
 
 
+@dataclass(frozen=True)
+class Decode:
+    """No kernel multiplies: the weight is decoded to 16 bits and a library multiplies."""
+
+    decode: bool = True
+
+
 def wide_supports(layout: Layout, columns: int) -> bool:
     """Whether `wide.cu` multiplies a weight of this layout: it takes whole boxes, and codewords by pairs."""
     if layout.kind == VECTOR_CODEBOOK:
