@@ -144,6 +144,7 @@ def test_many_vectors(layout, shape, tokens, tmp_path):
     "layout",
     [
         BinaryResidual(64, True),
+        BinaryResidual(16, False),
         LevelTable(2, 128),
         LevelTable(3, 32),
         GroupedInteger(4, 64, True),
@@ -160,7 +161,7 @@ def test_many_vectors(layout, shape, tokens, tmp_path):
     ids=name_of,
 )
 def test_decoded_weight(layout, tmp_path):
-    rows, columns = 12, 100
+    rows, columns = 12, 112 if layout.to_json().get("block_size") == 16 else 100
     described = layout_of(layout, columns)
     launch = Launch(2, Shape(256, 128, 1), 2, 0, 0, decode_shared(described) + 16)
     program = compiled("decode", described, launch, 8, False, tmp_path)
