@@ -118,7 +118,7 @@ def test_every_shape_fits_and_covers_the_product(layout):
             for shape in wide_shapes(described, tokens, columns, H200[1]):
                 assert shape.resident * (shared_bytes(described, shape) + 1024) <= H200[1] + 1024
                 assert columns % shape.block == 0 and described.group % shape.block == 0
-                assert min(shape.splits, shape.shares) == 1 and shape.cluster <= 8
+                assert shape.splits <= 8 and shape.ahead < shape.block // 16
                 assert shape.grid(1000, tokens) * 64 * shape.row_groups * shape.tokens >= 1000 * tokens * shape.splits
     with pytest.raises(ValueError, match="no launch of 16 x 512 fits 1024 bytes"):
         wide_plan(layout_of(layout, 512), 16, 512, 16, 1, 1024)

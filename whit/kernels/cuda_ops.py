@@ -164,11 +164,11 @@ def packed_product(
         arguments: list[Argument] = [_pointer(x), weight, _pointer(bias), _pointer(out)]
         if isinstance(launch, WideShape):
             x = x if x.data_ptr() % 16 == 0 else x.clone()
-            arguments[0] = tensor_map(x.data_ptr(), m, columns, launch.tokens // launch.shares, BOX)
+            arguments[0] = tensor_map(x.data_ptr(), m, columns, launch.tokens, BOX)
             arguments.append(ctypes.c_int(m))
             shared = shared_bytes(described, launch)
             grid = launch.grid(rows, m)
-            run.launch(grid, launch.threads, shared, arguments, early=True, cluster=launch.cluster)
+            run.launch(grid, launch.threads, shared, arguments, early=True, cluster=launch.splits)
             return out
         arguments += [ctypes.c_int(m)] * (m > 1) + [ctypes.c_int(launch.chunk), ctypes.c_int(launch.tiles)]
         run.launch(launch.grid, launch.shape.threads, launch.shared, arguments, early=_starts_early(index))

@@ -16,8 +16,8 @@ class WideShape:
     """What may be chosen freely.
 
     Vectors of a tile, warpgroups of a thread block (64 rows each), thread blocks of a cluster that share the columns of
-    a tile, stages of x, how many thread blocks a multiprocessor must have room for, the columns of a stage, and thread
-    blocks of a cluster that share x (of `splits` and `shares` one is 1).
+    a tile, stages of x, how many thread blocks a multiprocessor must have room for, the columns of a stage, how many
+    products are in flight while the operand of the next is made (1 or 3).
     """
 
     tokens: int
@@ -26,7 +26,7 @@ class WideShape:
     depth: int
     resident: int
     block: int = 64
-    shares: int = 1
+    ahead: int = 1
 
     @property
     def threads(self) -> int:
@@ -43,13 +43,7 @@ class WideShape:
 
     def grid(self, rows: int, tokens: int) -> int:
         """Thread blocks of a product."""
-        row_tiles = -(-rows // (64 * self.row_groups * self.shares)) * self.shares
-        return row_tiles * -(-tokens // self.tokens) * self.splits
-
-    @property
-    def cluster(self) -> int:
-        """Thread blocks of a cluster."""
-        return self.splits * self.shares
+        return -(-rows // (64 * self.row_groups)) * -(-tokens // self.tokens) * self.splits
 
 
 @dataclass(frozen=True)
@@ -86,23 +80,19 @@ def bucket(tokens: int) -> int:
 def wide_shapes(layout: Layout, tokens: int, columns: int, memory: int) -> list[WideShape]:
     """Shapes worth trying for `tokens` vectors, in no order."""
     tile = min(bucket(tokens), WIDEST_TILE)
-    splits = [s for s in (1, 2, 4, 6, 8) if s <= columns // BOX]
+    splits = [s for s in (1, 2, 4, 8) if s <= columns // BOX]
     if tile <= 32:
-        shapes = [WideShape(tile, 1, s, 4, 4, 128) for s in splits] + [WideShape(tile, 2, s, 4, 2, 128) for s in splits]
-        shapes += [WideShape(tile, 1, s, 4, 5) for s in splits]
+        shapes = [WideShape(tile, 1, s, 4, 4, 128, ahead) for s in splits for ahead in (1, 3)]
+        shapes += [WideShape(tile, 2, s, 4, 2, 128, ahead) for s in splits for ahead in (1, 3)]
     elif tile == 64:
-        shapes = [WideShape(tile, 2, s, 4, 2, block) for s in splits for block in (128, 64)]
-        shapes += [WideShape(tile, 2, 1, 4, 2, 128, 2)]
+        shapes = [WideShape(tile, 2, s, 4, 2, 128, ahead) for s in splits[:3] for ahead in (1, 3)]
+        shapes += [WideShape(tile, 3, s, 4, 1, 128, 3) for s in splits[:3]]
     else:
-        shapes = [WideShape(128, 2, s, 4, 2) for s in splits[:2]] + [
-            WideShape(128, 2, s, 4, 1, 128) for s in splits[:2]
-        ]
-        shapes += [WideShape(128, 2, 1, 4, 2, 64, 2), WideShape(128, 4, 1, 4, 1, 64, 2)]
+        shapes = [WideShape(128, groups, s, 4, 1, 128, 3) for groups in (2, 3, 4) for s in splits[:2]]
+        shapes += [WideShape(128, 2, s, 4, 2, 64, 3) for s in splits[:2]]
         if tile > 128:
-            shapes += [WideShape(256, 2, s, 3, 1, 128) for s in splits[:3]]
-            shapes += [WideShape(256, 2, 1, 3, 1, 128, s) for s in (2, 4)]
-            shapes += [WideShape(256, 2, 1, depth, 1, 64, 2) for depth in (4, 5)]
-            shapes += [WideShape(256, 1, 1, 3, 2, 64, s) for s in (2, 4)]
+            shapes += [WideShape(256, 2, s, 3, 1, 128, ahead) for s in splits[:2] for ahead in (1, 3)]
+    shapes += [WideShape(tile, 2, s, 4, 1, 64) for s in splits[:2]]  # for any columns and groups
     fits = [shape for shape in shapes if shape.resident * (shared_bytes(layout, shape) + 1024) <= memory + 1024]
     return [shape for shape in fits if columns % shape.block == 0 and layout.group % shape.block == 0]
 
@@ -140,7 +130,7 @@ def wide_options(layout: Layout, shape: WideShape, bfloat: bool, early: bool) ->
         "DEPTH": shape.depth,
         "RESIDENT": shape.resident,
         "BLOCK": shape.block,
-        "SHARES": shape.shares,
+        "AHEAD": shape.ahead,
         "TILE_BYTES": shape.tile_bytes,
         "CODEBOOK_BYTES": codebook_bytes(layout),
     }

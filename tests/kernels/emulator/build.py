@@ -49,9 +49,8 @@ MEANINGS = {
     "void barrier_expect(": "",
     "void barrier_wait(": "",
     "void copy_box(": "static void copy_box(u8* to, const TensorMap& map, u64* barrier, int column, int token)"
-    " { copy_box(to, map, barrier, column, token, TOKENS / SHARES, SHARES); }",
+    " { copy_box(to, map, barrier, column, token, TOKENS); }",
     "void prefetch_map(": "static void prefetch_map(const TensorMap&) {}",
-    "void peer_arrive(": "",
     "void store_transposed(": "",
     "void registers_ready(": "static void registers_ready() {}",
     "void products_commit(": "static void products_commit() { close_products(); }",
@@ -170,7 +169,7 @@ def run(
     numbers = [rows, columns, layout.width, layout.groups, len(x)]
     if isinstance(launch, WideShape):
         shared = shared_bytes(layout, launch)
-        numbers += [0, 0, launch.grid(rows, len(x)), -(-shared // 1024) * 1024, int(descending), launch.cluster]
+        numbers += [0, 0, launch.grid(rows, len(x)), -(-shared // 1024) * 1024, int(descending), launch.splits]
     else:
         numbers += [launch.chunk, launch.tiles, launch.grid, launch.shared, int(descending), 1]
     header = torch.tensor([*sizes, *numbers]).view(torch.uint8)

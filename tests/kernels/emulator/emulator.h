@@ -205,13 +205,11 @@ struct Meeting {
     std::vector<Box> boxes;
 };
 static std::map<void*, Meeting> meetings;
-static void* at_peer(void* place, int rank) { return shared_memories[rank] + ((uint8_t*)place - shared_memory); }
 static void barrier_init(void* barrier, int arrivals) { meetings[barrier] = Meeting{arrivals}; }
 static void barrier_arrive(void* barrier) {
     Meeting& meeting = meetings.at(barrier);
     if (++meeting.arrived == meeting.expected) meeting.arrived = 0, meeting.phase ^= 1;
 }
-static void peer_arrive(void* barrier, int rank) { barrier_arrive(at_peer(barrier, rank)); }
 static void barrier_expect(void* barrier, int bytes) {
     Meeting& meeting = meetings.at(barrier);
     if (meeting.arrived || meeting.expected != 1) abort();
@@ -237,13 +235,9 @@ static void barrier_wait(void* barrier, int parity) {
         meeting.arrived = meeting.bytes = 0, meeting.phase ^= 1;
     }
 }
-template <class Map> static void copy_box(uint8_t* to, const Map& map, void* barrier, int column, int token, int rows, int shares) {
+template <class Map> static void copy_box(uint8_t* to, const Map& map, void* barrier, int column, int token, int rows) {
     if ((uintptr_t)to % 1024) abort();
-    for (int rank = 0; rank < shares; rank++) {
-        uint8_t* there = shares > 1 ? (uint8_t*)at_peer(to, rank) : to;
-        Meeting& meeting = meetings.at(shares > 1 ? at_peer(barrier, rank) : barrier);
-        meeting.boxes.push_back({there, (const uint16_t*)map.words[0], (int)map.words[1], (int)map.words[2], column, token, rows});
-    }
+    meetings.at(barrier).boxes.push_back({to, (const uint16_t*)map.words[0], (int)map.words[1], (int)map.words[2], column, token, rows});
 }
 static void store_transposed(uint16_t* place, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
     const uint64_t address = (uint64_t)place;

@@ -5,15 +5,13 @@
 // tensor copy engine (swizzled by 128 bytes). So a weight is expanded once per TOKENS vectors and no 16-bit weight is ever
 // written. Weights are those of the plain meaning rounded once to the type of x, exactly as `decode.cu` gives them.
 //
-// A thread block has ROW_GROUPS warpgroups of 64 rows each, which only meet at the barriers of the stages. A cluster of
-// blocks either shares the columns of one tile (SPLITS): their float32 sums are added in the order of their ranks; or has
-// neighbouring tiles of rows (SHARES): each block brings a part of x for all of them, since L2 could not feed every block.
+// A thread block has ROW_GROUPS warpgroups of 64 rows each, which only meet at the barriers of the stages. SPLITS blocks of
+// a cluster share the columns of a tile; their float32 sums are added in the order of their ranks.
 
 #define BOXES (BLOCK / 64)                       // of 64 columns: what one copy brings
 #define ROWS (64 * ROW_GROUPS)
 #define BOX_BYTES (TOKENS * 128)
 #define X_BYTES (BOXES * BOX_BYTES)              // of one stage
-#define CLUSTER (SPLITS * SHARES)
 #define SUM_STRIDE (ROWS + 4)                    // floats per vector: keeps the lanes of a store in different banks
 #define OUT_STRIDE (ROWS + 8)                    // 16-bit results per vector, likewise
 #define VECTOR_CODEBOOK 3
@@ -44,24 +42,12 @@ __device__ __forceinline__ void barrier_wait(u64* barrier, int parity) {
         "{.reg .pred p; waiting: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1; @p bra done; bra waiting; done:}"
         ::"r"(shared_address(barrier)), "r"(parity) : "memory");
 }
-// TOKENS / SHARES vectors x 64 columns to the same place of the shared memory of all blocks that share x; vectors that are
-// not there become zero.
+// TOKENS vectors x 64 columns to shared memory; vectors that are not there become zero.
 __device__ __forceinline__ void copy_box(u8* shared, const TensorMap& map, u64* barrier, int column, int token) {
-#if SHARES > 1
-    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;"
-        ::"r"(shared_address(shared)), "l"(&map), "r"(column), "r"(token), "r"(shared_address(barrier)), "h"((u16)((1 << SHARES) - 1)) : "memory");
-#else
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
         ::"r"(shared_address(shared)), "l"(&map), "r"(column), "r"(token), "r"(shared_address(barrier)) : "memory");
-#endif
 }
 __device__ __forceinline__ void prefetch_map(const TensorMap& map) { asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory"); }
-// Arrives at the barrier at the same place of block `rank` of the cluster.
-__device__ __forceinline__ void peer_arrive(u64* barrier, int rank) {
-    u32 address;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(barrier)), "r"(rank));
-    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(address) : "memory");
-}
 // Four 8 x 8 matrices of 16-bit values, as the results of a product lie in a warp, to shared memory, transposed: lane i
 // names the place of row i % 8 of matrix i / 8.
 __device__ __forceinline__ void store_transposed(u16* place, u32 a, u32 b, u32 c, u32 d) {
@@ -232,8 +218,10 @@ __device__ __forceinline__ void make_selectors(u32 (&selector)[2][2], const Code
         }
 }
 
+// Marks of the columns of a lane: a byte whose highest bit is the mark for each, in the places of the selectors, becomes
+// two bytes of a mask by copying that bit.
 // Operand words of product `step` (16 columns): rows r and r + 8 of the first eight columns, then of the others.
-__device__ __forceinline__ void expand(u32 (&a)[4], const Codes& codes, const u32 (&selector)[2][2], const Levels (&levels)[2], int step, int q, int column0, const u16* codebook) {
+__device__ __forceinline__ void expand(u32 (&a)[4], const Codes& codes, const u32 (&selector)[2][2], const u32 (&mask_bits)[2], const Levels (&levels)[2], int step, int q, int column0, const u16* codebook) {
     const u32 marks = KIND == BINARY_RESIDUAL ? codes.marks[step >> 1] >> (16 * (step & 1)) : 0;
 #pragma unroll
     for (int h = 0; h < 2; h++) {
@@ -244,8 +232,8 @@ __device__ __forceinline__ void expand(u32 (&a)[4], const Codes& codes, const u3
             a[h] = choose_bytes(levels[h].table[0], levels[h].table[1], low);
             a[2 + h] = choose_bytes(levels[h].table[0], levels[h].table[1], high);
             if (KIND == BINARY_RESIDUAL && (marks & 0xffffu)) {
-                const u32 v = marks >> (2 * q);
-                const u32 first = (v & 1) * 0xffffu | (v & 2) * 0x7fff8000u, second = (v >> 8 & 1) * 0xffffu | (v >> 8 & 2) * 0x7fff8000u;
+                const u32 sign = step & 1 ? 0xbbaau : 0x9988u;  // bytes of copies of the highest bit of a byte
+                const u32 first = choose_bytes(mask_bits[0], 0, sign), second = choose_bytes(mask_bits[1], 0, sign);
                 a[h] = (a[h] & ~first) | (choose_bytes(levels[h].marked[0], levels[h].marked[1], low) & first);
                 a[2 + h] = (a[2 + h] & ~second) | (choose_bytes(levels[h].marked[0], levels[h].marked[1], high) & second);
             }
@@ -299,8 +287,7 @@ __device__ __forceinline__ void decode_codebook(u16* codebook, const u8* stored)
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 wide(const __grid_constant__ TensorMap x, Weight w, const u16* bias, u16* y, int tokens) {
     extern __shared__ __align__(1024) u8 memory[];
-    const int member = blockIdx.x % CLUSTER, rank = member % SPLITS, row_tiles = (w.rows + ROWS * SHARES - 1) / (ROWS * SHARES) * SHARES;
-    const int tile = blockIdx.x / CLUSTER * SHARES + member / SPLITS;
+    const int rank = blockIdx.x % SPLITS, tile = blockIdx.x / SPLITS, row_tiles = (w.rows + ROWS - 1) / ROWS;
     const int row0 = tile % row_tiles * ROWS, token0 = tile / row_tiles * TOKENS, blocks = w.columns / BLOCK;
     const int begin = rank * blocks / SPLITS, end = (rank + 1) * blocks / SPLITS;
     const int lane = threadIdx.x % 32, r = lane >> 2, q = lane & 3, own_row = threadIdx.x / 32 * 16 + r;
@@ -312,17 +299,15 @@ wide(const __grid_constant__ TensorMap x, Weight w, const u16* bias, u16* y, int
         prefetch_map(x);
         for (int slot = 0; slot < DEPTH; slot++) {
             barrier_init(full + slot, 1);
-            barrier_init(empty + slot, WARPS * SHARES);
+            barrier_init(empty + slot, WARPS);
         }
         barriers_ready();
     }
-    if (SHARES > 1) cluster_barrier();
-    else __syncthreads();
-    const int part = SHARES > 1 ? member : 0;  // of x that this block brings
+    __syncthreads();
     auto load = [&](int block, int slot) {
         barrier_expect(full + slot, X_BYTES);
 #pragma unroll
-        for (int box = 0; box < BOXES; box++) copy_box(memory + slot * X_BYTES + box * BOX_BYTES + part * (BOX_BYTES / SHARES), x, full + slot, block * BLOCK + box * 64, token0 + part * (TOKENS / SHARES));
+        for (int box = 0; box < BOXES; box++) copy_box(memory + slot * X_BYTES + box * BOX_BYTES, x, full + slot, block * BLOCK + box * 64, token0);
     };
     wait_for_previous_kernel();
     if (threadIdx.x == 0)
@@ -339,7 +324,7 @@ wide(const __grid_constant__ TensorMap x, Weight w, const u16* bias, u16* y, int
     Levels levels[2];
     if (begin < end) fetch(next, w, row, begin, q, true);
     int slot = 0, before = 0, phase = 0, phase_before = 0;
-    u32 a[2][4], selector[2][2];
+    u32 a[AHEAD + 1][4], selector[2][2], mask_bits[2];
     const Multipliers multipliers = {in_register(0x22), in_register(0x10101010)};
     const u32 first_tile = descriptor_of(memory);
     for (int block = begin; block < end; block++) {
@@ -352,15 +337,15 @@ wide(const __grid_constant__ TensorMap x, Weight w, const u16* bias, u16* y, int
         const u32 tile_of_x = first_tile + slot * (X_BYTES / 16);
 #pragma unroll
         for (int step = 0; step < BLOCK / 16; step++) {
-            products_wait<1>();  // the registers of the product before the last one are free
-            if (step == 1 && block > begin) {  // and all of the block before are done
-                if (SHARES > 1 && lane < SHARES) peer_arrive(empty + before, lane);
-                if (SHARES == 1 && lane == 0) barrier_arrive(empty + before);
-            }
+            products_wait<AHEAD>();  // the registers of the product AHEAD + 1 before this one are free
+            if (step == AHEAD && block > begin && lane == 0) barrier_arrive(empty + before);  // all of the block before are done
             if (TABLE && step % 2 == 0) make_selectors(selector, codes, multipliers, step, q);
-            expand(a[step & 1], codes, selector, levels, step, q, block * BLOCK, codebook);
+            if (KIND == BINARY_RESIDUAL && step % 2 == 0)
+#pragma unroll
+                for (int i = 0; i < 2; i++) mask_bits[i] = (codes.marks[step / 2] >> (2 * q + 8 * i) & 0x00030003u) * 0x4080u;
+            expand(a[step % (AHEAD + 1)], codes, selector, mask_bits, levels, step, q, block * BLOCK, codebook);
             registers_ready();
-            warpgroup_product(sums, a[step & 1], tile_of_x + step / 4 * (BOX_BYTES / 16) + step % 4 * 2);
+            warpgroup_product(sums, a[step % (AHEAD + 1)], tile_of_x + step / 4 * (BOX_BYTES / 16) + step % 4 * 2);
             products_commit();
         }
         if (threadIdx.x == 0 && block > begin && block - 1 + DEPTH < end) {
@@ -439,5 +424,5 @@ wide(const __grid_constant__ TensorMap x, Weight w, const u16* bias, u16* y, int
         }
     }
 #endif
-    if (CLUSTER > 1) cluster_barrier();  // no block ends while another one reads its sums, or writes or arrives here
+    if (SPLITS > 1) cluster_barrier();  // no block ends while another one reads its sums
 }
