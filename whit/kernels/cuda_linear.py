@@ -117,47 +117,51 @@ def _decoded_product(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
     return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
 
+def candidates(layout: Layout, rows: int, columns: int, tokens: int, index: int) -> list[Tuned]:
+    """The launches worth trying for a weight and `tokens` vectors (a `size_class`) on device number `index`."""
+    _, processors, memory = device_limits(index)
+    found: list[Tuned] = []
+    if tokens > 1 and has_warpgroups(index) and wide_supports(layout, columns):
+        found += wide_shapes(layout, tokens, columns, memory)
+    if layout.multiplies and tokens <= FEW:
+        for shape in gemv_shapes(layout, counts_bits(index)) if tokens == 1 else small_shapes(layout):
+            try:
+                plan(layout, rows, columns, tokens, processors, memory, [shape])
+            except ValueError:
+                continue
+            found.append(shape)
+    return [*found, Decode()] if found and tokens > FEW else found
+
+
 def tune(x: Tensor, packed: Packed, seconds: Callable[[], float]) -> tuple[str, Tuned]:
     """Find the fastest launch for one call and use it from now on in this process.
 
     Args:
         x: inputs that a kernel multiplies: 1 to 32 vectors, on Hopper any number.
         packed: weight of the layout and shape to tune for.
-        seconds: measures the call; run once per shape.
+        seconds: measures the call; run once per launch.
 
     Returns:
-        The key of `cuda_plan.tuning_key` and the shape, for `cuda_plan.keep_tuned`.
+        The key of `cuda_plan.tuning_key` and the launch, for `cuda_plan.keep_tuned`.
 
     Raises:
         ValueError: no kernel multiplies these.
     """
     layout, index = _usable(x, packed), x.device.index
-    if layout is None:
-        raise ValueError(f"no kernel to tune for {packed.format}")
-    tokens = size_class(layout, _vectors(x))
-    device, processors, memory = device_limits(index)
-    candidates: list[Tuned] = []
-    if tokens > 1 and has_warpgroups(index) and wide_supports(layout, packed.columns):
-        candidates += wide_shapes(layout, tokens, packed.columns, memory)
-    if layout.multiplies and tokens <= FEW:
-        for shape in gemv_shapes(layout, counts_bits(index)) if tokens == 1 else small_shapes(layout):
-            try:
-                plan(layout, packed.rows, packed.columns, tokens, processors, memory, [shape])
-            except ValueError:
-                continue
-            candidates.append(shape)
-    if not candidates:
+    tokens = 0 if layout is None else size_class(layout, _vectors(x))
+    possible = [] if layout is None else candidates(layout, packed.rows, packed.columns, tokens, index)
+    if layout is None or not possible:
         raise ValueError(f"no kernel to tune for {_vectors(x)} vectors and {packed.format}")
-    candidates += [Decode()] if tokens > FEW else []
+    device = device_limits(index)[0]
     key = tuning_key(layout, packed.rows, packed.columns, tokens)
     times: dict[Tuned, float] = {}
-    for candidate in candidates:
+    for candidate in possible:
         use_shape(device, key, candidate)
         choice.cache_clear()
         try:
             times[candidate] = seconds()
         except CompilationError:
-            continue  # this compiler or device cannot do it; another shape will
+            continue  # this compiler or device cannot do it; another launch will
     best = min(times, key=times.__getitem__)
     use_shape(device, key, best)
     choice.cache_clear()

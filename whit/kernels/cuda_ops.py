@@ -66,7 +66,7 @@ def counts_bits(index: int) -> bool:
     return torch.cuda.get_device_capability(index) < (10, 0)
 
 
-def _starts_early(index: int) -> bool:
+def starts_early(index: int) -> bool:
     """Whether the device has programmatic dependent launch."""
     return torch.cuda.get_device_capability(index) >= (9, 0)
 
@@ -96,14 +96,21 @@ def choice(layout: Layout, rows: int, columns: int, tokens: int, index: int) -> 
     return Decode()
 
 
+def build(
+    layout: Layout, launch: Launch | WideShape, tokens: int, bfloat: bool, early: bool
+) -> tuple[str, str, tuple[str, ...], bool]:
+    """Source, name and options of a kernel, and whether it needs instructions of one architecture alone."""
+    if isinstance(launch, WideShape):
+        return wide_source(launch.tokens), "wide", wide_options(layout, launch, bfloat, early=True), True
+    name = "gemv" if tokens == 1 else "small"
+    options = options_of(layout, launch.shape, launch.depth, tokens, bfloat, early)
+    return source_of(*parts_of(name, launch.shape)), name, options, False
+
+
 @lru_cache(maxsize=4096)
 def _compiled(layout: Layout, launch: Launch | WideShape, tokens: int, bfloat: bool, index: int) -> Kernel:
-    if isinstance(launch, WideShape):
-        options = wide_options(layout, launch, bfloat, early=True)
-        return kernel(wide_source(launch.tokens), "wide", options, index, specific=True)
-    name = "gemv" if tokens == 1 else "small"
-    options = options_of(layout, launch.shape, launch.depth, tokens, bfloat, _starts_early(index))
-    return kernel(source_of(*parts_of(name, launch.shape)), name, options, index)
+    source, name, options, specific = build(layout, launch, tokens, bfloat, starts_early(index))
+    return kernel(source, name, options, index, specific=specific)
 
 
 @lru_cache(maxsize=256)
@@ -171,7 +178,7 @@ def packed_product(
             run.launch(grid, launch.threads, shared, arguments, early=True, cluster=launch.splits)
             return out
         arguments += [ctypes.c_int(m)] * (m > 1) + [ctypes.c_int(launch.chunk), ctypes.c_int(launch.tiles)]
-        run.launch(launch.grid, launch.shape.threads, launch.shared, arguments, early=_starts_early(index))
+        run.launch(launch.grid, launch.shape.threads, launch.shared, arguments, early=starts_early(index))
     return out
 
 

@@ -225,12 +225,17 @@ class Kernel:
         _check(status, "launch a kernel")
 
 
-@lru_cache(maxsize=512)
-def kernel(source: str, name: str, options: tuple[str, ...], device: int, *, specific: bool = False) -> Kernel:
-    """The function `name` of a source, compiled for device number `device` (which must be the current one).
+def device_options(capability: tuple[int, int], options: Sequence[str], *, specific: bool = False) -> tuple[str, ...]:
+    """All options of a compilation for devices of a compute capability.
 
     `specific` allows the instructions that only this very architecture has (sm_90a).
     """
-    major, minor = torch.cuda.get_device_capability(device)
-    target = f"--gpu-architecture=sm_{major}{minor}{'a' * specific}"
-    return Kernel(cached_cubin(source, (target, "--std=c++17", *options)), name)
+    major, minor = capability
+    return (f"--gpu-architecture=sm_{major}{minor}{'a' * specific}", "--std=c++17", *options)
+
+
+@lru_cache(maxsize=512)
+def kernel(source: str, name: str, options: tuple[str, ...], device: int, *, specific: bool = False) -> Kernel:
+    """The function `name` of a source, compiled for device number `device` (which must be the current one)."""
+    capability = torch.cuda.get_device_capability(device)
+    return Kernel(cached_cubin(source, device_options(capability, options, specific=specific)), name)
