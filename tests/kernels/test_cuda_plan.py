@@ -78,6 +78,8 @@ def test_what_multiplies_depends_on_vectors_device_and_what_was_found(hopper, mo
     layout = layout_of(LevelTable(2, 128), 4096)
     assert cuda_ops.choice(layout, 512, 4096, 1, 0).shape in gemv_shapes(layout)
     assert isinstance(cuda_ops.choice(layout, 512, 4096, 256, 0), WideShape)
+    assert isinstance(cuda_ops.choice(layout, 512, 4096, 2048, 0), WideShape)
+    assert cuda_ops.choice(layout_of(GroupedInteger(4, 128, True), 4096), 512, 4096, 2048, 0) == Decode()
     assert cuda_ops.choice(layout_of(LevelTable(2, 128), 4000), 512, 4000, 256, 0) == Decode()
     assert cuda_ops.choice(layout_of(LevelTable(2, 32), 4096), 512, 4096, 256, 0) == Decode()
     found = wide_shapes(layout, 16, 4096, H200[1])[1]

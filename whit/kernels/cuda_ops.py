@@ -27,6 +27,7 @@ from whit.kernels.cuda_wide import (
     Decode,
     WideShape,
     bucket,
+    decodes_first,
     shared_bytes,
     wide_options,
     wide_plan,
@@ -91,7 +92,7 @@ def choice(layout: Layout, rows: int, columns: int, tokens: int, index: int) -> 
         return found
     if tokens <= FEW and layout.multiplies:
         return choose(device, layout, rows, columns, tokens, processors, memory, binary=counts_bits(index))
-    if wide and not isinstance(found, Decode):
+    if wide and not isinstance(found, Decode) and not decodes_first(layout, tokens):
         return wide_plan(layout, rows, columns, tokens, processors, memory)
     return Decode()
 

@@ -9,6 +9,12 @@ from whit.kernels.cuda_layout import VECTOR_CODEBOOK, WIDEST_CODEBOOK, Layout
 BOX = 64
 """Columns that one copy of x brings; a stage has one or two of them, a split whole stages."""
 WIDEST_TILE = 256
+EXPANSION = 85
+"""Cycles in which a warpgroup expands the codes of a product of 64 x 16, measured on an H200 for two-bit levels."""
+WAVE = 6000
+"""Cycles that a thread block spends before its first product and after its last."""
+MANY = 1024
+"""Vectors from which formats that are dear to expand are decoded first."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +104,10 @@ def wide_shapes(layout: Layout, tokens: int, columns: int, memory: int) -> list[
 
 
 def wide_plan(layout: Layout, rows: int, columns: int, tokens: int, processors: int, memory: int) -> WideShape:
-    """The shape whose blocks come out most evenly over the multiprocessors, a little in favour of few splits.
+    """The shape of the least estimated time; tuning replaces the estimate.
+
+    A product of 64 rows, 16 columns and n vectors takes the tensor cores n / 2 cycles, and expanding its codes about
+    `EXPANSION`; the work of a multiprocessor is the larger, times its products, plus what every wave of blocks costs.
 
     Raises:
         ValueError: nothing fits.
@@ -107,13 +116,20 @@ def wide_plan(layout: Layout, rows: int, columns: int, tokens: int, processors: 
     if not shapes:
         raise ValueError(f"no launch of {rows} x {columns} fits {memory} bytes of shared memory")
 
-    def cost(shape: WideShape) -> tuple[float, int]:
-        slots = processors * shape.resident
-        waves = -(-shape.grid(rows, tokens) // slots)
-        work = shape.tokens * shape.row_groups * shape.resident / shape.splits  # of a wave
-        return waves * work * (1 + 0.03 * shape.splits), -shape.tokens * shape.row_groups
+    def cycles(shape: WideShape) -> float:
+        waves = -(-shape.grid(rows, tokens) // (processors * shape.resident))
+        step = shape.resident * shape.row_groups * max(shape.tokens / 2, EXPANSION)
+        return waves * (columns / 16 / shape.splits * step + (WAVE if shape.splits == 1 else 2 * WAVE))
 
-    return min(shapes, key=cost)
+    return min(shapes, key=cycles)
+
+
+def decodes_first(layout: Layout, tokens: int) -> bool:
+    """Whether, where nothing was tuned, a library over the decoded weight is the faster way.
+
+    With many vectors every tile expands the weight anew, which hides behind the products for up to two plain bits alone.
+    """
+    return tokens >= MANY and not (layout.kind in (1, 2) and layout.bits <= 2)
 
 
 def wide_options(layout: Layout, shape: WideShape, bfloat: bool, early: bool) -> tuple[str, ...]:
