@@ -118,7 +118,8 @@ def wide_plan(layout: Layout, rows: int, columns: int, tokens: int, processors: 
 
     def cycles(shape: WideShape) -> float:
         waves = -(-shape.grid(rows, tokens) // (processors * shape.resident))
-        step = shape.resident * shape.row_groups * max(shape.tokens / 2, EXPANSION)
+        expansion = EXPANSION * (1.3 if shape.block == BOX else 1.0)  # what a stage costs is shared by fewer products
+        step = shape.resident * shape.row_groups * max(shape.tokens / 2, expansion)
         return waves * (columns / 16 / shape.splits * step + (WAVE if shape.splits == 1 else 2 * WAVE))
 
     return min(shapes, key=cycles)
@@ -127,7 +128,7 @@ def wide_plan(layout: Layout, rows: int, columns: int, tokens: int, processors: 
 def decodes_first(layout: Layout, tokens: int) -> bool:
     """Whether, where nothing was tuned, a library over the decoded weight is the faster way.
 
-    With many vectors every tile expands the weight anew, which hides behind the products for up to two plain bits alone.
+    With many vectors every tile expands the weight anew, which hides behind the products for two plain bits or fewer.
     """
     return tokens >= MANY and not (layout.kind in (1, 2) and layout.bits <= 2)
 

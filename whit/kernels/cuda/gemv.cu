@@ -9,7 +9,7 @@
 // warp takes items of 16 rows x ICOLS columns through a private ring in shared memory, filled by cp.async DEPTH - 1
 // ahead. Partial sums of items are added in a fixed order: same input, same bytes.
 
-constexpr int PREFETCHED = 4;  // items of a warp that L2 is asked for while the kernel before still runs
+constexpr int PREFETCHED = 2;  // items of a warp that L2 is asked for while the kernel before still runs
 
 // The items of a warp: numbers warp, warp + WARPS, ... of the row tiles of a round, each `across` items wide.
 struct Place {
