@@ -62,6 +62,11 @@ MEANINGS = {
     " u32 descriptor) { late_product(c, TOKENS / 2, a, shared_memory + descriptor / 64 * 1024, descriptor % 64 / 2); }",
     "u32 choose_bytes(": "static u32 choose_bytes(u32 low, u32 high, u32 selector)"
     " { return __byte_perm(low, high, selector); }",
+    "u32 fma_pairs(": "static u32 fma_pairs(u32 a, u32 b, u32 c)"
+    " { return to16(from16(a) * from16(b) + from16(c))"
+    " | (u32)to16(from16(a >> 16) * from16(b >> 16) + from16(c >> 16)) << 16; }",
+    "u32 multiply_pairs(": "static u32 multiply_pairs(u32 a, u32 b)"
+    " { return to16(from16(a) * from16(b)) | (u32)to16(from16(a >> 16) * from16(b >> 16)) << 16; }",
     "u32 in_register(": "static u32 in_register(u32 constant) { return constant; }",
     "u32 pair_of_floats(": "static u32 pair_of_floats(float low, float high)"
     " { return to16(low) | (u32)to16(high) << 16; }",

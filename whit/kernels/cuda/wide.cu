@@ -20,6 +20,8 @@
 #endif
 #define BYTE_PER_CHUNK (KIND == VECTOR_CODEBOOK && BITS == 8 && WIDTH == 8)  // a code for each eight columns
 #define TABLE (KIND != VECTOR_CODEBOOK && (KIND != GROUPED_INTEGER || BITS <= 2))
+#define HALVES (!BF16 && KIND == GROUPED_INTEGER && BITS > 2)  // wider integers become float16 without float32
+#define SECOND_CODE (BITS == 4 ? 0x2c00u : 0x3c00u)            // 1/16 or 1: what the second code of a pair is multiplied by
 #define CODE_WORDS (KIND == VECTOR_CODEBOOK ? 2 * BOXES : BLOCK * CODE_BITS / 32)  // 32-bit words of the codes of a row and plane
 #define KEPT_WORDS (CODE_BITS == 8 && KIND != VECTOR_CODEBOOK ? CODE_WORDS / 4 : CODE_WORDS)  // 8 bits: the lane's own pairs
 
@@ -160,7 +162,7 @@ __device__ __forceinline__ void fetch(Codes& codes, const Weight& w, const int (
 // ---- Levels of a group ---------------------------------------------------------------------------------------------------
 struct Levels {
     u32 table[2], marked[2];  // four 16-bit levels of a row, for ordinary and for marked columns
-    float scale, zero;        // wider integers: w = scale (code - zero)
+    float scale, zero;        // wider integers: w = scale (code - zero), in float16 by the pairs of the table
 };
 __device__ __forceinline__ void levels_of(Levels& levels, const u16 (&s)[NS], u32 zero_code) {
     float v[NS];
@@ -185,8 +187,27 @@ __device__ __forceinline__ void levels_of(Levels& levels, const u16 (&s)[NS], u3
             levels.table[1] = BITS == 2 ? pair_of_floats(scale * (2.0f - zero), scale * (3.0f - zero)) : 0;
         } else {
             levels.scale = scale, levels.zero = 8388608.0f + zero;
+            if (HALVES) {
+                levels.table[0] = pair_of_floats(scale, scale);
+                levels.table[1] = pair_of_floats(-1024.0f - zero, (BITS == 4 ? -64.0f : -1024.0f) - zero);
+            }
         }
     }
+}
+// scale (code - zero) for a pair of codes, rounded once. In float16 every step before the last is exact: a code in the low
+// bits of 1024 is 1024 + code; the second of two four-bit codes stays where it is, sixteen times as much.
+__device__ __forceinline__ u32 fma_pairs(u32 a, u32 b, u32 c) {
+    u32 d;
+    asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+    return d;
+}
+__device__ __forceinline__ u32 multiply_pairs(u32 a, u32 b) {
+    u32 d;
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+    return d;
+}
+__device__ __forceinline__ u32 pair_of_halves(u32 biased, const Levels& levels) {
+    return multiply_pairs(fma_pairs(biased, SECOND_CODE << 16 | 0x3c00u, levels.table[1]), levels.table[0]);
 }
 __device__ __forceinline__ u32 pair_of_codes(u32 first, u32 second, const Levels& levels) {
     const float a = __uint_as_float(0x4b000000u | first) - levels.zero, b = __uint_as_float(0x4b000000u | second) - levels.zero;
@@ -253,13 +274,13 @@ __device__ __forceinline__ void expand(u32 (&a)[4], const Codes& codes, const u3
                 if (CODE_BITS == 3) {
                     const int at = 3 * chunk / 4, shift = 8 * (3 * chunk % 4);
                     const u32 v = (shift <= 8 ? word[at % KEPT_WORDS] >> shift : funnel_right(word[at % KEPT_WORDS], word[(at + 1) % KEPT_WORDS], shift)) >> (6 * q);
-                    a[2 * half + h] = pair_of_codes(v & 7, v >> 3 & 7, levels[h]);
+                    a[2 * half + h] = HALVES ? pair_of_halves(((v & 63) * 0x2001u & 0x00070007u) | 0x64006400u, levels[h]) : pair_of_codes(v & 7, v >> 3 & 7, levels[h]);
                 } else if (CODE_BITS == 4) {
-                    const u32 v = word[chunk % KEPT_WORDS] >> (8 * q);
-                    a[2 * half + h] = pair_of_codes(v & 15, v >> 4 & 15, levels[h]);
+                    const u32 v = HALVES ? choose_bytes(word[chunk % KEPT_WORDS], 0, 0x4040u | q | q << 8) : word[chunk % KEPT_WORDS] >> (8 * q);
+                    a[2 * half + h] = HALVES ? pair_of_halves((v & 0x00f0000fu) | 0x64006400u, levels[h]) : pair_of_codes(v & 15, v >> 4 & 15, levels[h]);
                 } else {
                     const u32 v = word[step % KEPT_WORDS] >> (16 * half);
-                    a[2 * half + h] = pair_of_codes(v & 255, v >> 8 & 255, levels[h]);
+                    a[2 * half + h] = HALVES ? pair_of_halves(choose_bytes(v, 0x64u, 0x4140u), levels[h]) : pair_of_codes(v & 255, v >> 8 & 255, levels[h]);
                 }
             }
         }
