@@ -97,6 +97,21 @@ def test_what_multiplies_depends_on_vectors_device_and_what_was_found(hopper, mo
     assert cuda_ops.choice(layout, 512, 4096, 256, 0) == Decode()
 
 
+def test_blocks_that_share_staging_come_in_whole_clusters_and_stage_once():
+    layout = layout_of(LevelTable(2, 128), 4096)
+    shared = [shape for shape in gemv_shapes(layout, True, True) if shape.share > 1]
+    assert {shape.share for shape in shared} == {2, 4} and gemv_shapes(layout) == [
+        shape for shape in gemv_shapes(layout, True, True) if shape.share == 1
+    ]
+    for shape in shared:
+        launch = plan(layout, 11008, 4096, 1, 131, H200[1], [shape])
+        assert launch.grid % shape.share == 0 and launch.chunk >= 4096
+        with pytest.raises(ValueError, match="no launch"):
+            plan(layout, 11008, 65536, 1, 131, 60_000, [shape])
+        with pytest.raises(ValueError, match="no launch"):
+            plan(layout, 16, 4096, 1, 131, H200[1], [shape])
+
+
 def test_formats_that_one_vector_kernels_do_not_read():
     codebook, narrow = layout_of(VectorCodebook(256, 12, False), 4096), layout_of(VectorCodebook(256, 5, False), 4096)
     assert cuda_ops.size_class(codebook, 1) == bucket(1) == 8

@@ -77,6 +77,26 @@ def test_one_vector(layout, bitwise, tmp_path):
         assert torch.equal(run(program, described, launch, tensors, (rows, columns), x, bias, descending=True), actual)
 
 
+@pytest.mark.parametrize(
+    "layout", [BinaryResidual(128, True), LevelTable(2, 0), GroupedInteger(3, 128, True)], ids=name_of
+)
+@pytest.mark.parametrize("share", [2, 4])
+def test_one_vector_whose_staging_is_shared(layout, share, tmp_path):
+    rows, columns, dtype = 80, 1100, torch.float16
+    described = layout_of(layout, columns)
+    launch = place_gemv(described, rows, columns, 5, 90_000, Shape(64, 256, 2, True, 1, share))
+    assert launch.grid == 4 and launch.chunk >= columns
+    program = compiled("gemv", described, launch, 1, False, tmp_path)
+    packed = random_packed(layout, rows, columns)
+    x = inputs(1, columns, dtype, "cpu")
+    tensors = [packed.tensors[name] for name in described.names if name]
+    actual = run(program, described, launch, tensors, (rows, columns), x, None)
+    weight = packed.unpack().double()
+    expected = x.double() @ weight.T
+    assert ((actual.double() - expected).abs() <= error_bound(x, weight, expected)).all()
+    assert torch.equal(run(program, described, launch, tensors, (rows, columns), x, None, descending=True), actual)
+
+
 @pytest.mark.parametrize("layout", FEW, ids=name_of)
 @pytest.mark.parametrize("tokens", [3, 13])
 def test_few_vectors(layout, tokens, tmp_path):

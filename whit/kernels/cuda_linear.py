@@ -25,7 +25,16 @@ from torch import Tensor
 
 from whit.formats.base import Packed
 from whit.kernels.cuda_layout import Layout, layout_of
-from whit.kernels.cuda_ops import FEW, choice, counts_bits, device_limits, has_warpgroups, layout_fields, size_class
+from whit.kernels.cuda_ops import (
+    FEW,
+    choice,
+    counts_bits,
+    device_limits,
+    has_warpgroups,
+    layout_fields,
+    size_class,
+    starts_early,
+)
 from whit.kernels.cuda_plan import Tuned, gemv_shapes, plan, small_shapes, tuning_key, use_shape
 from whit.kernels.cuda_wide import Decode, WideShape, wide_shapes, wide_supports
 from whit.kernels.linear import Implementation, register_implementation
@@ -124,7 +133,9 @@ def candidates(layout: Layout, rows: int, columns: int, tokens: int, index: int)
     if tokens > 1 and has_warpgroups(index) and wide_supports(layout, columns):
         found += wide_shapes(layout, tokens, columns, memory)
     if layout.multiplies and tokens <= FEW:
-        for shape in gemv_shapes(layout, counts_bits(index)) if tokens == 1 else small_shapes(layout):
+        for shape in (
+            gemv_shapes(layout, counts_bits(index), starts_early(index)) if tokens == 1 else small_shapes(layout)
+        ):
             try:
                 plan(layout, rows, columns, tokens, processors, memory, [shape])
             except ValueError:

@@ -68,7 +68,7 @@ def counts_bits(index: int) -> bool:
 
 
 def starts_early(index: int) -> bool:
-    """Whether the device has programmatic dependent launch."""
+    """Whether the device has programmatic dependent launch, and clusters of blocks."""
     return torch.cuda.get_device_capability(index) >= (9, 0)
 
 
@@ -91,7 +91,17 @@ def choice(layout: Layout, rows: int, columns: int, tokens: int, index: int) -> 
     if wide and isinstance(found, WideShape) and found in wide_shapes(layout, tokens, columns, memory):
         return found
     if tokens <= FEW and layout.multiplies:
-        return choose(device, layout, rows, columns, tokens, processors, memory, binary=counts_bits(index))
+        return choose(
+            device,
+            layout,
+            rows,
+            columns,
+            tokens,
+            processors,
+            memory,
+            binary=counts_bits(index),
+            clusters=starts_early(index),
+        )
     if wide and not isinstance(found, Decode) and not decodes_first(layout, tokens):
         return wide_plan(layout, rows, columns, tokens, processors, memory)
     return Decode()
@@ -179,7 +189,9 @@ def packed_product(
             run.launch(grid, launch.threads, shared, arguments, early=True, cluster=launch.splits)
             return out
         arguments += [ctypes.c_int(m)] * (m > 1) + [ctypes.c_int(launch.chunk), ctypes.c_int(launch.tiles)]
-        run.launch(launch.grid, launch.shape.threads, launch.shared, arguments, early=starts_early(index))
+        shape = launch.shape
+        early = starts_early(index)
+        run.launch(launch.grid, shape.threads, launch.shared, arguments, early=early, cluster=shape.share)
     return out
 
 

@@ -26,8 +26,9 @@ class Shape:
     """What may be chosen freely.
 
     Threads of a block, columns a warp takes at a time, blocks of 128 columns interleaved, whether one vector is
-    multiplied as bit planes (`bits.cuh`) or as limbs (`limbs.cuh`), and how many thread blocks a multiprocessor must
-    have room for: with two, the next kernel of a stream is already there when one ends.
+    multiplied as bit planes (`bits.cuh`) or as limbs (`limbs.cuh`), how many thread blocks a multiprocessor must have
+    room for (with two, the next kernel of a stream is already there when one ends), and how many of a cluster share the
+    work of bringing one vector into its bit planes.
     """
 
     threads: int
@@ -35,6 +36,7 @@ class Shape:
     unroll: int
     bitwise: bool = False
     resident: int = 1
+    share: int = 1
 
 
 Tuned: TypeAlias = Shape | WideShape | Decode
@@ -54,8 +56,14 @@ class Launch:
     shared: int
 
 
-def gemv_shapes(layout: Layout, binary: bool = True) -> list[Shape]:
-    """Shapes for one vector, the likeliest first; `binary`: the device has binary tensor cores."""
+def gemv_shapes(layout: Layout, binary: bool = True, clusters: bool = False) -> list[Shape]:
+    """Shapes for one vector, the likeliest first.
+
+    Args:
+        layout: of the weight.
+        binary: the device has binary tensor cores.
+        clusters: blocks can read each other's shared memory.
+    """
     bitwise = layout.bitwise and binary
     widest = 512 if layout.bits <= 2 else 256 if layout.bits <= 4 else 128
     narrowest = 256 if layout.bits <= 2 else 128 if layout.bits == 4 else widest
@@ -67,7 +75,11 @@ def gemv_shapes(layout: Layout, binary: bool = True) -> list[Shape]:
         shapes += [Shape(512, 1024, 4, bitwise), Shape(512, 1024, 8, bitwise), Shape(768, 1024, 4, bitwise)]
     if layout.kind == 0 and bitwise:  # two scalar sets double the work per plane of x, not that per limb
         shapes += [Shape(768, widest, 4), Shape(512, widest, 4)]
-    return [*shapes, Shape(256, narrowest, 2, bitwise)]
+    shapes.append(Shape(256, narrowest, 2, bitwise))
+    if bitwise and clusters:
+        alone = [s for s in shapes if s.bitwise and s.threads in (512, 768) and s.item >= widest and s.resident == 1]
+        shapes += [replace(shape, share=share) for share in (2, 4) for shape in alone]
+    return shapes
 
 
 def small_shapes(layout: Layout) -> list[Shape]:
@@ -88,12 +100,16 @@ def place_gemv(layout: Layout, rows: int, columns: int, processors: int, memory:
     """
     item, stage = shape.item, layout.stage_bytes(shape.item)
     tiles, across = -(-rows // 16), -(-columns // item)
-    grid = min(tiles, processors)
+    grid = min(tiles, processors) // shape.share * shape.share
+    if grid == 0:
+        return None
     per_round = max(1, min(-(-tiles // grid), memory // 512 // across))
     kinds, flushes = (2 if layout.kind == 0 else 1), (1 if layout.group % 128 == 0 else 2)
     # of x, per block of 128 columns: operand words and pairs of floats
     block = (1152 if layout.bits == 3 else 256 * kinds) + 32 * kinds if shape.bitwise else 1024 + 32 * flushes
-    for chunks in range(1, across + 1):
+    for chunks in range(
+        1, across + 1 if shape.share == 1 else 2
+    ):  # blocks that share must stage at the same time, once
         chunk = -(-across // chunks) * item
         for depth in (3, 2):
             shared = chunk // 128 * block + per_round * across * 64 + shape.threads // 32 * depth * stage
@@ -172,6 +188,7 @@ def options_of(layout: Layout, shape: Shape, depth: int, tokens: int, bfloat: bo
         "DEPTH": depth,
         "UNROLL": shape.unroll,
         "RESIDENT": shape.resident,
+        "STAGING_BLOCKS": shape.share,
     }
     return (*layout.defines(), *(f"-D{key}={int(value)}" for key, value in values.items()))
 
@@ -256,10 +273,11 @@ def choose(
     memory: int,
     *,
     binary: bool = True,
+    clusters: bool = True,
 ) -> Launch:
     """The launch of `gemv` or `small`: the found shape if there is one and it fits, otherwise `plan`'s."""
     found = tuned_shapes(device).get(tuning_key(layout, rows, columns, tokens))
-    if isinstance(found, Shape):
+    if isinstance(found, Shape) and (clusters or found.share == 1):
         shape = replace(found, bitwise=found.bitwise and layout.bitwise and binary)
         try:
             return plan(layout, rows, columns, tokens, processors, memory, [shape])

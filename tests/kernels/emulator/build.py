@@ -55,8 +55,9 @@ MEANINGS = {
     "void registers_ready(": "static void registers_ready() {}",
     "void products_commit(": "static void products_commit() { close_products(); }",
     "void products_wait(": "template <int LEFT> static void products_wait() { finish_products(LEFT); }",
-    "void cluster_barrier(": "",
-    "float4 peer_floats(": "",
+    "void cluster_arrive(": "",
+    "void cluster_wait(": "",
+    "uint4 peer_words(": "",
     "u32 descriptor_of(": "static u32 descriptor_of(const u8* tile) { return (tile - shared_memory) / 16; }",
     "void warpgroup_product(": "static void warpgroup_product(float (&c)[TOKENS / 2], const u32 (&a)[4],"
     " u32 descriptor) { late_product(c, TOKENS / 2, a, shared_memory + descriptor / 64 * 1024, descriptor % 64 / 2); }",
@@ -176,7 +177,7 @@ def run(
         shared = shared_bytes(layout, launch)
         numbers += [0, 0, launch.grid(rows, len(x)), -(-shared // 1024) * 1024, int(descending), launch.splits]
     else:
-        numbers += [launch.chunk, launch.tiles, launch.grid, launch.shared, int(descending), 1]
+        numbers += [launch.chunk, launch.tiles, launch.grid, launch.shared, int(descending), launch.shape.share]
     header = torch.tensor([*sizes, *numbers]).view(torch.uint8)
     content = [blob.contiguous().reshape(-1).view(torch.uint8) for blob in blobs if blob is not None and blob.numel()]
     source, target = program.with_suffix(".in"), program.with_suffix(".out")

@@ -81,9 +81,14 @@ static void __syncthreads() {
     fibers[current].parked = -1;
 }
 static bool waits_unparked;  // someone waits in a way that the scheduler does not see
-static void cluster_barrier() {
+static std::vector<int> cluster_arrived;  // by thread: the generation in which it arrived
+static void cluster_arrive() {
     waits_unparked = true;
-    cluster_wide.wait((int)fibers.size());
+    cluster_arrived[current] = cluster_wide.generation;
+    if (++cluster_wide.arrived == (int)fibers.size()) cluster_wide.arrived = 0, cluster_wide.generation++;
+}
+static void cluster_wait() {
+    while (cluster_wide.generation == cluster_arrived[current]) hand_over();
 }
 static void __syncwarp() { warp_barriers[current / 32].wait(32); }
 
@@ -191,8 +196,8 @@ static double floats_times_floats(uint32_t a, uint32_t b) {
 }
 
 // ---- Clusters and warpgroup products --------------------------------------------------------------------------------------
-static float4 peer_floats(const float* own, int rank) {
-    return *(const float4*)(shared_memories[rank] + ((const uint8_t*)own - shared_memory));
+static uint4 peer_words(const void* own, int rank) {
+    return *(const uint4*)(shared_memories[rank] + ((const uint8_t*)own - shared_memory));
 }
 // A box of x comes when it is waited for. A barrier's phase ends when all have arrived and, if one expected a box, it has come.
 struct Box {
@@ -307,6 +312,7 @@ static void run_blocks(int grid, int threads, size_t shared, bool descending, in
     for (first_block = 0; first_block < grid; first_block += cluster) {
         for (uint8_t* memory : shared_memories) memset(memory, 0xff, shared);
         cluster_wide = Barrier();
+        cluster_arrived.assign(all, -1);
         for (Barrier& barrier : block_barriers) barrier = Barrier();
         for (Barrier& barrier : warp_barriers) barrier = Barrier();
         copy_groups.assign(all, std::deque<std::vector<Copy>>(1));

@@ -93,6 +93,18 @@ __device__ __forceinline__ void wait_for_previous_kernel() {
 #endif
 }
 
+// Barrier of all threads of a cluster of blocks, in two parts.
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+// Four words at the place of `own` in the shared memory of block `rank` of the cluster.
+__device__ __forceinline__ uint4 peer_words(const void* own, int rank) {
+    uint4 v;
+    u32 address;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(own)), "r"(rank));
+    asm volatile("ld.shared::cluster.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address) : "memory");
+    return v;
+}
+
 __device__ __forceinline__ u32 funnel_right(u32 low, u32 high, int shift) { return __funnelshift_r(low, high, shift); }
 
 // ---- An item: 16 rows x ICOLS columns of codes with their scalars, staged in shared memory by one warp -------------

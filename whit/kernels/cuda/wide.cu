@@ -58,18 +58,6 @@ __device__ __forceinline__ void store_transposed(u16* place, u32 a, u32 b, u32 c
 __device__ __forceinline__ void registers_ready() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 template <int LEFT> __device__ __forceinline__ void products_wait() { asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(LEFT) : "memory"); }
-__device__ __forceinline__ void cluster_barrier() {
-    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
-    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-// Four floats at the place of `own` in the shared memory of block `rank` of the cluster.
-__device__ __forceinline__ float4 peer_floats(const float* own, int rank) {
-    float4 v;
-    u32 address;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(own)), "r"(rank));
-    asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(address) : "memory");
-    return v;
-}
 
 // ---- Codes of a block of columns of rows r and r + 8, as a lane of the product needs them -------------------------------
 struct Codes {
@@ -421,7 +409,8 @@ wide(const __grid_constant__ TensorMap x, Weight w, const u16* bias, u16* y, int
     for (int j = 0; j < TOKENS / 8; j++)
 #pragma unroll
         for (int e = 0; e < 4; e++) total[(8 * j + 2 * q + (e & 1)) * SUM_STRIDE + own_row + 8 * (e >> 1)] = sums[4 * j + e];
-    cluster_barrier();
+    cluster_arrive();
+    cluster_wait();
     for (int cell = rank * THREADS + threadIdx.x; cell < TOKENS * (ROWS / 4); cell += SPLITS * THREADS) {
         const int token = cell / (ROWS / 4), part = cell % (ROWS / 4) * 4, first_row = row0 + part;
         if (token0 + token >= tokens || first_row >= w.rows) continue;
@@ -429,8 +418,8 @@ wide(const __grid_constant__ TensorMap x, Weight w, const u16* bias, u16* y, int
         float v[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
         for (int other = 0; other < SPLITS; other++) {
-            const float4 four = peer_floats(own, other);
-            v[0] += four.x, v[1] += four.y, v[2] += four.z, v[3] += four.w;
+            const uint4 four = peer_words(own, other);
+            v[0] += __uint_as_float(four.x), v[1] += __uint_as_float(four.y), v[2] += __uint_as_float(four.z), v[3] += __uint_as_float(four.w);
         }
         u16 out[4];
 #pragma unroll
@@ -445,5 +434,5 @@ wide(const __grid_constant__ TensorMap x, Weight w, const u16* bias, u16* y, int
         }
     }
 #endif
-    if (SPLITS > 1) cluster_barrier();  // no block ends while another one reads its sums
+    if (SPLITS > 1) cluster_arrive(), cluster_wait();  // no block ends while another one reads its sums
 }
