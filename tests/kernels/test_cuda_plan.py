@@ -98,7 +98,7 @@ def test_what_multiplies_depends_on_vectors_device_and_what_was_found(hopper, mo
 
 
 def test_blocks_that_share_staging_come_in_whole_clusters_and_stage_once():
-    layout = layout_of(LevelTable(2, 128), 4096)
+    layout = layout_of(LevelTable(1, 128), 4096)
     shared = [shape for shape in gemv_shapes(layout, True, True) if shape.share > 1]
     assert {shape.share for shape in shared} == {2, 4} and gemv_shapes(layout) == [
         shape for shape in gemv_shapes(layout, True, True) if shape.share == 1
