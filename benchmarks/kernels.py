@@ -2,7 +2,8 @@
 
     python benchmarks/kernels.py --output benchmarks/results/kernels-h200.json
     python benchmarks/kernels.py --formats level-table-2 --counts 1
-    python benchmarks/kernels.py --tune    # first finds and keeps the fastest launch shape of each case
+    python benchmarks/kernels.py --tune    # first finds and keeps the fastest launch of each case
+    python benchmarks/kernels.py --compile 16 --tune    # compiles in 16 processes what tuning will try
 
 Each case is a CUDA graph that calls the layer once per copy of its weight; copies together exceed twice the L2 cache,
 so weights come from memory. Codes, scalars and inputs are random. Times are medians over replays, per call. Bytes moved
@@ -12,9 +13,12 @@ are those of the packed weight, the inputs and the outputs, each once.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import itertools
 import platform
 import statistics
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -27,24 +31,37 @@ from whit.formats.base import Format
 from whit.formats.binary_residual import BinaryResidual
 from whit.formats.grouped_integer import GroupedInteger
 from whit.formats.level_table import LevelTable
+from whit.formats.nm_index import encode_mask
+from whit.formats.structured_binary import StructuredBinary
+from whit.formats.vector_codebook import VectorCodebook
 from whit.kernels import explain, packed_linear
-from whit.kernels.cuda_linear import FEW, tune
-from whit.kernels.cuda_plan import keep_tuned
+from whit.kernels.cuda_decode import decode_options, decode_source
+from whit.kernels.cuda_layout import layout_of
+from whit.kernels.cuda_linear import candidates, tune
+from whit.kernels.cuda_ops import build, device_limits, size_class, starts_early
+from whit.kernels.cuda_plan import Shape, keep_tuned, plan
+from whit.kernels.cuda_wide import Decode
+from whit.kernels.nvrtc import CompilationError, cached_cubin, device_options
 
 FORMATS: dict[str, Format] = {
     "binary-residual": BinaryResidual(128, True),
     "binary-residual-no-means": BinaryResidual(128, False),
+    "binary-residual-row": BinaryResidual(0, False),
     "level-table-2": LevelTable(2, 128),
+    "level-table-2-row": LevelTable(2, 0),
     "level-table-1": LevelTable(1, 128),
     "integer-1": GroupedInteger(1, 128, True),
     "integer-2": GroupedInteger(2, 128, False),
     "integer-3": GroupedInteger(3, 128, False),
     "integer-4": GroupedInteger(4, 128, False),
     "integer-8": GroupedInteger(8, 128, True),
+    "codebook-256x8": VectorCodebook(256, 8, False),
+    "codebook-256x12": VectorCodebook(256, 12, False),
+    "structured-4:8": StructuredBinary(4, 8, 0),
 }
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (28672, 8192))
 """(rows, columns): outputs, inputs."""
-COUNTS = (1, 4, 16, 32, 256, 2048)
+COUNTS = (1, 16, 64, 256, 2048)
 SEED = 0
 
 
@@ -52,8 +69,13 @@ def random_packed(layout: Format, rows: int, columns: int, generator: torch.Gene
     """Random codes, normal scalars; one column in 32 marked, more than BiLLM marks."""
     tensors = {}
     for name, spec in layout.specs(rows, columns).items():
-        if spec.dtype == torch.uint8:
-            tensor = torch.randint(0, 256, spec.shape, dtype=torch.uint8, device="cuda", generator=generator)
+        if not spec.dtype.is_floating_point:
+            low, high = (-127, 128) if spec.dtype == torch.int8 else (0, 243 if name == "regions" else 256)
+            tensor = torch.randint(low, high, spec.shape, dtype=spec.dtype, device="cuda", generator=generator)
+            if isinstance(layout, StructuredBinary) and name == "index":
+                score = torch.rand(rows, columns // layout.m, layout.m, device="cuda", generator=generator)
+                kept = torch.zeros_like(score, dtype=torch.bool).scatter_(2, score.topk(layout.n, 2).indices, True)
+                tensor = encode_mask(kept.flatten(1), layout.n, layout.m)
             if name == "salient":
                 for _ in range(4):
                     tensor &= torch.randint(0, 256, spec.shape, dtype=torch.uint8, device="cuda", generator=generator)
@@ -155,12 +177,41 @@ def measure(
         size = layout.bytes(rows, columns)
         weights = [random_packed(layout, rows, columns, generator) for _ in range(copies_for(size, cache, moved))]
         calls = [lambda w=w: packed_linear(x, w) for w in weights]
-        if tuning and tokens <= FEW:
+        if tuning and explain(x, weights[0]) not in ("plain", "cuda decode + matmul"):
             key, shape = tune(x, weights[0], lambda calls=calls: seconds_per_call(calls, 8)[0])
             keep_tuned(torch.cuda.get_device_name(), {key: shape})
             print(f"    {key}: {shape}", flush=True)
         add(name, explain(x, weights[0]), size, calls)
     return records
+
+
+def compile_one(job: tuple[str, tuple[str, ...]]) -> None:
+    """In a process of its own; a launch that cannot be compiled is left out by tuning."""
+    with contextlib.suppress(CompilationError):
+        cached_cubin(*job)
+
+
+def compile_candidates(names: list[str], shapes: list[str], counts: list[int], bfloat: bool, processes: int) -> None:
+    """Compile everything that tuning will try."""
+    capability, (_, processors, memory) = torch.cuda.get_device_capability(), device_limits(0)
+    jobs = set()
+    for name, shape, count in itertools.product(names, shapes, counts):
+        rows, columns = map(int, shape.split("x"))
+        layout = layout_of(FORMATS[name], columns)
+        assert layout is not None
+        jobs.add((decode_source(layout), device_options(capability, decode_options(layout, bfloat))))
+        tokens = size_class(layout, count)
+        for found in candidates(layout, rows, columns, tokens, 0):
+            if isinstance(found, Decode):
+                continue
+            launch = (
+                plan(layout, rows, columns, tokens, processors, memory, [found]) if isinstance(found, Shape) else found
+            )
+            source, _, options, specific = build(layout, launch, tokens, bfloat, starts_early(0))
+            jobs.add((source, device_options(capability, options, specific=specific)))
+    with ProcessPoolExecutor(processes) as pool:
+        list(pool.map(compile_one, sorted(jobs), chunksize=4))
+    print(f"compiled {len(jobs)} kernels", flush=True)
 
 
 def main() -> None:
@@ -170,23 +221,19 @@ def main() -> None:
     parser.add_argument("--counts", nargs="+", type=int, default=list(COUNTS))
     parser.add_argument("--shapes", nargs="+", default=[f"{rows}x{columns}" for rows, columns in SHAPES])
     parser.add_argument("--dtype", choices=["float16", "bfloat16"], default="float16")
-    parser.add_argument("--step", default="3", help="step of docs/kernels.md that is measured")
+    parser.add_argument("--step", default="6", help="step of docs/kernels.md that is measured")
     parser.add_argument("--tune", action="store_true", help="find and keep the fastest launch shapes first")
+    parser.add_argument("--compile", type=int, default=0, metavar="N", help="compile beforehand in N processes")
     arguments = parser.parse_args()
     torch.manual_seed(SEED)
+    if arguments.compile:
+        bfloat = arguments.dtype == "bfloat16"
+        compile_candidates(arguments.formats, arguments.shapes, arguments.counts, bfloat, arguments.compile)
     properties = torch.cuda.get_device_properties(0)
     with torch.inference_mode():
         limits = ceilings()
         print({key: f"{value:.3e}" for key, value in limits.items()}, flush=True)
-        records = []
-        for shape in arguments.shapes:
-            rows, columns = map(int, shape.split("x"))
-            for tokens in arguments.counts:
-                dtype = getattr(torch, arguments.dtype)
-                records += measure(
-                    rows, columns, tokens, arguments.formats, properties.L2_cache_size, dtype, arguments.tune
-                )
-    if arguments.output:
+        records: list[dict[str, Any]] = []
         report = {
             "step": arguments.step,
             "hardware": properties.name,
@@ -200,7 +247,13 @@ def main() -> None:
             "ceilings": limits,
             "records": records,
         }
-        write_report(report, arguments.output)
+        dtype = getattr(torch, arguments.dtype)
+        for shape, tokens in itertools.product(arguments.shapes, arguments.counts):
+            rows, columns = map(int, shape.split("x"))
+            cache = properties.L2_cache_size
+            records += measure(rows, columns, tokens, arguments.formats, cache, dtype, arguments.tune)
+            if arguments.output:  # after every case: what was measured is kept if a later one fails
+                write_report(report, arguments.output)
 
 
 if __name__ == "__main__":

@@ -7,9 +7,12 @@ from whit.formats import Packed
 from whit.formats.binary_residual import BinaryResidual
 from whit.formats.grouped_integer import GroupedInteger
 from whit.formats.level_table import LevelTable
+from whit.formats.nm_index import encode_mask, kept_in_group
+from whit.formats.structured_binary import StructuredBinary
+from whit.formats.vector_codebook import VectorCodebook
 from whit.kernels import explain, packed_linear
 from whit.kernels.cuda_layout import layout_of
-from whit.kernels.cuda_linear import decoded_weight
+from whit.kernels.cuda_ops import decoded_weight, layout_fields
 from whit.kernels.cuda_plan import gemv_shapes, plan, small_shapes
 from whit.models.packed import PackedLinear
 
@@ -39,8 +42,19 @@ FORMATS = [
     GroupedInteger(8, 128, False),
     GroupedInteger(8, 0, True),
 ]
+OTHERS = [
+    LevelTable(4, 32),
+    GroupedInteger(5, 8, False),
+    VectorCodebook(256, 12, False),
+    VectorCodebook(256, 8, True),
+    VectorCodebook(64, 5, True),
+    StructuredBinary(4, 8, 0),
+    StructuredBinary(2, 8, 64, regions=2),
+    StructuredBinary(1, 1, 128, means=True),
+]
+"""Formats that are decoded for every number of vectors, or multiplied by `wide` alone."""
 SHAPES = [(16, 128), (48, 512), (33, 200), (7, 13), (130, 1000), (256, 4096), (100, 11008)]
-COUNTS = [1, 2, 7, 8, 9, 16, 17, 32, 33]
+COUNTS = [1, 2, 7, 8, 9, 16, 17, 32, 33, 150, 600]
 ROUNDOFF = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
 
 
@@ -53,8 +67,13 @@ def random_packed(layout, rows, columns, device="cpu", seed=0):
     generator = torch.Generator(device).manual_seed(seed)
     tensors = {}
     for name, spec in layout.specs(rows, columns).items():
-        if spec.dtype == torch.uint8:
-            tensor = torch.randint(0, 256, spec.shape, dtype=torch.uint8, device=device, generator=generator)
+        if not spec.dtype.is_floating_point:
+            low, high = (-127, 128) if spec.dtype == torch.int8 else (0, 256)
+            tensor = torch.randint(low, high, spec.shape, dtype=spec.dtype, device=device, generator=generator)
+            if name in ("codebook", "regions") and spec.dtype == torch.uint8 and getattr(layout, "regions", 3) == 3:
+                tensor %= 243  # five trits
+            if name == "index":
+                tensor = random_index(layout, rows, columns, generator)
             if name == "salient":
                 for _ in range(2):
                     again = torch.randint(0, 256, spec.shape, dtype=torch.uint8, device=device, generator=generator)
@@ -63,6 +82,17 @@ def random_packed(layout, rows, columns, device="cpu", seed=0):
             tensor = (0.02 * torch.randn(spec.shape, device=device, generator=generator)).to(spec.dtype)
         tensors[name] = tensor
     return Packed(layout, rows, columns, tensors)
+
+
+def random_index(layout, rows, columns, generator):
+    """The index of random N:M masks; a last, narrower group keeps its share."""
+    score = torch.rand(rows, columns, device=generator.device, generator=generator)
+    mask = torch.zeros(rows, columns, dtype=torch.bool, device=generator.device)
+    for start in range(0, columns, layout.m):
+        part = score[:, start : start + layout.m]
+        kept = part.topk(kept_in_group(part.shape[1], layout.n, layout.m), dim=1).indices
+        mask.scatter_(1, kept + start, True)
+    return encode_mask(mask, layout.n, layout.m)
 
 
 def inputs(tokens, columns, dtype, device, seed=1):
@@ -87,7 +117,7 @@ def error_bound(x, weight, expected, block=128):
 @needs_gpu
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
-@pytest.mark.parametrize("layout", FORMATS, ids=name_of)
+@pytest.mark.parametrize("layout", [*FORMATS, *OTHERS], ids=name_of)
 def test_products_are_those_of_the_plain_meaning(layout, dtype):
     failures = []
     for shape_number, (rows, columns) in enumerate(SHAPES):
@@ -113,14 +143,13 @@ def test_products_are_those_of_the_plain_meaning(layout, dtype):
 @needs_gpu
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
-@pytest.mark.parametrize("layout", [*FORMATS, LevelTable(4, 32), GroupedInteger(5, 8, False)], ids=name_of)
+@pytest.mark.parametrize("layout", [*FORMATS, *OTHERS], ids=name_of)
 def test_decoded_weight_is_the_unpacked_weight(layout, dtype):
     for rows, columns in SHAPES[:5]:
         packed = random_packed(layout, rows, columns, "cuda")
         described = layout_of(layout, columns)
         tensors = [packed.tensors[name] for name in described.names if name]
-        fields = [described.kind, described.bits, described.scalars, int(described.asymmetric)]
-        fields += [described.group, described.width, described.groups]
+        fields = layout_fields(described)
         assert torch.equal(decoded_weight(tensors, fields, rows, columns, dtype), packed.unpack().to(dtype))
 
 

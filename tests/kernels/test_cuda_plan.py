@@ -10,7 +10,9 @@ import torch
 from whit.formats.dense import Dense
 from whit.formats.grouped_integer import GroupedInteger
 from whit.formats.level_table import LevelTable
-from whit.kernels import cuda_linear, nvrtc
+from whit.formats.structured_binary import StructuredBinary
+from whit.formats.vector_codebook import VectorCodebook
+from whit.kernels import cuda_linear, cuda_ops, nvrtc
 from whit.kernels.cuda_layout import WIDEST, layout_of
 from whit.kernels.cuda_plan import (
     Shape,
@@ -23,6 +25,7 @@ from whit.kernels.cuda_plan import (
     tuning_file,
     tuning_key,
 )
+from whit.kernels.cuda_wide import Decode, WideShape, bucket, shared_bytes, wide_plan, wide_shapes, wide_supports
 
 H200 = (132, 232448)
 
@@ -59,6 +62,83 @@ def test_a_damaged_file_of_shapes_is_ignored(content):
     path.parent.mkdir(parents=True)
     path.write_text(content)
     assert tuned_shapes("No Such GPU") == {}
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """What `cuda_ops` asks of a device."""
+    monkeypatch.setattr(cuda_ops, "device_limits", lambda index: ("No Such GPU", *H200))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    cuda_ops.choice.cache_clear()
+    yield
+    cuda_ops.choice.cache_clear()
+
+
+def test_what_multiplies_depends_on_vectors_device_and_what_was_found(hopper, monkeypatch):
+    layout = layout_of(LevelTable(2, 128), 4096)
+    assert cuda_ops.choice(layout, 512, 4096, 1, 0).shape in gemv_shapes(layout)
+    assert isinstance(cuda_ops.choice(layout, 512, 4096, 256, 0), WideShape)
+    assert isinstance(cuda_ops.choice(layout, 512, 4096, 2048, 0), WideShape)
+    assert cuda_ops.choice(layout_of(GroupedInteger(4, 128, True), 4096), 512, 4096, 2048, 0) == Decode()
+    assert cuda_ops.choice(layout_of(LevelTable(2, 128), 4000), 512, 4000, 256, 0) == Decode()
+    assert cuda_ops.choice(layout_of(LevelTable(2, 32), 4096), 512, 4096, 256, 0) == Decode()
+    found = wide_shapes(layout, 16, 4096, H200[1])[1]
+    keep_tuned("No Such GPU", {tuning_key(layout, 512, 4096, tokens): found for tokens in (16, 1)})
+    keep_tuned("No Such GPU", {tuning_key(layout, 512, 4096, 1024): Decode()})
+    keep_tuned("No Such GPU", {tuning_key(layout, 512, 4096, 512): WideShape(9, 9, 9, 9, 9)})
+    cuda_ops.choice.cache_clear()
+    assert cuda_ops.choice(layout, 512, 4096, 16, 0) == found
+    assert cuda_ops.choice(layout, 512, 4096, 1, 0).shape in gemv_shapes(layout)
+    assert cuda_ops.choice(layout, 512, 4096, 1024, 0) == Decode()
+    assert cuda_ops.choice(layout, 512, 4096, 512, 0) in wide_shapes(layout, 512, 4096, H200[1])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (10, 0))
+    cuda_ops.choice.cache_clear()
+    assert cuda_ops.choice(layout, 512, 4096, 16, 0).shape.threads in (128, 256, 512)
+    assert cuda_ops.choice(layout, 512, 4096, 256, 0) == Decode()
+
+
+def test_blocks_that_share_staging_come_in_whole_clusters_and_stage_once():
+    layout = layout_of(LevelTable(1, 128), 4096)
+    shared = [shape for shape in gemv_shapes(layout, True, True) if shape.share > 1]
+    assert {shape.share for shape in shared} == {2, 4} and gemv_shapes(layout) == [
+        shape for shape in gemv_shapes(layout, True, True) if shape.share == 1
+    ]
+    for shape in shared:
+        launch = plan(layout, 11008, 4096, 1, 131, H200[1], [shape])
+        assert launch.grid % shape.share == 0 and launch.chunk >= 4096
+        with pytest.raises(ValueError, match="no launch"):
+            plan(layout, 11008, 65536, 1, 131, 60_000, [shape])
+        with pytest.raises(ValueError, match="no launch"):
+            plan(layout, 16, 4096, 1, 131, H200[1], [shape])
+
+
+def test_formats_that_one_vector_kernels_do_not_read():
+    codebook, narrow = layout_of(VectorCodebook(256, 12, False), 4096), layout_of(VectorCodebook(256, 5, False), 4096)
+    assert cuda_ops.size_class(codebook, 1) == bucket(1) == 8
+    assert wide_supports(codebook, 4096) and not wide_supports(codebook, 4090) and not wide_supports(narrow, 4096)
+    assert not wide_supports(layout_of(StructuredBinary(4, 8, 0), 4096), 4096)
+    assert layout_of(StructuredBinary(16, 32, 0), 4096) is None
+    for layout in (codebook, layout_of(StructuredBinary(4, 8, 128), 4096), layout_of(GroupedInteger(4, 64, False), 64)):
+        fields = cuda_ops.layout_fields(layout)
+        again = cuda_ops._layout_from(fields)
+        assert again.defines() == layout.defines()
+        assert [bool(name) for name in again.names] == [bool(name) for name in layout.names]
+
+
+@pytest.mark.parametrize("layout", [LevelTable(2, 128), GroupedInteger(8, 64, True), VectorCodebook(256, 16, False)])
+def test_every_shape_fits_and_covers_the_product(layout):
+    for columns in (64, 4096, 11008):
+        described = layout_of(layout, columns)
+        for tokens in (2, 16, 40, 200, 5000):
+            chosen = wide_plan(described, 1000, columns, tokens, *H200)
+            assert chosen in wide_shapes(described, tokens, columns, H200[1])
+            for shape in wide_shapes(described, tokens, columns, H200[1]):
+                assert shape.resident * (shared_bytes(described, shape) + 1024) <= H200[1] + 1024
+                assert columns % shape.block == 0 and described.group % shape.block == 0
+                assert shape.splits <= 8 and shape.ahead < shape.block // 16
+                assert shape.grid(1000, tokens) * 64 * shape.row_groups * shape.tokens >= 1000 * tokens * shape.splits
+    with pytest.raises(ValueError, match="no launch of 16 x 512 fits 1024 bytes"):
+        wide_plan(layout_of(layout, 512), 16, 512, 16, 1, 1024)
 
 
 def test_two_resident_blocks_share_the_memory():

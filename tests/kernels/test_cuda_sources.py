@@ -12,8 +12,12 @@ from tests.kernels.test_cuda_kernels import error_bound, inputs, name_of, random
 from whit.formats.binary_residual import BinaryResidual
 from whit.formats.grouped_integer import GroupedInteger
 from whit.formats.level_table import LevelTable
+from whit.formats.structured_binary import StructuredBinary
+from whit.formats.vector_codebook import VectorCodebook
+from whit.kernels.cuda_decode import decode_shared
 from whit.kernels.cuda_layout import layout_of
-from whit.kernels.cuda_plan import Launch, Shape, place_gemv, place_small, source_of
+from whit.kernels.cuda_plan import Launch, Shape, place_gemv, place_small, source_of, wide_source
+from whit.kernels.cuda_wide import WideShape
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs g++")
 
@@ -21,10 +25,13 @@ ONE = [
     (BinaryResidual(128, True), True),
     (BinaryResidual(128, False), False),
     (BinaryResidual(64, True), False),
+    (BinaryResidual(0, True), True),
     (LevelTable(1, 0), True),
+    (LevelTable(2, 0), True),
     (LevelTable(2, 128), True),
+    (GroupedInteger(2, 0, False), True),
+    (GroupedInteger(3, 0, True), True),
     (LevelTable(2, 384), False),
-    (GroupedInteger(1, 64, True), False),
     (GroupedInteger(2, 128, False), True),
     (GroupedInteger(3, 128, False), True),
     (GroupedInteger(3, 64, True), False),
@@ -43,7 +50,7 @@ FEW = [
 
 def tightest(place, **arguments):
     """The launch in the least memory, so that x comes in several chunks and rings are short."""
-    launches = (place(memory=memory, **arguments) for memory in range(3_000, 90_000, 500))
+    launches = (place(memory=memory, **arguments) for memory in range(3_000, 120_000, 500))
     return next(launch for launch in launches if launch is not None)
 
 
@@ -52,12 +59,12 @@ def tightest(place, **arguments):
 )
 def test_one_vector(layout, bitwise, tmp_path):
     shapes = ((33, 1000, torch.float16), (20, 640, torch.bfloat16))
-    for rows, columns, dtype in (shapes[bitwise],) if layout.name != "level-table" else shapes:
+    for rows, columns, dtype in shapes if layout == LevelTable(2, 128) else (shapes[bitwise],):
         described = layout_of(layout, columns)
-        item = 128 if layout.to_json().get("bits") == 8 else 256
+        item = 128 if layout.to_json().get("bits") == 8 else 1024 if layout == LevelTable(2, 0) else 256
         shape = Shape(64, item, 2, bitwise)
         launch = tightest(place_gemv, layout=described, rows=rows, columns=columns, processors=2, shape=shape)
-        assert launch.chunk < columns
+        assert launch.chunk < columns or item > columns
         program = compiled("gemv", described, launch, 1, dtype == torch.bfloat16, tmp_path)
         packed = random_packed(layout, rows, columns)
         x, bias = inputs(1, columns, dtype, "cpu"), torch.linspace(-1, 1, rows).to(dtype)
@@ -67,6 +74,25 @@ def test_one_vector(layout, bitwise, tmp_path):
         expected = x.double() @ weight.T + bias.double()
         assert ((actual.double() - expected).abs() <= error_bound(x, weight, expected)).all()
         assert torch.equal(run(program, described, launch, tensors, (rows, columns), x, bias, descending=True), actual)
+
+
+@pytest.mark.parametrize(
+    "layout", [BinaryResidual(128, True), LevelTable(2, 0), GroupedInteger(3, 128, True)], ids=name_of
+)
+def test_one_vector_whose_staging_is_shared(layout, tmp_path):
+    rows, columns, dtype, share = 80, 1100, torch.float16, 2 if layout.name == "level-table" else 4
+    described = layout_of(layout, columns)
+    launch = place_gemv(described, rows, columns, 5, 90_000, Shape(64, 256, 2, True, 1, share))
+    assert launch.grid == 4 and launch.chunk >= columns
+    program = compiled("gemv", described, launch, 1, False, tmp_path)
+    packed = random_packed(layout, rows, columns)
+    x = inputs(1, columns, dtype, "cpu")
+    tensors = [packed.tensors[name] for name in described.names if name]
+    actual = run(program, described, launch, tensors, (rows, columns), x, None)
+    weight = packed.unpack().double()
+    expected = x.double() @ weight.T
+    assert ((actual.double() - expected).abs() <= error_bound(x, weight, expected)).all()
+    assert torch.equal(run(program, described, launch, tensors, (rows, columns), x, None, descending=True), actual)
 
 
 @pytest.mark.parametrize("layout", FEW, ids=name_of)
@@ -93,21 +119,70 @@ def test_few_vectors(layout, tokens, tmp_path):
     assert torch.equal(run(program, described, launch, tensors, (rows, columns), x, None, descending=True), actual)
 
 
+WIDE = [
+    (BinaryResidual(128, True), WideShape(16, 1, 3, 6, 1), 11),
+    (BinaryResidual(64, False), WideShape(8, 2, 1, 4, 1), 3),
+    (LevelTable(1, 0), WideShape(16, 1, 2, 4, 1, 128), 20),
+    (LevelTable(2, 128), WideShape(128, 2, 2, 4, 1), 150),
+    (LevelTable(2, 384), WideShape(8, 2, 2, 3, 1, 128), 8),
+    (GroupedInteger(1, 128, True), WideShape(8, 1, 1, 2, 1), 8),
+    (GroupedInteger(2, 64, False), WideShape(32, 1, 1, 4, 1), 20),
+    (GroupedInteger(3, 128, False), WideShape(16, 1, 2, 4, 1, 128), 16),
+    (GroupedInteger(4, 128, False), WideShape(16, 2, 1, 3, 1), 9),
+    (GroupedInteger(4, 64, True), WideShape(8, 1, 1, 3, 1), 8),
+    (GroupedInteger(8, 0, True), WideShape(16, 1, 2, 4, 1, 128), 16),
+    (GroupedInteger(8, 64, False), WideShape(8, 1, 1, 3, 1), 7),
+    (LevelTable(2, 128), WideShape(128, 1, 1, 3, 1, 64, 3), 150),
+    (BinaryResidual(128, True), WideShape(64, 3, 1, 2, 1, 128, 3), 70),
+    (VectorCodebook(256, 12, False), WideShape(8, 1, 2, 3, 1), 1),
+    (VectorCodebook(256, 8, True), WideShape(8, 1, 1, 3, 1, 128), 5),
+    (VectorCodebook(64, 4, True), WideShape(16, 2, 1, 3, 1, 128), 11),
+]
+
+
+@pytest.mark.parametrize(("layout", "shape", "tokens"), WIDE, ids=str)
+def test_many_vectors(layout, shape, tokens, tmp_path):
+    rows, columns, dtype = (
+        83,
+        768 if shape.block == 128 else 704,
+        torch.bfloat16 if tokens in (8, 11) else torch.float16,
+    )
+    described = layout_of(layout, columns)
+    program = compiled("wide", described, shape, tokens, dtype == torch.bfloat16, tmp_path)
+    packed = random_packed(layout, rows, columns)
+    x, bias = inputs(tokens, columns, dtype, "cpu"), torch.linspace(-1, 1, rows).to(dtype)
+    tensors = [packed.tensors[name] for name in described.names if name]
+    actual = run(program, described, shape, tensors, (rows, columns), x, bias)
+    weight = packed.unpack().double()
+    expected = x.double() @ weight.T + bias.double()
+    assert ((actual.double() - expected).abs() <= error_bound(x, weight, expected)).all()
+    assert torch.equal(run(program, described, shape, tensors, (rows, columns), x, bias, descending=True), actual)
+
+
 @pytest.mark.parametrize(
     "layout",
     [
         BinaryResidual(64, True),
+        BinaryResidual(16, False),
         LevelTable(2, 128),
         LevelTable(3, 32),
         GroupedInteger(4, 64, True),
         GroupedInteger(5, 8, False),
+        VectorCodebook(256, 12, False),
+        VectorCodebook(64, 5, True),
+        VectorCodebook(8, 3, False),
+        StructuredBinary(4, 8, 0),
+        StructuredBinary(2, 8, 32, regions=2),
+        StructuredBinary(1, 4, 0, regions=1),
+        StructuredBinary(1, 1, 64, means=True),
+        StructuredBinary(7, 16, 24),
     ],
     ids=name_of,
 )
 def test_decoded_weight(layout, tmp_path):
-    rows, columns = 12, 100
+    rows, columns = 12, 112 if layout.to_json().get("block_size") == 16 else 100
     described = layout_of(layout, columns)
-    launch = Launch(2, Shape(256, 128, 1), 2, 0, 0, 16)
+    launch = Launch(2, Shape(256, 128, 1), 2, 0, 0, decode_shared(described) + 16)
     program = compiled("decode", described, launch, 8, False, tmp_path)
     packed = random_packed(layout, rows, columns)
     tensors = [packed.tensors[name] for name in described.names if name]
@@ -118,5 +193,5 @@ def test_decoded_weight(layout, tmp_path):
 
 def test_the_emulator_replaces_every_assembly_function():
     parts = ("common.cuh", "group.cuh", "bits.cuh", "limbs.cuh", "gemv.cu", "small.cu", "decode.cu")
-    source = source_of(*parts)
+    source = source_of(*parts) + wide_source(8)
     assert all(start in source for start in MEANINGS)

@@ -50,7 +50,7 @@ def index_bytes(columns: int, kept: int, group: int) -> int:
         return 0
     if group > WIDEST_RANKED:
         return packed_width(columns, 1)
-    ranks, width = _word(columns, kept, group)
+    ranks, width = word_of_groups(columns, kept, group)
     return -(-_groups(columns, group) // ranks) * width
 
 
@@ -83,7 +83,7 @@ def encode_mask(mask: Tensor, kept: int, group: int) -> Tensor:
         return pack_codes(mask, 1)
     powers = 2 ** torch.arange(group, device=mask.device)
     ranks = _rank_of_bits(kept, group, mask.device)[(grouped * powers).sum(-1)]
-    per_word, word_bytes = _word(columns, kept, group)
+    per_word, word_bytes = word_of_groups(columns, kept, group)
     words = -(-groups // per_word)
     ranks = torch.nn.functional.pad(ranks, (0, words * per_word - groups)).reshape(*shape, words, per_word)
     values = (ranks * comb(group, kept) ** torch.arange(per_word, device=mask.device)).sum(-1, keepdim=True)
@@ -99,7 +99,7 @@ def decode_mask(packed: Tensor, columns: int, kept: int, group: int) -> Tensor:
         return torch.full((*shape, columns), kept == group, dtype=torch.bool, device=packed.device)
     if group > WIDEST_RANKED:
         return unpack_codes(packed, 1, columns).bool()
-    per_word, word_bytes = _word(columns, kept, group)
+    per_word, word_bytes = word_of_groups(columns, kept, group)
     stored = packed.reshape(*shape, -1, word_bytes).long()
     values = (stored << (8 * torch.arange(word_bytes, device=packed.device))).sum(-1, keepdim=True)
     patterns = comb(group, kept)
@@ -123,8 +123,11 @@ def _groups(columns: int, group: int) -> int:
 
 
 @lru_cache(maxsize=256)
-def _word(columns: int, kept: int, group: int) -> tuple[int, int]:
-    """(groups per word, bytes per word) that give the shortest row; the narrower word on ties."""
+def word_of_groups(columns: int, kept: int, group: int) -> tuple[int, int]:
+    """(groups per word, bytes per word) that give the shortest row; the narrower word on ties.
+
+    For 0 < kept < group <= 16: the index of wider groups is a bitmap.
+    """
     best = (0, 0, 0)
     for width in range(1, WORD_BYTES + 1):
         ranks = 0

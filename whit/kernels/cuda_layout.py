@@ -1,4 +1,4 @@
-"""What the CUDA kernels need to know of a packed weight, read off its format: one description for all three formats."""
+"""What the CUDA kernels need to know of a packed weight, read off its format: one description for all formats."""
 
 from __future__ import annotations
 
@@ -11,11 +11,20 @@ from whit.formats.binary_residual import BinaryResidual
 from whit.formats.bits import packed_width
 from whit.formats.grouped_integer import GroupedInteger
 from whit.formats.level_table import LevelTable
+from whit.formats.nm_index import WIDEST_RANKED, index_bytes, word_of_groups
+from whit.formats.structured_binary import StructuredBinary
+from whit.formats.vector_codebook import VectorCodebook
 
 WIDEST = 1 << 16
 """Columns above which the partial sums of a row would not fit the shared memory of every device."""
 WHOLE_ROW = 1 << 30
 """`group` when one group spans the row."""
+WIDEST_CODEBOOK = 1 << 15
+"""Bytes of a decoded codebook that a kernel keeps in shared memory."""
+VECTOR_CODEBOOK = 3
+STRUCTURED_BINARY = 4
+NUMBERS = {VECTOR_CODEBOOK: ("CODES", "WIDTH", "TERNARY"), STRUCTURED_BINARY: ("KEPT", "OF", "WORD_GROUPS", "REGIONS")}
+"""Names of `Layout.numbers` in the sources, by kind."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +33,8 @@ class Layout:
 
     `kind` numbers the format, `bits` is per code, `scalars` the 16-bit scalars per group, `group` the columns that
     share them, `width` the bytes of a packed row, `groups` the groups per row; `names` are the stored tensors in the
-    order codes, second codes, salient, scalars, zeros ("" where there is none).
+    order codes, second codes, salient, scalars, zeros ("" where there is none; `zeros` also serves for a codebook or
+    regions). `numbers` are further constants of the kind.
     """
 
     kind: int
@@ -35,6 +45,7 @@ class Layout:
     width: int
     groups: int
     names: tuple[str, str, str, str, str]
+    numbers: tuple[int, ...] = ()
 
     @property
     def aligned(self) -> int:
@@ -43,8 +54,8 @@ class Layout:
 
     @property
     def multiplies(self) -> bool:
-        """Whether the kernels that multiply packed weights read it; the others can only decode it."""
-        supported_bits = {0: (1,), 1: (1, 2), 2: (1, 2, 3, 4, 8)}[self.kind]
+        """Whether `gemv` and `small` multiply it."""
+        supported_bits = {0: (1,), 1: (1, 2), 2: (1, 2, 3, 4, 8)}.get(self.kind, ())
         narrow = self.width <= packed_width(WIDEST, self.bits)
         return self.bits in supported_bits and self.group % 64 == 0 and narrow
 
@@ -84,6 +95,7 @@ class Layout:
             "ASYM": int(self.asymmetric),
             "GROUP": self.group,
             "ALIGN": self.aligned,
+            **dict(zip(NUMBERS.get(self.kind, ()), self.numbers, strict=True)),
         }
         return tuple(f"-D{name}={value}" for name, value in values.items())
 
@@ -110,10 +122,34 @@ def _grouped_integer(form: GroupedInteger, columns: int) -> Layout:
     return Layout(2, form.bits, 1, not form.symmetric, group, packed_width(columns, form.bits), groups, names)
 
 
-_READERS: dict[type[Format], Callable[[Any, int], Layout]] = {
+def _vector_codebook(form: VectorCodebook, columns: int) -> Layout:
+    names = ("codes", "", "", "scales", "codebook")
+    bits, groups = form.code_bits, form.groups(columns)
+    numbers = (form.codes, form.width, int(form.ternary))
+    return Layout(VECTOR_CODEBOOK, bits, 1, False, WHOLE_ROW, packed_width(groups, bits), groups, names, numbers)
+
+
+def _structured_binary(form: StructuredBinary, columns: int) -> Layout | None:
+    if form.m > WIDEST_RANKED:
+        return None
+    group, groups = _group(form.block_size, columns)
+    names = (
+        ("index", "signs", "salient", "scalars", "regions")
+        if form.regions > 1
+        else ("index", "signs", "", "scalars", "")
+    )
+    per_word, word_bytes = word_of_groups(columns, form.n, form.m) if form.n < form.m else (1, 1)
+    width = index_bytes(columns, form.n, form.m)
+    numbers = (form.n, form.m, per_word, form.regions)
+    return Layout(STRUCTURED_BINARY, word_bytes, form.scalars, False, group, width, groups, names, numbers)
+
+
+_READERS: dict[type[Format], Callable[[Any, int], Layout | None]] = {
     BinaryResidual: _binary_residual,
     LevelTable: _level_table,
     GroupedInteger: _grouped_integer,
+    VectorCodebook: _vector_codebook,
+    StructuredBinary: _structured_binary,
 }
 
 
@@ -121,4 +157,6 @@ def layout_of(form: Format, columns: int) -> Layout | None:
     """The description of a weight of `columns` columns; None if no kernel reads the format or groups of this size."""
     reader = _READERS.get(type(form))
     layout = None if reader is None else reader(form, columns)
-    return layout if layout is not None and layout.group % 8 == 0 else None
+    if layout is None or (layout.kind < VECTOR_CODEBOOK and layout.group % 8):
+        return None
+    return layout

@@ -2,23 +2,22 @@
 
     one vector          `cuda/gemv.cu`    bit planes on the binary or integer tensor cores
     2 to 32 vectors     `cuda/small.cu`   codes expanded in registers for the 16-bit tensor cores
-    more                `cuda/decode.cu`  the weight decoded to 16 bits, then the library's matrix product
+    2 and more          `cuda/wide.cu`    codes expanded in registers for the warpgroup tensor cores (Hopper)
+    otherwise           `cuda/decode.cu`  the weight decoded to 16 bits, then the library's matrix product
 
 Stored tensors are read as they are: no second copy of a weight is kept. The ops are functional, have fake
-implementations (torch.compile) and neither synchronise nor allocate anything but their result and, for more than 32
-vectors, the decoded weight for the time of the product.
+implementations (torch.compile) and neither synchronise nor allocate anything but their result and, where the weight is
+decoded, that weight for the time of the product.
 
 Bounds, with u the unit roundoff of the type of x (2^-11, 2^-8), against the product in exact arithmetic:
     gemv           |error| <= u |y| + 2^-16 sum_blocks max|x_b| sum_j |w_ij| + 2^-20 sum_j |w_ij x_j|
-    small, decode  |error| <= u |y| + (u + 2^-20) sum_j |w_ij x_j|      (the u is the plain meaning's own rounding of w)
+    otherwise      |error| <= u |y| + (u + 2^-20) sum_j |w_ij x_j|      (the u is the plain meaning's own rounding of w)
 """
 
 from __future__ import annotations
 
-import ctypes
 import warnings
 from collections.abc import Callable
-from dataclasses import astuple
 from functools import lru_cache
 
 import torch
@@ -26,149 +25,22 @@ from torch import Tensor
 
 from whit.formats.base import Packed
 from whit.kernels.cuda_layout import Layout, layout_of
-from whit.kernels.cuda_plan import (
-    Launch,
-    Shape,
-    choose,
-    gemv_shapes,
-    options_of,
-    parts_of,
-    plan,
-    small_shapes,
-    source_of,
-    tuning_key,
-    use_shape,
+from whit.kernels.cuda_ops import (
+    FEW,
+    choice,
+    counts_bits,
+    device_limits,
+    has_warpgroups,
+    layout_fields,
+    size_class,
+    starts_early,
 )
+from whit.kernels.cuda_plan import Tuned, gemv_shapes, plan, small_shapes, tuning_key, use_shape
+from whit.kernels.cuda_wide import Decode, WideShape, wide_shapes, wide_supports
 from whit.kernels.linear import Implementation, register_implementation
-from whit.kernels.nvrtc import CompilationError, Kernel, kernel
-
-FEW = 32
-"""Most vectors that the kernels multiply without decoding the weight to memory."""
-
+from whit.kernels.nvrtc import CompilationError, kernel
 
 _ADDRESSED = 2**31  # bytes of a tensor that the kernels' 32-bit offsets reach
-
-
-class _Weight(ctypes.Structure):
-    _fields_ = (
-        ("codes", ctypes.c_void_p),
-        ("second", ctypes.c_void_p),
-        ("salient", ctypes.c_void_p),
-        ("scalars", ctypes.c_void_p),
-        ("zeros", ctypes.c_void_p),
-        ("rows", ctypes.c_int),
-        ("columns", ctypes.c_int),
-        ("width", ctypes.c_int),
-        ("groups", ctypes.c_int),
-    )
-
-
-@lru_cache(maxsize=16)
-def _device_limits(index: int) -> tuple[str, int, int]:
-    properties = torch.cuda.get_device_properties(index)
-    shared_memory: int = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
-    return properties.name, properties.multi_processor_count, shared_memory
-
-
-def _counts_bits(index: int) -> bool:
-    """Whether the device has tensor cores for one-bit operands: Ampere to Hopper."""
-    return torch.cuda.get_device_capability(index) < (10, 0)
-
-
-def _starts_early(index: int) -> bool:
-    """Whether the device has programmatic dependent launch."""
-    return torch.cuda.get_device_capability(index) >= (9, 0)
-
-
-@lru_cache(maxsize=4096)
-def _prepared(
-    name: str, layout: Layout, rows: int, columns: int, tokens: int, bfloat: bool, index: int
-) -> tuple[Kernel, Launch]:
-    if name == "decode":
-        launch = Launch(8 * _device_limits(index)[1], Shape(256, 128, 1), 2, 0, 0, 0)
-    else:
-        limits = _device_limits(index)
-        launch = choose(limits[0], layout, rows, columns, tokens, *limits[1:], binary=_counts_bits(index))
-    options = options_of(layout, launch.shape, launch.depth, tokens, bfloat, _starts_early(index))
-    return kernel(source_of(*parts_of(name, launch.shape)), name, options, index), launch
-
-
-def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
-    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
-
-
-def _weight(layout: Layout, tensors: list[Tensor], rows: int, columns: int) -> _Weight:
-    given = iter(tensors)
-    pointers = [next(given).data_ptr() if name else None for name in layout.names]
-    return _Weight(*pointers, rows, columns, layout.width, layout.groups)
-
-
-def _aligned(tensors: list[Tensor]) -> list[Tensor]:
-    """The tensors, copied where they start at no multiple of 16 bytes (views into a larger buffer may)."""
-    return [tensor if tensor.data_ptr() % 16 == 0 else tensor.clone() for tensor in tensors]
-
-
-def _layout_fields(layout: Layout) -> list[int]:
-    return [int(value) for value in astuple(layout)[:-1]]
-
-
-def _layout_from(fields: list[int]) -> Layout:
-    kind, bits, scalars, asymmetric, group, width, groups = fields
-    names = {0: ("c", "2", "m", "s", ""), 1: ("c", "", "", "s", ""), 2: ("c", "", "", "s", "z" if asymmetric else "")}
-    return Layout(kind, bits, scalars, bool(asymmetric), group, width, groups, names[kind])
-
-
-@torch.library.custom_op("whit::packed_product", mutates_args=(), device_types="cuda")
-def packed_product(
-    x: Tensor, tensors: list[Tensor], bias: Tensor | None, layout: list[int], rows: int, columns: int
-) -> Tensor:
-    """x (m, columns), 1 <= m <= 32, contiguous, times the packed weight: (m, rows). See the top of this file."""
-    described, tensors = _layout_from(layout), _aligned(tensors)
-    m, bfloat = x.shape[0], x.dtype == torch.bfloat16
-    out = torch.empty(m, rows, dtype=x.dtype, device=x.device)
-    with torch.cuda.device(x.device):
-        weight = _weight(described, tensors, rows, columns)
-        tokens = 8 if m <= 8 else 16 if m <= 16 else 32
-        name = "gemv" if m == 1 else "small"
-        run, launch = _prepared(name, described, rows, columns, 1 if m == 1 else tokens, bfloat, x.device.index)
-        sizes = [ctypes.c_int(launch.chunk), ctypes.c_int(launch.tiles)]
-        if m > 1:
-            sizes.insert(0, ctypes.c_int(m))
-        run.launch(
-            launch.grid,
-            launch.shape.threads,
-            launch.shared,
-            [_pointer(x), weight, _pointer(bias), _pointer(out), *sizes],
-            early=_starts_early(x.device.index),
-        )
-    return out
-
-
-@packed_product.register_fake
-def _(x: Tensor, tensors: list[Tensor], bias: Tensor | None, layout: list[int], rows: int, columns: int) -> Tensor:
-    return x.new_empty(x.shape[0], rows)
-
-
-@torch.library.custom_op("whit::decoded_weight", mutates_args=(), device_types="cuda")
-def decoded_weight(tensors: list[Tensor], layout: list[int], rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """The dense weight (rows, columns) in float16 or bfloat16: `unpack().to(dtype)`, value for value."""
-    described, tensors = _layout_from(layout), _aligned(tensors)
-    device = tensors[0].device
-    out = torch.empty(rows, columns, dtype=dtype, device=device)
-    with torch.cuda.device(device):
-        run, launch = _prepared("decode", described, 0, 0, 8, dtype == torch.bfloat16, device.index)
-        run.launch(
-            launch.grid,
-            launch.shape.threads,
-            0,
-            [_weight(described, tensors, rows, columns), ctypes.c_void_p(out.data_ptr())],
-        )
-    return out
-
-
-@decoded_weight.register_fake
-def _(tensors: list[Tensor], layout: list[int], rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    return tensors[0].new_empty(rows, columns, dtype=dtype)
 
 
 @lru_cache(maxsize=16)
@@ -217,6 +89,19 @@ def _supports_few(x: Tensor, packed: Packed) -> bool:
     return layout is not None and layout.multiplies and 2 <= _vectors(x) <= FEW
 
 
+def _supports_wide(x: Tensor, packed: Packed) -> bool:
+    layout = _usable(x, packed)
+    if layout is None or _vectors(x) < (2 if layout.multiplies else 1):
+        return False
+    index = x.device.index
+    if not (has_warpgroups(index) and wide_supports(layout, packed.columns)):
+        return False
+    if torch.compiler.is_compiling():  # tracing cannot look into files of launch shapes; the op itself can
+        return True
+    tokens = size_class(layout, _vectors(x))
+    return isinstance(choice(layout, packed.rows, packed.columns, tokens, index), WideShape)
+
+
 def _supports_many(x: Tensor, packed: Packed) -> bool:
     return _usable(x, packed) is not None
 
@@ -224,7 +109,7 @@ def _supports_many(x: Tensor, packed: Packed) -> bool:
 def _arguments(packed: Packed) -> tuple[list[Tensor], list[int]]:
     layout = layout_of(packed.format, packed.columns)
     assert layout is not None
-    return [packed.tensors[name] for name in layout.names if name], _layout_fields(layout)
+    return [packed.tensors[name] for name in layout.names if name], layout_fields(layout)
 
 
 def _product(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
@@ -241,45 +126,62 @@ def _decoded_product(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
     return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
 
-def tune(x: Tensor, packed: Packed, seconds: Callable[[], float]) -> tuple[str, Shape]:
-    """Find the fastest launch shape for one call and use it from now on in this process.
+def candidates(layout: Layout, rows: int, columns: int, tokens: int, index: int) -> list[Tuned]:
+    """The launches worth trying for a weight and `tokens` vectors (a `size_class`) on device number `index`."""
+    _, processors, memory = device_limits(index)
+    found: list[Tuned] = []
+    if tokens > 1 and has_warpgroups(index) and wide_supports(layout, columns):
+        found += wide_shapes(layout, tokens, columns, memory)
+    if layout.multiplies and tokens <= FEW:
+        for shape in (
+            gemv_shapes(layout, counts_bits(index), starts_early(index)) if tokens == 1 else small_shapes(layout)
+        ):
+            try:
+                plan(layout, rows, columns, tokens, processors, memory, [shape])
+            except ValueError:
+                continue
+            found.append(shape)
+    return [*found, Decode()] if found and tokens > FEW else found
+
+
+def tune(x: Tensor, packed: Packed, seconds: Callable[[], float]) -> tuple[str, Tuned]:
+    """Find the fastest launch for one call and use it from now on in this process.
 
     Args:
-        x: inputs that a kernel multiplies (1 to 32 vectors).
+        x: inputs that a kernel multiplies: 1 to 32 vectors, on Hopper any number.
         packed: weight of the layout and shape to tune for.
-        seconds: measures the call; run once per shape.
+        seconds: measures the call; run once per launch.
 
     Returns:
-        The key of `cuda_plan.tuning_key` and the shape, for `cuda_plan.keep_tuned`.
+        The key of `cuda_plan.tuning_key` and the launch, for `cuda_plan.keep_tuned`.
 
     Raises:
         ValueError: no kernel multiplies these.
     """
-    layout = _usable(x, packed)
-    tokens = 1 if _vectors(x) == 1 else 8 if _vectors(x) <= 8 else 16 if _vectors(x) <= 16 else 32
-    if layout is None or not layout.multiplies or not 1 <= _vectors(x) <= FEW:
+    layout, index = _usable(x, packed), x.device.index
+    tokens = 0 if layout is None else size_class(layout, _vectors(x))
+    possible = [] if layout is None else candidates(layout, packed.rows, packed.columns, tokens, index)
+    if layout is None or not possible:
         raise ValueError(f"no kernel to tune for {_vectors(x)} vectors and {packed.format}")
-    device, processors, memory = _device_limits(x.device.index)
+    device = device_limits(index)[0]
     key = tuning_key(layout, packed.rows, packed.columns, tokens)
-    times: dict[Shape, float] = {}
-    for shape in gemv_shapes(layout, _counts_bits(x.device.index)) if tokens == 1 else small_shapes(layout):
+    times: dict[Tuned, float] = {}
+    for candidate in possible:
+        use_shape(device, key, candidate)
+        choice.cache_clear()
         try:
-            plan(layout, packed.rows, packed.columns, tokens, processors, memory, [shape])
-        except ValueError:
-            continue
-        use_shape(device, key, shape)
-        _prepared.cache_clear()
-        try:
-            times[shape] = seconds()
+            times[candidate] = seconds()
         except CompilationError:
-            continue  # this compiler or device cannot do it; another shape will
+            continue  # this compiler or device cannot do it; another launch will
     best = min(times, key=times.__getitem__)
     use_shape(device, key, best)
-    _prepared.cache_clear()
+    choice.cache_clear()
     return key, best
 
 
-for _format in ("binary-residual", "level-table", "grouped-integer"):  # the last one registered is asked first
+# The last one registered is asked first.
+for _format in ("binary-residual", "level-table", "grouped-integer", "vector-codebook", "structured-binary"):
     register_implementation(_format, Implementation("cuda decode + matmul", _supports_many, _decoded_product))
     register_implementation(_format, Implementation("cuda tensor-core product", _supports_few, _product))
+    register_implementation(_format, Implementation("cuda warpgroup product", _supports_wide, _product))
     register_implementation(_format, Implementation("cuda bit-plane gemv", _supports_one, _product))

@@ -9,13 +9,15 @@ fixed list that fits is taken. Shapes change speed alone: the sums of a row are 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
+from typing import TypeAlias
 
 from whit.kernels.cuda_layout import Layout
+from whit.kernels.cuda_wide import Decode, WideShape, warpgroup_product
 from whit.kernels.nvrtc import cache_folder
 
 
@@ -24,8 +26,9 @@ class Shape:
     """What may be chosen freely.
 
     Threads of a block, columns a warp takes at a time, blocks of 128 columns interleaved, whether one vector is
-    multiplied as bit planes (`bits.cuh`) or as limbs (`limbs.cuh`), and how many thread blocks a multiprocessor must
-    have room for: with two, the next kernel of a stream is already there when one ends.
+    multiplied as bit planes (`bits.cuh`) or as limbs (`limbs.cuh`), how many thread blocks a multiprocessor must have
+    room for (with two, the next kernel of a stream is already there when one ends), and how many of a cluster share the
+    work of bringing one vector into its bit planes.
     """
 
     threads: int
@@ -33,6 +36,11 @@ class Shape:
     unroll: int
     bitwise: bool = False
     resident: int = 1
+    share: int = 1
+
+
+Tuned: TypeAlias = Shape | WideShape | Decode
+"""What can be found fastest for a call."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +56,14 @@ class Launch:
     shared: int
 
 
-def gemv_shapes(layout: Layout, binary: bool = True) -> list[Shape]:
-    """Shapes for one vector, the likeliest first; `binary`: the device has binary tensor cores."""
+def gemv_shapes(layout: Layout, binary: bool = True, clusters: bool = False) -> list[Shape]:
+    """Shapes for one vector, the likeliest first.
+
+    Args:
+        layout: of the weight.
+        binary: the device has binary tensor cores.
+        clusters: blocks can read each other's shared memory.
+    """
     bitwise = layout.bitwise and binary
     widest = 512 if layout.bits <= 2 else 256 if layout.bits <= 4 else 128
     narrowest = 256 if layout.bits <= 2 else 128 if layout.bits == 4 else widest
@@ -57,9 +71,15 @@ def gemv_shapes(layout: Layout, binary: bool = True) -> list[Shape]:
     shapes += [Shape(1024, widest, 2, bitwise), Shape(512, widest, 2, bitwise, 2)]
     if narrowest < widest:
         shapes += [Shape(1024, narrowest, 2, bitwise), Shape(512, narrowest, 2, bitwise, 2)]
+    if layout.bits <= 2 and bitwise:  # half as often the work that an item costs whatever its size
+        shapes += [Shape(512, 1024, 4, bitwise), Shape(512, 1024, 8, bitwise), Shape(768, 1024, 4, bitwise)]
     if layout.kind == 0 and bitwise:  # two scalar sets double the work per plane of x, not that per limb
         shapes += [Shape(768, widest, 4), Shape(512, widest, 4)]
-    return [*shapes, Shape(256, narrowest, 2, bitwise)]
+    shapes.append(Shape(256, narrowest, 2, bitwise))
+    if bitwise and clusters:
+        alone = [s for s in shapes if s.bitwise and s.threads in (512, 768) and s.item >= widest and s.resident == 1]
+        shapes += [replace(shape, share=share) for share in (2, 4) for shape in alone]
+    return shapes
 
 
 def small_shapes(layout: Layout) -> list[Shape]:
@@ -80,12 +100,16 @@ def place_gemv(layout: Layout, rows: int, columns: int, processors: int, memory:
     """
     item, stage = shape.item, layout.stage_bytes(shape.item)
     tiles, across = -(-rows // 16), -(-columns // item)
-    grid = min(tiles, processors)
+    grid = min(tiles, processors) // shape.share * shape.share
+    if grid == 0:
+        return None
     per_round = max(1, min(-(-tiles // grid), memory // 512 // across))
     kinds, flushes = (2 if layout.kind == 0 else 1), (1 if layout.group % 128 == 0 else 2)
     # of x, per block of 128 columns: operand words and pairs of floats
     block = (1152 if layout.bits == 3 else 256 * kinds) + 32 * kinds if shape.bitwise else 1024 + 32 * flushes
-    for chunks in range(1, across + 1):
+    for chunks in range(
+        1, across + 1 if shape.share == 1 else 2
+    ):  # blocks that share must stage at the same time, once
         chunk = -(-across // chunks) * item
         for depth in (3, 2):
             shared = chunk // 128 * block + per_round * across * 64 + shape.threads // 32 * depth * stage
@@ -164,6 +188,7 @@ def options_of(layout: Layout, shape: Shape, depth: int, tokens: int, bfloat: bo
         "DEPTH": depth,
         "UNROLL": shape.unroll,
         "RESIDENT": shape.resident,
+        "STAGING_BLOCKS": shape.share,
     }
     return (*layout.defines(), *(f"-D{key}={int(value)}" for key, value in values.items()))
 
@@ -182,10 +207,17 @@ def source_of(*names: str) -> str:
     return "".join((folder / name).read_text(encoding="utf-8") for name in names)
 
 
+@lru_cache(maxsize=16)
+def wide_source(tokens: int) -> str:
+    """The CUDA C++ of `wide` for tiles of `tokens` vectors."""
+    return source_of("common.cuh") + warpgroup_product(tokens) + source_of("wide.cu")
+
+
 def tuning_key(layout: Layout, rows: int, columns: int, tokens: int) -> str:
     """What a found shape is filed under."""
     group = "row" if layout.groups == 1 else str(layout.group)
-    kind = f"{layout.kind}-{layout.bits}-{layout.scalars}{'-zeros' if layout.asymmetric else ''}"
+    numbers = "".join(f"-{number}" for number in layout.numbers)
+    kind = f"{layout.kind}-{layout.bits}-{layout.scalars}{'-zeros' if layout.asymmetric else ''}{numbers}"
     return f"{kind}/{group}/{rows}x{columns}/{tokens}"
 
 
@@ -194,29 +226,35 @@ def tuning_file(device: str) -> Path:
     return cache_folder() / f"tuned-{device.replace(' ', '-')}.json"
 
 
+def _tuned_from(fields: dict[str, int]) -> Tuned:
+    kind: type[Tuned] = Decode if "decode" in fields else WideShape if "splits" in fields else Shape
+    return kind(**fields)  # type: ignore[arg-type]
+
+
 @lru_cache(maxsize=8)
-def tuned_shapes(device: str) -> dict[str, Shape]:
+def tuned_shapes(device: str) -> dict[str, Tuned]:
     """Shapes found for a kind of device: the shipped ones, and over them those of this machine."""
     shipped = files("whit.kernels") / "tuned" / f"{device.replace(' ', '-')}.json"
-    found: dict[str, Shape] = {}
+    found: dict[str, Tuned] = {}
     for source in (shipped, tuning_file(device)):
         try:
-            found |= {key: Shape(**fields) for key, fields in json.loads(source.read_text(encoding="utf-8")).items()}
+            content = json.loads(source.read_text(encoding="utf-8"))
+            found |= {key: _tuned_from(fields) for key, fields in content.items()}
         except (OSError, ValueError, TypeError, AttributeError):
             continue  # absent or of another version: shapes only change speed
     return found
 
 
-def keep_tuned(device: str, shapes: dict[str, Shape]) -> None:
+def keep_tuned(device: str, shapes: Mapping[str, Tuned]) -> None:
     """Add found shapes to this machine's file."""
     path = tuning_file(device)
     path.parent.mkdir(parents=True, exist_ok=True)
-    merged = {key: asdict(shape) for key, shape in sorted((tuned_shapes(device) | shapes).items())}
+    merged = {key: asdict(shape) for key, shape in sorted((tuned_shapes(device) | dict(shapes)).items())}
     path.write_text(json.dumps(merged, indent=0) + "\n", encoding="utf-8")
     tuned_shapes.cache_clear()
 
 
-def use_shape(device: str, key: str, shape: Shape | None) -> None:
+def use_shape(device: str, key: str, shape: Tuned | None) -> None:
     """Take a shape (or with None no longer any) for what `key` names, in this process alone."""
     found = tuned_shapes(device)
     if shape is None:
@@ -235,10 +273,11 @@ def choose(
     memory: int,
     *,
     binary: bool = True,
+    clusters: bool = True,
 ) -> Launch:
-    """The launch to use: the found shape if there is one and it fits, otherwise `plan`'s."""
+    """The launch of `gemv` or `small`: the found shape if there is one and it fits, otherwise `plan`'s."""
     found = tuned_shapes(device).get(tuning_key(layout, rows, columns, tokens))
-    if found is not None:
+    if isinstance(found, Shape) and (clusters or found.share == 1):
         shape = replace(found, bitwise=found.bitwise and layout.bitwise and binary)
         try:
             return plan(layout, rows, columns, tokens, processors, memory, [shape])

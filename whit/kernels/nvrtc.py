@@ -13,20 +13,27 @@ import tempfile
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
 from whit.errors import WhitError
 
 _MAX_DYNAMIC_SHARED_MEMORY = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_CLUSTER_DIMENSION = 4  # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 
 
-class _Attribute(ctypes.Structure):
-    """CUlaunchAttribute: a number, padding, and a value of 64 bytes of which the first int is used."""
+Argument: TypeAlias = "ctypes._SimpleCData[Any] | ctypes.Structure"
+"""Of a kernel."""
 
-    _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int), ("rest", ctypes.c_byte * 60))
+_UINT16, _SWIZZLE_128, _PROMOTION_256 = 1, 3, 3  # CUtensorMapDataType, CUtensorMapSwizzle, CUtensorMapL2promotion
+
+
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute: a number, padding, and a value of 64 bytes of which the first three ints are used."""
+
+    _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int * 3), ("rest", ctypes.c_byte * 52))
 
 
 class _Config(ctypes.Structure):
@@ -38,6 +45,12 @@ class _Config(ctypes.Structure):
         ("attributes", ctypes.POINTER(_Attribute)),
         ("attribute_count", ctypes.c_uint),
     )
+
+
+class TensorMap(ctypes.Structure):
+    """CUtensorMap: what the tensor copy engine must know of an array; made by `tensor_map`."""
+
+    _fields_ = (("words", ctypes.c_uint64 * 16),)
 
 
 class CompilationError(WhitError):
@@ -129,6 +142,37 @@ def cached_cubin(source: str, options: Sequence[str]) -> bytes:
     return code
 
 
+@lru_cache(maxsize=1024)
+def tensor_map(address: int, rows: int, columns: int, box_rows: int, box_columns: int) -> TensorMap:
+    """A matrix of 16-bit values (rows, columns), contiguous, to be copied in boxes swizzled by 128 bytes.
+
+    Args:
+        address: of the matrix, a multiple of 16; a row must be one too, in bytes.
+        rows: of the matrix; boxes that reach beyond are filled with zeros.
+        columns: of the matrix.
+        box_rows: at most 256.
+        box_columns: 64, the 128 bytes of the swizzle.
+    """
+    room = (ctypes.c_uint8 * 192)()
+    map_address = -(-ctypes.addressof(room) // 64) * 64
+    status = _driver().cuTensorMapEncodeTiled(
+        ctypes.c_void_p(map_address),
+        _UINT16,
+        2,
+        ctypes.c_void_p(address),
+        (ctypes.c_uint64 * 2)(columns, rows),
+        (ctypes.c_uint64 * 1)(columns * 2),
+        (ctypes.c_uint32 * 2)(box_columns, box_rows),
+        (ctypes.c_uint32 * 2)(1, 1),
+        0,  # no interleaving
+        _SWIZZLE_128,
+        _PROMOTION_256,
+        0,  # zeros beyond the edges
+    )
+    _check(status, f"describe a matrix of {rows} x {columns}")
+    return TensorMap.from_buffer_copy((ctypes.c_uint8 * 128).from_address(map_address))
+
+
 class Kernel:
     """One compiled function on one device."""
 
@@ -146,9 +190,10 @@ class Kernel:
         grid: int,
         threads: int,
         shared: int,
-        arguments: Sequence[ctypes._SimpleCData[Any] | ctypes.Structure],
+        arguments: Sequence[Argument],
         *,
         early: bool = False,
+        cluster: int = 1,
     ) -> None:
         """Enqueue on the current stream; returns at once.
 
@@ -157,6 +202,7 @@ class Kernel:
             threads: per block.
             shared: bytes of dynamic shared memory per block.
             arguments: ctypes values in the order of the kernel's parameters.
+            cluster: consecutive blocks that run together and read each other's shared memory (needs Hopper).
             early: let it start while the kernel before it ends (the kernel then waits by itself; needs Hopper).
         """
         if shared > self._shared:
@@ -165,15 +211,31 @@ class Kernel:
             self._shared = shared
         pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(value) for value in arguments))
         stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        attribute = _Attribute(id=_PROGRAMMATIC_STREAM_SERIALIZATION, value=1)
-        config = _Config(grid, 1, 1, threads, 1, 1, shared, stream, ctypes.pointer(attribute), int(early))
+        attributes = (_Attribute * 2)()
+        count = 0
+        for wanted, number, value in (
+            (early, _PROGRAMMATIC_STREAM_SERIALIZATION, (1, 0, 0)),
+            (cluster > 1, _CLUSTER_DIMENSION, (cluster, 1, 1)),
+        ):
+            if wanted:
+                attributes[count] = _Attribute(id=number, value=value)
+                count += 1
+        config = _Config(grid, 1, 1, threads, 1, 1, shared, stream, attributes, count)
         status = _driver().cuLaunchKernelEx(ctypes.byref(config), self._function, pointers, None)
         _check(status, "launch a kernel")
 
 
+def device_options(capability: tuple[int, int], options: Sequence[str], *, specific: bool = False) -> tuple[str, ...]:
+    """All options of a compilation for devices of a compute capability.
+
+    `specific` allows the instructions that only this very architecture has (sm_90a).
+    """
+    major, minor = capability
+    return (f"--gpu-architecture=sm_{major}{minor}{'a' * specific}", "--std=c++17", *options)
+
+
 @lru_cache(maxsize=512)
-def kernel(source: str, name: str, options: tuple[str, ...], device: int) -> Kernel:
+def kernel(source: str, name: str, options: tuple[str, ...], device: int, *, specific: bool = False) -> Kernel:
     """The function `name` of a source, compiled for device number `device` (which must be the current one)."""
-    major, minor = torch.cuda.get_device_capability(device)
-    target = f"--gpu-architecture=sm_{major}{minor}"
-    return Kernel(cached_cubin(source, (target, "--std=c++17", *options)), name)
+    capability = torch.cuda.get_device_capability(device)
+    return Kernel(cached_cubin(source, device_options(capability, options, specific=specific)), name)

@@ -11,8 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from whit.kernels.cuda_decode import decode_options, decode_source
 from whit.kernels.cuda_layout import Layout
-from whit.kernels.cuda_plan import Launch, options_of, parts_of, source_of
+from whit.kernels.cuda_plan import Launch, options_of, parts_of, source_of, wide_source
+from whit.kernels.cuda_wide import WideShape, shared_bytes, wide_options
 
 HERE = Path(__file__).parent
 COMPILER = shutil.which("g++")
@@ -41,6 +43,32 @@ MEANINGS = {
     " { u32 b[2] = {b0, b1}; tensor_product(c, 4, a, 2, b, floats_times_floats); }",
     "void count(": "static void count(int (&c)[4], u32 a0, u32 a1, u32 b)"
     " { u32 a[2] = {a0, a1}; tensor_product(c, 2, a, 1, &b, ones_in_both); }",
+    "void barrier_init(": "",
+    "void barriers_ready(": "static void barriers_ready() {}",
+    "void barrier_arrive(": "",
+    "void barrier_expect(": "",
+    "void barrier_wait(": "",
+    "void copy_box(": "static void copy_box(u8* to, const TensorMap& map, u64* barrier, int column, int token)"
+    " { copy_box(to, map, barrier, column, token, TOKENS); }",
+    "void prefetch_map(": "static void prefetch_map(const TensorMap&) {}",
+    "void store_transposed(": "",
+    "void registers_ready(": "static void registers_ready() {}",
+    "void products_commit(": "static void products_commit() { close_products(); }",
+    "void products_wait(": "template <int LEFT> static void products_wait() { finish_products(LEFT); }",
+    "void cluster_arrive(": "",
+    "void cluster_wait(": "",
+    "uint4 peer_words(": "",
+    "u32 descriptor_of(": "static u32 descriptor_of(const u8* tile) { return (tile - shared_memory) / 16; }",
+    "void warpgroup_product(": "static void warpgroup_product(float (&c)[TOKENS / 2], const u32 (&a)[4],"
+    " u32 descriptor) { late_product(c, TOKENS / 2, a, shared_memory + descriptor / 64 * 1024, descriptor % 64 / 2); }",
+    "u32 choose_bytes(": "static u32 choose_bytes(u32 low, u32 high, u32 selector)"
+    " { return __byte_perm(low, high, selector); }",
+    "u32 fma_pairs(": "static u32 fma_pairs(u32 a, u32 b, u32 c)"
+    " { return to16(from16(a) * from16(b) + from16(c))"
+    " | (u32)to16(from16(a >> 16) * from16(b >> 16) + from16(c >> 16)) << 16; }",
+    "u32 multiply_pairs(": "static u32 multiply_pairs(u32 a, u32 b)"
+    " { return to16(from16(a) * from16(b)) | (u32)to16(from16(a >> 16) * from16(b >> 16)) << 16; }",
+    "u32 in_register(": "static u32 in_register(u32 constant) { return constant; }",
     "u32 pair_of_floats(": "static u32 pair_of_floats(float low, float high)"
     " { return to16(low) | (u32)to16(high) << 16; }",
     "u32 add_pairs(": "static u32 add_pairs(u32 a, u32 b)"
@@ -50,15 +78,16 @@ CALLS = {
     "gemv": "gemv((const u16*)x, weight, (const u16*)bias, (u16*)y, chunk, tiles)",
     "small": "small((const u16*)x, weight, (const u16*)bias, (u16*)y, tokens, chunk, tiles)",
     "decode": "decode(weight, (u16*)y)",
+    "wide": "wide({{(u64)x, (u64)weight.columns, (u64)tokens}}, weight, (const u16*)bias, (u16*)y, tokens)",
 }
 MAIN = """
 static uint8_t *x, *bias, *y;
 static Weight weight;
 static int tokens, chunk, tiles;
 int main(int, char** arguments) {
-    long sizes[8], numbers[10];
+    long sizes[8], numbers[11];
     FILE* in = fopen(arguments[1], "rb");
-    if (fread(sizes, 8, 8, in) != 8 || fread(numbers, 8, 10, in) != 10) return 2;
+    if (fread(sizes, 8, 8, in) != 8 || fread(numbers, 8, 11, in) != 11) return 2;
     uint8_t* tensors[7];
     for (int i = 0; i < 7; i++) {
         tensors[i] = sizes[i] ? guarded(sizes[i]) : nullptr;
@@ -71,7 +100,7 @@ int main(int, char** arguments) {
     memset(y, 0xff, sizes[7]);
     tokens = numbers[4], chunk = numbers[5], tiles = numbers[6];
     kernel_body = []() { CALL; };
-    run_blocks(numbers[7], THREADS, numbers[8], numbers[9]);
+    run_blocks(numbers[7], THREADS, numbers[8], numbers[9], numbers[10]);
     FILE* out = fopen(arguments[2], "wb");
     fwrite(y, 1, sizes[7], out);
     return fclose(out);
@@ -89,13 +118,19 @@ def translated(source: str) -> str:
             end = line_end if one_line else source.index("\n}\n", match.start()) + 2
             source = source[: match.start()] + meaning + source[end:]
     assert "asm(" not in source and "asm volatile(" not in source
-    return source.replace("extern __shared__ __align__(16) u8 memory[];", "u8* memory = shared_memory;")
+    return re.sub(r"extern __shared__ __align__\(\d+\) u8 memory\[\];", "u8* memory = shared_memory;", source)
 
 
-def compiled(name: str, layout: Layout, launch: Launch, tokens: int, bfloat: bool, folder: Path) -> Path:
+def compiled(name: str, layout: Layout, launch: Launch | WideShape, tokens: int, bfloat: bool, folder: Path) -> Path:
     """An executable that runs the kernel `name` once."""
-    options = options_of(layout, launch.shape, launch.depth, tokens, bfloat, early=False)
-    source = '#include "emulator.h"\n' + translated(source_of(*parts_of(name, launch.shape)))
+    if isinstance(launch, WideShape):
+        options, source = wide_options(layout, launch, bfloat, early=False), wide_source(launch.tokens)
+    elif name == "decode":
+        options, source = decode_options(layout, bfloat), decode_source(layout)
+    else:
+        options = options_of(layout, launch.shape, launch.depth, tokens, bfloat, early=False)
+        source = source_of(*parts_of(name, launch.shape))
+    source = '#include "emulator.h"\n' + translated(source)
     path = folder / f"{name}.cpp"
     path.write_text(source + MAIN.replace("CALL", CALLS[name]), encoding="utf-8")
     command = [
@@ -118,7 +153,7 @@ def compiled(name: str, layout: Layout, launch: Launch, tokens: int, bfloat: boo
 def run(
     program: Path,
     layout: Layout,
-    launch: Launch,
+    launch: Launch | WideShape,
     tensors: Sequence[Tensor],
     shape: tuple[int, int],
     x: Tensor,
@@ -137,18 +172,13 @@ def run(
     out = torch.empty((rows, columns) if program.name == "decode" else (len(x), rows), dtype=x.dtype)
     sizes = [0 if blob is None else blob.numel() * blob.element_size() for blob in blobs]
     sizes.append(out.numel() * out.element_size())
-    numbers = [
-        rows,
-        columns,
-        layout.width,
-        layout.groups,
-        len(x),
-        launch.chunk,
-        launch.tiles,
-        launch.grid,
-        launch.shared,
-    ]
-    header = torch.tensor([*sizes, *numbers, int(descending)]).view(torch.uint8)
+    numbers = [rows, columns, layout.width, layout.groups, len(x)]
+    if isinstance(launch, WideShape):
+        shared = shared_bytes(layout, launch)
+        numbers += [0, 0, launch.grid(rows, len(x)), -(-shared // 1024) * 1024, int(descending), launch.splits]
+    else:
+        numbers += [launch.chunk, launch.tiles, launch.grid, launch.shared, int(descending), launch.shape.share]
+    header = torch.tensor([*sizes, *numbers]).view(torch.uint8)
     content = [blob.contiguous().reshape(-1).view(torch.uint8) for blob in blobs if blob is not None and blob.numel()]
     source, target = program.with_suffix(".in"), program.with_suffix(".out")
     source.write_bytes(torch.cat([header, *content]).numpy().tobytes())

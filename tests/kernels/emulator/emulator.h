@@ -13,11 +13,13 @@
 #include <cstdlib>
 #include <cstring>
 #include <deque>
+#include <map>
 #include <vector>
 
 #define __device__
 #define __forceinline__ inline
 #define __global__
+#define __grid_constant__
 #define __launch_bounds__(...)
 #define __align__(x)
 using std::max;
@@ -25,9 +27,11 @@ using std::min;
 
 struct Index { int x; };
 static Index threadIdx, blockIdx, gridDim;
+static int block_threads, first_block;  // of the cluster that runs
 struct alignas(8) uint2 { unsigned x, y; };
 struct alignas(16) uint4 { unsigned x, y, z, w; };
 struct alignas(8) float2 { float x, y; };
+struct alignas(16) float4 { float x, y, z, w; };
 static inline uint2 make_uint2(unsigned a, unsigned b) { return {a, b}; }
 static inline uint4 make_uint4(unsigned a, unsigned b, unsigned c, unsigned d) { return {a, b, c, d}; }
 static inline float2 make_float2(float a, float b) { return {a, b}; }
@@ -43,12 +47,18 @@ static std::vector<Fiber> fibers;
 static ucontext_t scheduler;
 static int current;
 static uint8_t* shared_memory;
+static std::vector<uint8_t*> shared_memories;  // by block of the cluster
 
+static void become(int fiber) {
+    current = fiber;
+    threadIdx.x = fiber % block_threads;
+    blockIdx.x = first_block + fiber / block_threads;
+    shared_memory = shared_memories[fiber / block_threads];
+}
 static void hand_over() {
     int me = current;
     swapcontext(&fibers[me].context, &scheduler);
-    current = me;
-    threadIdx.x = me;
+    become(me);
 }
 struct Barrier {
     int arrived = 0, generation = 0;
@@ -62,12 +72,23 @@ struct Barrier {
         }
     }
 };
-static Barrier block_barrier, warp_barriers[32];
-static uint32_t slots[32][32][8];
+static Barrier block_barriers[8], cluster_wide, warp_barriers[256];
+static uint32_t slots[256][32][8];
+static Barrier& block_barrier() { return block_barriers[current / block_threads]; }
 static void __syncthreads() {
-    fibers[current].parked = block_barrier.generation;
-    block_barrier.wait((int)fibers.size());
+    fibers[current].parked = block_barrier().generation;
+    block_barrier().wait(block_threads);
     fibers[current].parked = -1;
+}
+static bool waits_unparked;  // someone waits in a way that the scheduler does not see
+static std::vector<int> cluster_arrived;  // by thread: the generation in which it arrived
+static void cluster_arrive() {
+    waits_unparked = true;
+    cluster_arrived[current] = cluster_wide.generation;
+    if (++cluster_wide.arrived == (int)fibers.size()) cluster_wide.arrived = 0, cluster_wide.generation++;
+}
+static void cluster_wait() {
+    while (cluster_wide.generation == cluster_arrived[current]) hand_over();
 }
 static void __syncwarp() { warp_barriers[current / 32].wait(32); }
 
@@ -174,6 +195,101 @@ static double floats_times_floats(uint32_t a, uint32_t b) {
     return (double)from16(a) * from16(b) + (double)from16(a >> 16) * from16(b >> 16);
 }
 
+// ---- Clusters and warpgroup products --------------------------------------------------------------------------------------
+static uint4 peer_words(const void* own, int rank) {
+    return *(const uint4*)(shared_memories[rank] + ((const uint8_t*)own - shared_memory));
+}
+// A box of x comes when it is waited for. A barrier's phase ends when all have arrived and, if one expected a box, it has come.
+struct Box {
+    uint8_t* to;
+    const uint16_t* x;
+    int columns, tokens, column, token, rows;
+};
+struct Meeting {
+    int expected = 0, arrived = 0, phase = 0, bytes = 0;
+    std::vector<Box> boxes;
+};
+static std::map<void*, Meeting> meetings;
+static void barrier_init(void* barrier, int arrivals) { meetings[barrier] = Meeting{arrivals}; }
+static void barrier_arrive(void* barrier) {
+    Meeting& meeting = meetings.at(barrier);
+    if (++meeting.arrived == meeting.expected) meeting.arrived = 0, meeting.phase ^= 1;
+}
+static void barrier_expect(void* barrier, int bytes) {
+    Meeting& meeting = meetings.at(barrier);
+    if (meeting.arrived || meeting.expected != 1) abort();
+    meeting.arrived = 1, meeting.bytes = bytes;
+}
+static void barrier_wait(void* barrier, int parity) {
+    waits_unparked = true;
+    for (Meeting& meeting = meetings.at(barrier); meeting.phase == parity; ) {
+        int bytes = 0;
+        for (const Box& box : meeting.boxes) bytes += box.rows * 128;
+        if (bytes == 0 || bytes != meeting.bytes) {
+            hand_over();
+            continue;
+        }
+        for (const Box& box : meeting.boxes)
+            for (int token = 0; token < box.rows; token++)
+                for (int k = 0; k < 64; k++) {
+                    const bool there = box.token + token < box.tokens && box.column + k < box.columns;
+                    const uint16_t value = there ? box.x[(size_t)(box.token + token) * box.columns + box.column + k] : 0;
+                    *(uint16_t*)(box.to + token * 128 + ((k / 8) ^ (token & 7)) * 16 + k % 8 * 2) = value;
+                }
+        meeting.boxes.clear();
+        meeting.arrived = meeting.bytes = 0, meeting.phase ^= 1;
+    }
+}
+template <class Map> static void copy_box(uint8_t* to, const Map& map, void* barrier, int column, int token, int rows) {
+    if ((uintptr_t)to % 1024) abort();
+    meetings.at(barrier).boxes.push_back({to, (const uint16_t*)map.words[0], (int)map.words[1], (int)map.words[2], column, token, rows});
+}
+static void store_transposed(uint16_t* place, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
+    const uint64_t address = (uint64_t)place;
+    const uint32_t shown[6] = {a, b, c, d, (uint32_t)address, (uint32_t)(address >> 32)};
+    collective(shown, 6, [](Slots s, int lane) {
+        uint16_t* to = (uint16_t*)(s[lane][4] | (uint64_t)s[lane][5] << 32);  // row lane % 8 of matrix lane / 8
+        if ((uintptr_t)to % 16) abort();
+        for (int i = 0; i < 8; i++) to[i] = (uint16_t)(s[i * 4 + lane % 8 / 2][lane / 8] >> (16 * (lane % 2)));
+        return 0;
+    });
+}
+// A product of a warpgroup happens when it is waited for: shared memory that is filled again too early changes it. Each
+// lane keeps the two rows of codes of its results; x is read through the swizzle of 128 bytes.
+struct LateProduct {
+    float* sums;
+    float codes[2][16];
+    const uint8_t* tile;
+    int count, step;
+};
+static std::vector<std::deque<std::vector<LateProduct>>> product_groups;  // by thread; the last group is still open
+static void late_product(float* sums, int count, const uint32_t (&a)[4], const uint8_t* tile, int step) {
+    if ((uintptr_t)tile % 1024) abort();
+    LateProduct late{sums, {}, tile, count, step};
+    collective(a, 4, [&](Slots s, int lane) {
+        for (int h = 0; h < 2; h++)
+            for (int k = 0; k < 16; k++) late.codes[h][k] = from16(s[lane / 4 * 4 + k % 8 / 2][h + 2 * (k / 8)] >> (16 * (k % 2)));
+        return 0;
+    });
+    product_groups[current].back().push_back(late);
+}
+static void close_products() { product_groups[current].emplace_back(); }
+static void finish_products(int left) {
+    auto& groups = product_groups[current];
+    const int quad = current % 4;
+    for (; (int)groups.size() > left + 1; groups.pop_front())
+        for (const LateProduct& late : groups.front())
+            for (int i = 0; i < late.count; i++) {
+                const int token = i / 4 * 8 + 2 * quad + i % 2;
+                double sum = 0;
+                for (int k = 0; k < 16; k++) {
+                    const int chunk = (late.step * 2 + k / 8) ^ (token & 7);
+                    sum += (double)late.codes[i % 4 / 2][k] * from16(*(const uint16_t*)(late.tile + token * 128 + chunk * 16 + k % 8 * 2));
+                }
+                late.sums[i] += (float)sum;
+            }
+}
+
 // ---- Launch ----------------------------------------------------------------------------------------------------------
 // A buffer that ends (but for rounding to 16 bytes) where the next page may not be touched.
 static uint8_t* guarded(size_t bytes) {
@@ -187,15 +303,20 @@ static void fiber_main() {
     kernel_body();
     fibers[current].done = true;
 }
-static void run_blocks(int grid, int threads, size_t shared, bool descending) {
+static void run_blocks(int grid, int threads, size_t shared, bool descending, int cluster) {
     gridDim.x = grid;
-    fibers.resize(threads);
-    shared_memory = guarded(shared);
-    for (blockIdx.x = 0; blockIdx.x < grid; blockIdx.x++) {
-        memset(shared_memory, 0xff, shared);
-        block_barrier = Barrier();
+    block_threads = threads;
+    const int all = threads * cluster;
+    fibers.resize(all);
+    for (int i = 0; i < cluster; i++) shared_memories.push_back(guarded(shared));
+    for (first_block = 0; first_block < grid; first_block += cluster) {
+        for (uint8_t* memory : shared_memories) memset(memory, 0xff, shared);
+        cluster_wide = Barrier();
+        cluster_arrived.assign(all, -1);
+        for (Barrier& barrier : block_barriers) barrier = Barrier();
         for (Barrier& barrier : warp_barriers) barrier = Barrier();
-        copy_groups.assign(threads, std::deque<std::vector<Copy>>(1));
+        copy_groups.assign(all, std::deque<std::vector<Copy>>(1));
+        product_groups.assign(all, std::deque<std::vector<LateProduct>>(1));
         for (Fiber& fiber : fibers) {
             fiber.done = false;
             fiber.parked = -1;
@@ -207,21 +328,23 @@ static void run_blocks(int grid, int threads, size_t shared, bool descending) {
             makecontext(&fiber.context, fiber_main, 0);
         }
         // One warp runs as far as it can before the next: what another warp should have written first is not there yet.
-        for (int left = threads; left;)
-            for (int turn = 0; turn < threads / 32; turn++) {
-                const int warp = descending ? threads / 32 - 1 - turn : turn;
-                for (bool moved = true; moved;) {
-                    moved = false;
+        for (int left = all; left;)
+            for (int turn = 0; turn < all / 32; turn++) {
+                const int warp = descending ? all / 32 - 1 - turn : turn;
+                // Some waits do not park a fiber: a turn then ends after some rounds.
+                for (int rounds = 0; rounds < 64; rounds++) {
+                    bool moved = false;
                     for (int lane = 0; lane < 32; lane++) {
                         const int next = warp * 32 + (descending ? 31 - lane : lane);
                         Fiber& fiber = fibers[next];
-                        if (fiber.done || fiber.parked == block_barrier.generation) continue;
+                        if (fiber.done || fiber.parked == block_barriers[next / threads].generation) continue;
                         moved = true;
-                        current = next;
-                        threadIdx.x = next;
+                        become(next);
                         swapcontext(&scheduler, &fiber.context);
                         left -= fiber.done;
                     }
+                    if (moved && !waits_unparked) rounds = 0;
+                    if (!moved) break;
                 }
             }
     }

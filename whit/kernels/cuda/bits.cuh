@@ -77,9 +77,11 @@ __device__ __forceinline__ void stage_block(u32* words, float2* factors, const f
         factors[KINDS == 2 ? (lane & 3) * 2 + (lane >> 2) : lane] = make_float2(factor, (lane & 3) == 0 ? (lane < 4 ? total : marked_total) : 0.0f);
     }
 }
+// The warps of the STAGING_BLOCKS thread blocks of a cluster take turns at blocks of columns.
+#define STAGERS (WARPS * STAGING_BLOCKS)
 __device__ __forceinline__ void stage_x(u32* words, float2* factors, const u16* x, const u8* salient, int column0, int blocks, int columns, int warp, int lane) {
     constexpr int BATCH = RAW ? 1 : 4, VALUES = RAW ? 12 : 4;
-    for (int first = warp; first < blocks; first += WARPS * BATCH) {
+    for (int first = blockIdx.x % STAGING_BLOCKS * WARPS + warp; first < blocks; first += STAGERS * BATCH) {
         float value[BATCH][VALUES];
         u32 marks[BATCH];
 #pragma unroll
@@ -88,7 +90,7 @@ __device__ __forceinline__ void stage_x(u32* words, float2* factors, const u16* 
 #pragma unroll
             for (int j = 0; j < VALUES; j++) {
                 const int offset = RAW ? 32 * (j / 3) + (32 * (j % 3) + lane) / 3 : 32 * j + (CODE_BITS == 2 ? (lane >> 1) + 16 * (lane & 1) : lane);
-                const int block = first + i * WARPS, column = column0 + block * 128 + offset;
+                const int block = first + i * STAGERS, column = column0 + block * 128 + offset;
                 const bool there = block < blocks && column < columns;
                 value[i][j] = there ? float_of_x(__ldg(x + column)) : 0.0f;
                 if (KIND == BINARY_RESIDUAL && there) marks[i] |= (u32)(__ldg(salient + (column >> 3)) >> (column & 7) & 1) << j;
@@ -96,7 +98,7 @@ __device__ __forceinline__ void stage_x(u32* words, float2* factors, const u16* 
         }
 #pragma unroll
         for (int i = 0; i < BATCH; i++) {
-            const int block = first + i * WARPS;
+            const int block = first + i * STAGERS;
             if (block < blocks) stage_block(words + block * X_WORDS, factors + block * X_FACTORS, value[i], marks[i], lane);
         }
     }
@@ -116,11 +118,13 @@ template <bool FULL>
 __device__ __forceinline__ void item_sums(float (&y)[2], const u8* stage, const u32* words, const float2* factors, const Weight& w, int row0, int column0, int lane) {
     const int r = lane >> 2, q = lane & 3, group0 = GROUP >= (1 << 30) ? 0 : column0 / GROUP;
     const int parity[2] = {odd_start(w, row0 + r, group0), odd_start(w, row0 + r + 8, group0)};
+    constexpr int ALL = KIND == BINARY_RESIDUAL ? 5 : KIND == GROUPED_INTEGER && BITS == 2 ? 2 : SUMS;
+    constexpr bool ONCE = GROUP % ICOLS == 0;  // an item lies in one group: scalars multiply the sums of the whole item
+    float item_sum[2][ALL] = {}, item_total = 0.0f, item_marked = 0.0f;
     y[0] = y[1] = 0.0f;
 #pragma unroll BLOCKS_AT_ONCE
     for (int block = 0; block < BLOCKS; block++) {
         if (!FULL && column0 + block * 128 >= w.columns) break;
-        constexpr int ALL = KIND == BINARY_RESIDUAL ? 5 : KIND == GROUPED_INTEGER && BITS == 2 ? 2 : SUMS;
         int c[ALL][OCTETS][4];
 #pragma unroll
         for (int p = 0; p < ALL; p++)
@@ -176,6 +180,15 @@ __device__ __forceinline__ void item_sums(float (&y)[2], const u8* stage, const 
         }
         const int group = group_of(column0, block * 128);
         const float2 factor = factors[block * X_FACTORS + q * KINDS];
+        if (ONCE) {
+#pragma unroll
+            for (int h = 0; h < 2; h++)
+#pragma unroll
+                for (int p = 0; p < ALL; p++) item_sum[h][p] += factor.x * counted(c[p], h, q);
+            item_total += factor.x * factor.y;
+            if (KIND == BINARY_RESIDUAL) item_marked += factor.x * factors[block * X_FACTORS + q * KINDS + 1].y;
+            continue;
+        }
 #pragma unroll
         for (int h = 0; h < 2; h++) {
             float s[SUMS];
@@ -193,5 +206,29 @@ __device__ __forceinline__ void item_sums(float (&y)[2], const u8* stage, const 
             }
             y[h] += factor.x * value;
         }
+    }
+    if (ONCE)
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            float s[SUMS];
+#pragma unroll
+            for (int p = 0; p < SUMS; p++) s[p] = item_sum[h][p];
+            if (KIND == GROUPED_INTEGER && BITS == 2) s[0] += 2.0f * item_sum[h][1 % ALL];
+            y[h] = group_value(s, item_total, stage, w, r + 8 * h, row0, column0, parity[h], 0, false);
+            if (KIND == BINARY_RESIDUAL) {
+                float marked[SUMS];
+                marked[0] = item_sum[h][3 % ALL], marked[1 % SUMS] = item_sum[h][4 % ALL], marked[2 % SUMS] = 0.0f;
+                y[h] += group_value(marked, item_marked, stage, w, r + 8 * h, row0, column0, parity[h], 0, true);
+            }
+        }
+}
+
+// What the other blocks of the cluster have staged.
+__device__ __forceinline__ void fetch_staged(u32* words, float2* factors, int blocks) {
+    constexpr int WORD_PIECES = X_WORDS / 4, PIECES = WORD_PIECES + X_FACTORS / 2;
+    for (int piece = threadIdx.x; piece < blocks * PIECES; piece += THREADS) {
+        const int block = piece / PIECES, at = piece % PIECES, owner = block % STAGERS / WARPS;
+        uint4* own = at < WORD_PIECES ? (uint4*)(words + block * X_WORDS) + at : (uint4*)(factors + block * X_FACTORS) + (at - WORD_PIECES);
+        if (owner != (int)(blockIdx.x % STAGING_BLOCKS)) *own = peer_words(own, owner);
     }
 }

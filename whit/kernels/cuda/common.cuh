@@ -38,6 +38,28 @@ __device__ __forceinline__ u16 x_of_float(float f) {
         h = half_of_float(f);
     return h;
 }
+__device__ __forceinline__ u32 pair_of_floats(float low, float high) {
+    u32 pair;
+#if BF16
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+#else
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+#endif
+    return pair;
+}
+// Four bytes of eight, as the nibbles of the selector say. Their highest bits must be zero, which __byte_perm would see to
+// with one more instruction; the other half of a selector does not matter.
+__device__ __forceinline__ u32 choose_bytes(u32 low, u32 high, u32 selector) {
+    u32 chosen;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(chosen) : "r"(low), "r"(high), "r"(selector));
+    return chosen;
+}
+// A constant in a register: an instruction has room for one immediate operand.
+__device__ __forceinline__ u32 in_register(u32 constant) {
+    u32 value;
+    asm("mov.u32 %0, %1;" : "=r"(value) : "r"(constant));
+    return value;
+}
 __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
 // Sixteen bytes from global to shared memory; only the first `valid` are read, the rest become zero.
@@ -69,6 +91,18 @@ __device__ __forceinline__ void wait_for_previous_kernel() {
     asm volatile("griddepcontrol.wait;" ::: "memory");
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
+}
+
+// Barrier of all threads of a cluster of blocks, in two parts.
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+// Four words at the place of `own` in the shared memory of block `rank` of the cluster.
+__device__ __forceinline__ uint4 peer_words(const void* own, int rank) {
+    uint4 v;
+    u32 address;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(own)), "r"(rank));
+    asm volatile("ld.shared::cluster.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address) : "memory");
+    return v;
 }
 
 __device__ __forceinline__ u32 funnel_right(u32 low, u32 high, int shift) { return __funnelshift_r(low, high, shift); }

@@ -7,7 +7,9 @@
 //
 // One thread block per multiprocessor; each keeps x in its operand form in shared memory and walks over row tiles. Each
 // warp takes items of 16 rows x ICOLS columns through a private ring in shared memory, filled by cp.async DEPTH - 1
-// ahead. Partial sums of items are added in a fixed order: same input, same bytes.
+// ahead. Blocks of a cluster (STAGING_BLOCKS) share the work of bringing x into that form. Partial sums of items are added in a fixed order: same input, same bytes.
+
+constexpr int PREFETCHED = 2;  // items of a warp that L2 is asked for while the kernel before still runs
 
 // The items of a warp: numbers warp, warp + WARPS, ... of the row tiles of a round, each `across` items wide.
 struct Place {
@@ -45,7 +47,12 @@ gemv(const u16* x, Weight w, const u16* bias, u16* y, int chunk_columns, int til
                 }
             };
             if (!waited) {
-                if (ahead.tile < mine) prefetch_item(w, (first + ahead.tile * (int)gridDim.x) * 16, ahead.column * ICOLS, lane);
+                Place soon = ahead;
+                for (int i = 0; i < PREFETCHED && soon.tile < mine; i++) {
+                    prefetch_item(w, (first + soon.tile * (int)gridDim.x) * 16, soon.column * ICOLS, lane);
+                    soon.column += WARPS;
+                    soon.settle(across);
+                }
                 wait_for_previous_kernel();
                 waited = true;
             }
@@ -54,6 +61,12 @@ gemv(const u16* x, Weight w, const u16* bias, u16* y, int chunk_columns, int til
             if (items_across > chunk_items || first == blockIdx.x) {
                 if (items_across > chunk_items) __syncthreads();
                 stage_x(x_words, factors, x, w.salient, begin * ICOLS, across * BLOCKS, w.columns, warp, lane);
+#if STAGING_BLOCKS > 1
+                cluster_arrive();
+                cluster_wait();
+                fetch_staged(x_words, factors, across * BLOCKS);
+                cluster_arrive();  // waited for at the end: no block goes while another one reads its memory
+#endif
                 __syncthreads();
             }
             int slot = 0;
@@ -96,4 +109,7 @@ gemv(const u16* x, Weight w, const u16* bias, u16* y, int chunk_columns, int til
         }
         if (first + (int)gridDim.x * tiles_per_round < tiles) __syncthreads();
     }
+#if STAGING_BLOCKS > 1
+    cluster_wait();
+#endif
 }

@@ -25,15 +25,6 @@ __device__ __forceinline__ void product(float (&c)[4], const u32 (&a)[4], u32 b0
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
-__device__ __forceinline__ u32 pair_of_floats(float low, float high) {
-    u32 pair;
-#if BF16
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-#else
-    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
-#endif
-    return pair;
-}
 __device__ __forceinline__ u32 add_pairs(u32 a, u32 b) {
     u32 sum;
 #if BF16
@@ -71,21 +62,21 @@ __device__ __forceinline__ void level_words(u32 (&t)[2], const u8* stage, const 
 }
 __device__ __forceinline__ void levels_of(u32& low, u32& high, u32 codes, const u32 (&t)[2]) {
     const u32 selector = codes * 0x22u + 0x10101010u;  // code c chooses bytes 2 c and 2 c + 1
-    low = __byte_perm(t[0], t[1], selector);
-    high = __byte_perm(t[0], t[1], selector >> 16);
+    low = choose_bytes(t[0], t[1], selector);
+    high = choose_bytes(t[0], t[1], selector >> 16);
 }
 // Bytes of codes to exact 16-bit floats code - zero; `minus` is the pair that takes the bias of the trick and zero away.
 __device__ __forceinline__ void integers_of(u32& low, u32& high, u32 codes, u32 minus, float zero) {
 #if BF16 && BITS == 8
     float f[4];
 #pragma unroll
-    for (int j = 0; j < 4; j++) f[j] = __uint_as_float(__byte_perm(codes, 0x4b000000u, 0x7650 + j)) - (8388608.0f + zero);
+    for (int j = 0; j < 4; j++) f[j] = __uint_as_float(choose_bytes(codes, 0x4b000000u, 0x7650 + j)) - (8388608.0f + zero);
     low = pair_of_floats(f[0], f[1]);
     high = pair_of_floats(f[2], f[3]);
 #else
     const u32 exponent = BF16 ? 0x43434343u : 0x64646464u;  // 128 + code, 1024 + code
-    low = add_pairs(__byte_perm(codes, exponent, 0x4140), minus);
-    high = add_pairs(__byte_perm(codes, exponent, 0x4342), minus);
+    low = add_pairs(choose_bytes(codes, exponent, 0x4140), minus);
+    high = add_pairs(choose_bytes(codes, exponent, 0x4342), minus);
 #endif
 }
 

@@ -1,0 +1,215 @@
+"""The ops of packed products on CUDA, and which kernel each call takes, launched as `cuda_plan` and `cuda_wide` say."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import astuple
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from whit.kernels.cuda_decode import THREADS as DECODE_THREADS
+from whit.kernels.cuda_decode import decode_options, decode_shared, decode_source
+from whit.kernels.cuda_layout import Layout
+from whit.kernels.cuda_plan import (
+    Launch,
+    choose,
+    options_of,
+    parts_of,
+    source_of,
+    tuned_shapes,
+    tuning_key,
+    wide_source,
+)
+from whit.kernels.cuda_wide import (
+    BOX,
+    Decode,
+    WideShape,
+    bucket,
+    decodes_first,
+    shared_bytes,
+    wide_options,
+    wide_plan,
+    wide_shapes,
+    wide_supports,
+)
+from whit.kernels.nvrtc import Argument, Kernel, kernel, tensor_map
+
+FEW = 32
+"""Most vectors that `small` multiplies."""
+
+
+class _Weight(ctypes.Structure):
+    _fields_ = (
+        ("codes", ctypes.c_void_p),
+        ("second", ctypes.c_void_p),
+        ("salient", ctypes.c_void_p),
+        ("scalars", ctypes.c_void_p),
+        ("zeros", ctypes.c_void_p),
+        ("rows", ctypes.c_int),
+        ("columns", ctypes.c_int),
+        ("width", ctypes.c_int),
+        ("groups", ctypes.c_int),
+    )
+
+
+@lru_cache(maxsize=16)
+def device_limits(index: int) -> tuple[str, int, int]:
+    """Name, multiprocessors, and bytes of shared memory that a block may have."""
+    properties = torch.cuda.get_device_properties(index)
+    shared_memory: int = properties.shared_memory_per_block_optin  # type: ignore[attr-defined]
+    return properties.name, properties.multi_processor_count, shared_memory
+
+
+def counts_bits(index: int) -> bool:
+    """Whether the device has tensor cores for one-bit operands: Ampere to Hopper."""
+    return torch.cuda.get_device_capability(index) < (10, 0)
+
+
+def starts_early(index: int) -> bool:
+    """Whether the device has programmatic dependent launch, and clusters of blocks."""
+    return torch.cuda.get_device_capability(index) >= (9, 0)
+
+
+def has_warpgroups(index: int) -> bool:
+    """Whether the device has the tensor cores that `wide` is written for, which no other architecture has."""
+    return torch.cuda.get_device_capability(index) == (9, 0)
+
+
+def size_class(layout: Layout, vectors: int) -> int:
+    """The number of vectors that a kernel is chosen for."""
+    return 1 if vectors == 1 and layout.multiplies else bucket(vectors)
+
+
+@lru_cache(maxsize=4096)
+def choice(layout: Layout, rows: int, columns: int, tokens: int, index: int) -> Launch | WideShape | Decode:
+    """What multiplies a weight by `tokens` vectors (a `size_class`): `gemv` or `small`, `wide`, or a library."""
+    device, processors, memory = device_limits(index)
+    found = tuned_shapes(device).get(tuning_key(layout, rows, columns, tokens))
+    wide = tokens > 1 and has_warpgroups(index) and wide_supports(layout, columns)
+    if wide and isinstance(found, WideShape) and found in wide_shapes(layout, tokens, columns, memory):
+        return found
+    if tokens <= FEW and layout.multiplies:
+        return choose(
+            device,
+            layout,
+            rows,
+            columns,
+            tokens,
+            processors,
+            memory,
+            binary=counts_bits(index),
+            clusters=starts_early(index),
+        )
+    if wide and not isinstance(found, Decode) and not decodes_first(layout, tokens):
+        return wide_plan(layout, rows, columns, tokens, processors, memory)
+    return Decode()
+
+
+def build(
+    layout: Layout, launch: Launch | WideShape, tokens: int, bfloat: bool, early: bool
+) -> tuple[str, str, tuple[str, ...], bool]:
+    """Source, name and options of a kernel, and whether it needs instructions of one architecture alone."""
+    if isinstance(launch, WideShape):
+        return wide_source(launch.tokens), "wide", wide_options(layout, launch, bfloat, early=True), True
+    name = "gemv" if tokens == 1 else "small"
+    options = options_of(layout, launch.shape, launch.depth, tokens, bfloat, early)
+    return source_of(*parts_of(name, launch.shape)), name, options, False
+
+
+@lru_cache(maxsize=4096)
+def _compiled(layout: Layout, launch: Launch | WideShape, tokens: int, bfloat: bool, index: int) -> Kernel:
+    source, name, options, specific = build(layout, launch, tokens, bfloat, starts_early(index))
+    return kernel(source, name, options, index, specific=specific)
+
+
+@lru_cache(maxsize=256)
+def _decoder(layout: Layout, bfloat: bool, index: int) -> Kernel:
+    return kernel(decode_source(layout), "decode", decode_options(layout, bfloat), index)
+
+
+def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+def _weight(layout: Layout, tensors: list[Tensor], rows: int, columns: int) -> _Weight:
+    given = iter(tensors)
+    pointers = [next(given).data_ptr() if name else None for name in layout.names]
+    return _Weight(*pointers, rows, columns, layout.width, layout.groups)
+
+
+def _aligned(tensors: list[Tensor]) -> list[Tensor]:
+    """The tensors, copied where they start at no multiple of 16 bytes (views into a larger buffer may)."""
+    return [tensor if tensor.data_ptr() % 16 == 0 else tensor.clone() for tensor in tensors]
+
+
+def layout_fields(layout: Layout) -> list[int]:
+    """A layout as an op takes it."""
+    present = sum(1 << i for i, name in enumerate(layout.names) if name)
+    return [present, *(int(value) for value in astuple(layout)[:7]), *layout.numbers]
+
+
+def _layout_from(fields: list[int]) -> Layout:
+    present, kind, bits, scalars, asymmetric, group, width, groups, *numbers = fields
+    names = tuple("?" if present >> i & 1 else "" for i in range(5))
+    return Layout(kind, bits, scalars, bool(asymmetric), group, width, groups, names, tuple(numbers))  # type: ignore[arg-type]
+
+
+def _decode(layout: Layout, weight: _Weight, out: Tensor) -> None:
+    index = out.device.index
+    run = _decoder(layout, out.dtype == torch.bfloat16, index)
+    run.launch(8 * device_limits(index)[1], DECODE_THREADS, decode_shared(layout), [weight, _pointer(out)])
+
+
+@torch.library.custom_op("whit::packed_product", mutates_args=(), device_types="cuda")
+def packed_product(
+    x: Tensor, tensors: list[Tensor], bias: Tensor | None, layout: list[int], rows: int, columns: int
+) -> Tensor:
+    """x (m, columns), contiguous, times the packed weight: (m, rows). See `whit/kernels/cuda_linear.py`."""
+    described, tensors = _layout_from(layout), _aligned(tensors)
+    m, bfloat, index = x.shape[0], x.dtype == torch.bfloat16, x.device.index
+    tokens = size_class(described, m)
+    with torch.cuda.device(x.device):
+        weight = _weight(described, tensors, rows, columns)
+        launch = choice(described, rows, columns, tokens, index)
+        if isinstance(launch, Decode):
+            dense = torch.empty(rows, columns, dtype=x.dtype, device=x.device)
+            _decode(described, weight, dense)
+            return torch.nn.functional.linear(x, dense, bias)
+        out = torch.empty(m, rows, dtype=x.dtype, device=x.device)
+        run = _compiled(described, launch, tokens, bfloat, index)
+        arguments: list[Argument] = [_pointer(x), weight, _pointer(bias), _pointer(out)]
+        if isinstance(launch, WideShape):
+            x = x if x.data_ptr() % 16 == 0 else x.clone()
+            arguments[0] = tensor_map(x.data_ptr(), m, columns, launch.tokens, BOX)
+            arguments.append(ctypes.c_int(m))
+            shared = shared_bytes(described, launch)
+            grid = launch.grid(rows, m)
+            run.launch(grid, launch.threads, shared, arguments, early=True, cluster=launch.splits)
+            return out
+        arguments += [ctypes.c_int(m)] * (m > 1) + [ctypes.c_int(launch.chunk), ctypes.c_int(launch.tiles)]
+        shape = launch.shape
+        early = starts_early(index)
+        run.launch(launch.grid, shape.threads, launch.shared, arguments, early=early, cluster=shape.share)
+    return out
+
+
+@packed_product.register_fake
+def _(x: Tensor, tensors: list[Tensor], bias: Tensor | None, layout: list[int], rows: int, columns: int) -> Tensor:
+    return x.new_empty(x.shape[0], rows)
+
+
+@torch.library.custom_op("whit::decoded_weight", mutates_args=(), device_types="cuda")
+def decoded_weight(tensors: list[Tensor], layout: list[int], rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """The dense weight (rows, columns) in float16 or bfloat16: `unpack().to(dtype)`, value for value."""
+    described, tensors = _layout_from(layout), _aligned(tensors)
+    out = torch.empty(rows, columns, dtype=dtype, device=tensors[0].device)
+    with torch.cuda.device(out.device):
+        _decode(described, _weight(described, tensors, rows, columns), out)
+    return out
+
+
+@decoded_weight.register_fake
+def _(tensors: list[Tensor], layout: list[int], rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    return tensors[0].new_empty(rows, columns, dtype=dtype)

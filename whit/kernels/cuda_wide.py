@@ -1,0 +1,181 @@
+"""How `cuda/wide.cu` is launched: products of packed weights on the warpgroup tensor cores (compute capability 9.0)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from whit.kernels.cuda_layout import VECTOR_CODEBOOK, WIDEST_CODEBOOK, Layout
+
+BOX = 64
+"""Columns that one copy of x brings; a stage has one or two of them, a split whole stages."""
+WIDEST_TILE = 256
+EXPANSION = 85
+"""Cycles in which a warpgroup expands the codes of a product of 64 x 16, measured on an H200 for two-bit levels."""
+WAVE = 6000
+"""Cycles that a thread block spends before its first product and after its last."""
+MANY = 1024
+"""Vectors from which formats that are dear to expand are decoded first."""
+
+
+@dataclass(frozen=True)
+class WideShape:
+    """What may be chosen freely.
+
+    Vectors of a tile, warpgroups of a thread block (64 rows each), thread blocks of a cluster that share the columns of
+    a tile, stages of x, how many thread blocks a multiprocessor must have room for, the columns of a stage, how many
+    products are in flight while the operand of the next is made (1 or 3).
+    """
+
+    tokens: int
+    row_groups: int
+    splits: int
+    depth: int
+    resident: int
+    block: int = 64
+    ahead: int = 1
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return 128 * self.row_groups
+
+    @property
+    def tile_bytes(self) -> int:
+        """Bytes of the ring of x, in which later the sums of the tile lie; whole swizzled rows of 1024 bytes."""
+        ring = self.depth * self.tokens * 2 * self.block
+        rows = 64 * self.row_groups
+        sums = self.tokens * (rows + 4) * 4 if self.splits > 1 else max(self.tokens, 16) * (rows + 8) * 2
+        return -(-max(ring, sums) // 1024) * 1024
+
+    def grid(self, rows: int, tokens: int) -> int:
+        """Thread blocks of a product."""
+        return -(-rows // (64 * self.row_groups)) * -(-tokens // self.tokens) * self.splits
+
+
+@dataclass(frozen=True)
+class Decode:
+    """No kernel multiplies: the weight is decoded to 16 bits and a library multiplies."""
+
+    decode: bool = True
+
+
+def wide_supports(layout: Layout, columns: int) -> bool:
+    """Whether `wide.cu` multiplies a weight of this layout: it takes whole boxes, and codewords by pairs."""
+    if layout.kind == VECTOR_CODEBOOK:
+        return columns % BOX == 0 and layout.numbers[1] % 2 == 0 and codebook_bytes(layout) <= WIDEST_CODEBOOK
+    return layout.multiplies and columns % BOX == 0
+
+
+def codebook_bytes(layout: Layout) -> int:
+    """Bytes of the 16-bit codewords in shared memory, in whole KiB; 0 for other formats."""
+    if layout.kind != VECTOR_CODEBOOK:
+        return 0
+    return -(-2 * layout.numbers[0] * layout.numbers[1] // 1024) * 1024
+
+
+def shared_bytes(layout: Layout, shape: WideShape) -> int:
+    """Bytes of shared memory of a thread block."""
+    return shape.tile_bytes + codebook_bytes(layout) + 16 * shape.depth
+
+
+def bucket(tokens: int) -> int:
+    """Number of vectors that a launch is chosen for: the next power of two, 8 to 2048."""
+    return next((size for size in (8, 16, 32, 64, 128, 256, 512, 1024) if tokens <= size), 2048)
+
+
+def wide_shapes(layout: Layout, tokens: int, columns: int, memory: int) -> list[WideShape]:
+    """Shapes worth trying for `tokens` vectors, in no order."""
+    tile = min(bucket(tokens), WIDEST_TILE)
+    splits = [s for s in (1, 2, 4, 8) if s <= columns // BOX]
+    if tile <= 32:
+        shapes = [WideShape(tile, 1, s, 4, 4, 128, ahead) for s in splits for ahead in (1, 3)]
+        shapes += [WideShape(tile, 2, s, 4, 2, 128, ahead) for s in splits for ahead in (1, 3)]
+    elif tile == 64:
+        shapes = [WideShape(tile, 2, s, 4, 2, 128, ahead) for s in splits[:3] for ahead in (1, 3)]
+        shapes += [WideShape(tile, 3, s, 4, 1, 128, 3) for s in splits[:3]]
+    else:
+        shapes = [WideShape(128, groups, s, 4, 1, 128, 3) for groups in (2, 3, 4) for s in splits[:2]]
+        shapes += [WideShape(128, 2, s, 4, 2, 64, 3) for s in splits[:2]]
+        if tile > 128:
+            shapes += [WideShape(256, 2, s, 3, 1, 128, ahead) for s in splits[:2] for ahead in (1, 3)]
+    shapes += [WideShape(tile, 2, s, 4, 1, 64) for s in splits[:2]]  # for any columns and groups
+    fits = [shape for shape in shapes if shape.resident * (shared_bytes(layout, shape) + 1024) <= memory + 1024]
+    return [shape for shape in fits if columns % shape.block == 0 and layout.group % shape.block == 0]
+
+
+def wide_plan(layout: Layout, rows: int, columns: int, tokens: int, processors: int, memory: int) -> WideShape:
+    """The shape of the least estimated time; tuning replaces the estimate.
+
+    A product of 64 rows, 16 columns and n vectors takes the tensor cores n / 2 cycles, and expanding its codes about
+    `EXPANSION`; the work of a multiprocessor is the larger, times its products, plus what every wave of blocks costs.
+
+    Raises:
+        ValueError: nothing fits.
+    """
+    shapes = wide_shapes(layout, tokens, columns, memory)
+    if not shapes:
+        raise ValueError(f"no launch of {rows} x {columns} fits {memory} bytes of shared memory")
+
+    def cycles(shape: WideShape) -> float:
+        waves = -(-shape.grid(rows, tokens) // (processors * shape.resident))
+        expansion = EXPANSION * (1.3 if shape.block == BOX else 1.0)  # what a stage costs is shared by fewer products
+        step = shape.resident * shape.row_groups * max(shape.tokens / 2, expansion)
+        return waves * (columns / 16 / shape.splits * step + (WAVE if shape.splits == 1 else 2 * WAVE))
+
+    return min(shapes, key=cycles)
+
+
+def decodes_first(layout: Layout, tokens: int) -> bool:
+    """Whether, where nothing was tuned, a library over the decoded weight is the faster way.
+
+    With many vectors every tile expands the weight anew, which hides behind the products for two plain bits or fewer.
+    """
+    return tokens >= MANY and not (layout.kind in (1, 2) and layout.bits <= 2)
+
+
+def wide_options(layout: Layout, shape: WideShape, bfloat: bool, early: bool) -> tuple[str, ...]:
+    """Preprocessor options of `wide.cu`; `early` asks for programmatic dependent launch."""
+    values = {
+        "BF16": bfloat,
+        "EARLY": early,
+        "PIECE": layout.piece(128),
+        "ITEM": 128,
+        "THREADS": shape.threads,
+        "TOKENS": shape.tokens,
+        "ROW_GROUPS": shape.row_groups,
+        "SPLITS": shape.splits,
+        "DEPTH": shape.depth,
+        "RESIDENT": shape.resident,
+        "BLOCK": shape.block,
+        "AHEAD": shape.ahead,
+        "TILE_BYTES": shape.tile_bytes,
+        "CODEBOOK_BYTES": codebook_bytes(layout),
+    }
+    return (*layout.defines(), *(f"-D{key}={int(value)}" for key, value in values.items()))
+
+
+def warpgroup_product(tokens: int) -> str:
+    """The function that multiplies the registers of a warpgroup, 64 x 16, by `tokens` vectors in shared memory.
+
+    The instruction names every accumulator, so its text depends on the number of vectors. The descriptor of x: address
+    over 16, 1024 bytes between groups of eight vectors, swizzled by 128 bytes; a product of 16 columns is 32 bytes on.
+    """
+    count = tokens // 2
+    sums = ", ".join(f"%{i}" for i in range(count))
+    codes = ", ".join(f"%{count + i}" for i in range(4))
+    outputs = ", ".join(f'"+f"(c[{i}])' for i in range(count))
+    return f"""
+__device__ __forceinline__ u32 descriptor_of(const u8* tile) {{ return shared_address(tile) >> 4 | 1u << 16; }}
+__device__ __forceinline__ void warpgroup_product(float (&c)[TOKENS / 2], const u32 (&a)[4], u32 descriptor)
+{{
+#if BF16
+#define OPERANDS "bf16.bf16"
+#else
+#define OPERANDS "f16.f16"
+#endif
+    asm volatile("{{.reg .pred p; .reg .b64 b; setp.eq.u32 p, 0, 0; mov.b64 b, {{%{count + 4}, %{count + 5}}}; "
+        "wgmma.mma_async.sync.aligned.m64n{tokens}k16.f32." OPERANDS " {{{sums}}}, {{{codes}}}, b, p, 1, 1, 0;}}"
+        : {outputs}
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(descriptor), "n"(0x40000040) : "memory");
+}}
+"""
