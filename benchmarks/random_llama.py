@@ -129,6 +129,13 @@ def _write(path: Path, tensors: dict[str, torch.Tensor]) -> None:
     write_safetensors(path, lazy)
 
 
+def write_calibration(path: Path, samples: int, length: int, seed: int) -> None:
+    """Uniform tokens; the file appears complete."""
+    ids = torch.randint(0, 32000, (samples, length), generator=torch.Generator().manual_seed(seed))
+    save_file({"input_ids": ids}, path.with_suffix(".partial"))
+    path.with_suffix(".partial").rename(path)
+
+
 def _sha256(path: Path) -> str | None:
     """Of the weight file, to compare runs; None if there are several."""
     return hash_file(path) if path.is_file() else None
@@ -169,11 +176,11 @@ def main() -> None:
         print(f"random model written in {time.perf_counter() - started:.0f} s", flush=True)
     while not (model / "model.safetensors.index.json").exists():  # the first process writes it last
         time.sleep(0.1)
-    generator = torch.Generator().manual_seed(arguments.seed)
-    ids = torch.randint(0, 32000, (arguments.samples, arguments.sequence_length), generator=generator)
-    data = arguments.work / "calibration.safetensors"
-    if first:
-        save_file({"input_ids": ids}, data)
+    data = arguments.work / f"calibration-{arguments.samples}-{arguments.sequence_length}-{arguments.seed}.safetensors"
+    if first and not data.exists():
+        write_calibration(data, arguments.samples, arguments.sequence_length, arguments.seed)
+    while not data.exists():
+        time.sleep(0.1)
     started = time.perf_counter()
     SafetensorsSource(model.glob("*.safetensors")).fingerprint()
     hashing = time.perf_counter() - started
@@ -187,7 +194,7 @@ def main() -> None:
             batch_size=arguments.batch_size,
             evaluate=False,
         )
-        out = arguments.work / "out"
+        out = arguments.work / f"out-{os.environ.get('WORLD_SIZE', '1')}"
         if first:
             shutil.rmtree(out, ignore_errors=True)
         if torch.cuda.is_available():

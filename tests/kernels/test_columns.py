@@ -18,6 +18,14 @@ needs_numba = pytest.mark.skipif(not HAS_NUMBA, reason="needs numba")
 on_devices = pytest.mark.parametrize(
     "device", [pytest.param("cpu", marks=needs_numba), pytest.param("cuda", marks=needs_cuda)]
 )
+
+
+@pytest.fixture(autouse=True)
+def every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests run the kernels that are not used by default, too."""
+    monkeypatch.setenv("WHIT_UNPROVEN_KERNELS", "1")
+
+
 SIZES = [(1, 1), (7, 33), (64, 40), (128, 65)]
 
 
@@ -150,7 +158,7 @@ def test_methods_with_and_without_the_compiled_loop_lose_the_same(
     for _ in range(2):
         packed = make_method(method, knobs).compress(weight, statistics).packed
         errors.append(relative_output_error(weight, packed.unpack(), inputs.T @ inputs))
-        monkeypatch.setattr(columns, "available", lambda device: False)
+        monkeypatch.setattr(columns, "available", lambda device, **kind: False)
     assert errors[1] == pytest.approx(errors[0], rel=0.03)
 
 
@@ -174,3 +182,16 @@ def test_the_number_of_threads_does_not_change_the_bytes() -> None:
 def test_without_numba_a_cpu_has_no_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(columns, "numba_works", lambda: False)
     assert not columns.available(torch.device("cpu"))
+
+
+def test_what_has_not_run_on_a_gpu_is_not_used_there_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(columns, "nvrtc_found", lambda: True)
+    monkeypatch.setattr(columns, "_triton_found", lambda: True)
+    gpu = torch.device("cuda")
+    assert columns.available(gpu, masked=True) and columns.writes_halves(gpu, grid=True)
+    monkeypatch.delenv("WHIT_UNPROVEN_KERNELS")
+    assert columns.available(gpu) and not columns.available(gpu, masked=True)
+    assert columns.writes_halves(gpu) and not columns.writes_halves(gpu, grid=True)
+    assert columns.available(gpu, grid=True)
+    monkeypatch.setattr(columns, "_triton_found", lambda: False)
+    assert columns.available(gpu) and not columns.available(gpu, grid=True)

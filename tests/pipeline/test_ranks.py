@@ -42,6 +42,8 @@ for family, method, knobs in CASES:
     chosen = options(family, batch_size=2)
     result = whit.compress(folder / family / "model", method, out / method, options=chosen, **knobs)
     assert len(result.layers) > 3
+    again = whit.compress(folder / family / "model", method, out / method, options=chosen, **knobs)
+    assert again.to_json() == result.to_json()  # it is finished: nobody does anything
 if together:
     whit.compress(folder / "llama" / "model", "stbllm", out.parent / "half", options=options("llama"))
     try:

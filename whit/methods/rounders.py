@@ -42,11 +42,17 @@ class BlockRounder(ABC):
 
     def fast(self, weight: Tensor) -> bool:
         """Whether `round_block` can be used for this weight."""
-        return columns.available(weight.device) and weight.dtype == torch.float32
+        grid = isinstance(self, GridRounder)
+        return columns.available(weight.device, masked=self.masked, grid=grid) and weight.dtype == torch.float32
+
+    @property
+    def masked(self) -> bool:
+        """Whether some weights become zero whatever their value."""
+        return False
 
     def halves(self, block: Tensor) -> Tensor | None:
         """Where the kernels can write the errors of a block (columns, rows) in bfloat16 too, or None."""
-        if not columns.writes_halves(block.device):
+        if not columns.writes_halves(block.device, grid=isinstance(self, GridRounder)):
             return None
         return torch.empty(3 * len(block), block.shape[1], dtype=torch.bfloat16, device=block.device)
 
@@ -82,6 +88,11 @@ class LevelRounder(BlockRounder):
         codes = (values >= self.middles[number]).sum(0)
         rounded = self.table[number].gather(0, codes.unsqueeze(0)).squeeze(0)
         return codes, rounded if self.kept is None else rounded * self.kept[column]
+
+    @property
+    def masked(self) -> bool:
+        """Whether there is a mask."""
+        return self.kept is not None
 
     def _kept(self, first: int, count: int) -> Tensor | None:
         return None if self.kept is None else self.kept[first : first + count]

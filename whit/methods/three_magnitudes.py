@@ -12,9 +12,7 @@ import torch
 from torch import Tensor
 
 LLOYD_ITERATIONS = 30
-# Weights solved together: bounds the memory.
-LARGEST = 2**22
-LARGEST_ON_GPU = 2**26
+LARGEST = 2**22  # weights solved together: bounds the memory
 
 
 def three_magnitudes(sorted_magnitude: Tensor, mass: Tensor, *, tied: bool) -> Tensor:
@@ -28,7 +26,7 @@ def three_magnitudes(sorted_magnitude: Tensor, mass: Tensor, *, tied: bool) -> T
         mass: non-negative weights (rows, k); entries of mass zero do not count.
         tied: keep p2 = 2 p1.
     """
-    step = max(1, (LARGEST_ON_GPU if mass.is_cuda else LARGEST) // sorted_magnitude.shape[1])
+    step = max(1, LARGEST // sorted_magnitude.shape[1])
     parts = zip(torch.split(sorted_magnitude, step), torch.split(mass, step), strict=True)
     return torch.cat([_solve(*part, tied) for part in parts])
 

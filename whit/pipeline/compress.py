@@ -76,10 +76,11 @@ def _compress(
     started = time.perf_counter()
     with ranks.together():
         job = prepare(model, recipe, output, options)
-        finished = None if dry_run else completed_result(job)
-    if not dry_run and finished is not None:
-        if ranks.first:
-            _clear_leftovers(job)
+        finished = completed_result(job) if ranks.first and not dry_run else None  # the others see what it decides
+    if ranks.gather(finished is not None)[0]:
+        if finished is None:
+            return Result.load(job.output / "result.json")
+        _clear_leftovers(job)
         listener.note(f"{str(job.output)!r} already holds the finished result of this very command: nothing to do")
         return finished
     with ranks.together():
