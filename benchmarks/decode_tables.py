@@ -69,7 +69,7 @@ def decode_table(report: dict[str, Any]) -> str:
             *_prefill(row, dense),
             f"{row['resident_bytes'] / 1e9:.2f}",
             f"{one['peak_bytes'] / 1e9:.2f}",
-            f"{way}: {kernels}",
+            f"{way}: {kernels}; {one['products']}",
         ]
         lines.append("| " + " | ".join(cells) + " |")
     if "library" in dense:

@@ -32,7 +32,14 @@ def test_generated_speed_tables_are_up_to_date(tables: ModuleType) -> None:
 
 
 def test_rows_that_failed_are_left_out(tables: ModuleType) -> None:
-    step = {"milliseconds_per_token": 2.0, "tokens_per_second": 500.0, "way": "fused", "graph": True, "peak_bytes": 1e9}
+    step = {
+        "milliseconds_per_token": 2.0,
+        "tokens_per_second": 500.0,
+        "way": "fused",
+        "graph": True,
+        "peak_bytes": 1e9,
+        "products": "joined",
+    }
     dense = {"hardware": "a device", "batch 1": step, "resident_bytes": 1e10, "prefill_milliseconds": 10.0}
     half = {"batch 1": step | {"milliseconds_per_token": 1.0, "tokens_per_second": 1000.0}, "resident_bytes": 2e9}
     report = {
