@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -97,6 +100,7 @@ def modules(bias: bool) -> list[PackedLinear]:
 @pytest.mark.parametrize("bias", [False, True])
 def test_modules_keep_their_weights_and_nothing_is_stored_twice(bias: bool) -> None:
     layers = modules(bias)
+    old = [weakref.ref(layer.codes) for layer in layers]
     before = [layer.weight for layer in layers]
     x = torch.randn(3, COLUMNS)
     wanted = [layer(x) for layer in layers]
@@ -110,6 +114,8 @@ def test_modules_keep_their_weights_and_nothing_is_stored_twice(bias: bool) -> N
         assert not layer.codes.is_inference()
     stores = {layer.codes.untyped_storage().data_ptr() for layer in layers}
     assert len(stores) == 1
+    gc.collect()
+    assert [item() for item in old] == [None, None]
 
 
 def test_dense_layers_are_joined_and_can_still_be_trained() -> None:

@@ -1,8 +1,9 @@
 """Greedy continuation of token sequences by the fastest way that a model and a device allow.
 
     fused    blocks in few launches (`blocks.py`), recorded as a CUDA graph
-    static   the model's own forward over a cache of fixed size, recorded as a CUDA graph
-    library  transformers' `generate`: on a CPU, and for models that neither of the others is for
+    library  transformers' `generate`: on a CPU, and for models whose blocks are others
+    static   the model's own forward over a cache of fixed size, recorded as a CUDA graph: if asked for, because a
+             forward that keeps count on the host would be recorded wrongly
 
 Nothing between two tokens waits for the host. The result says which way was taken, and why not a faster one.
 """
@@ -90,7 +91,7 @@ def continue_greedily(
         model: a causal language model of transformers, packed or not, with all tensors on one device.
         input_ids: int64 (sequences, prompt). attention_mask: the same shape, 0 for padding on the left.
         new_tokens: at most so many; fewer where every sequence ends with one of `stop_tokens`.
-        way: "auto", or one of the ways above, refused where it is impossible.
+        way: one of the ways above, refused where it is impossible; "auto": fused where possible, else library.
         graph: record a CUDA graph; default: on a GPU.
         join: let the model's modules with equal layouts and inputs share tensors from now on (`Products`), which is
             faster and changes no value. branches: run others beside each other. Both for the fused way.
@@ -143,10 +144,10 @@ class Prepared:
 
 
 def prepare(model: nn.Module, request: Request, way: str, *, join: bool = False, branches: bool = True) -> Prepared:
-    """Read the prompt and set up the first way that is possible, of all or of the one asked for."""
+    """Read the prompt and set up the way asked for; "auto" is the fused one."""
     reasons: list[str] = []
     for name in ("fused", "static"):
-        if way not in ("auto", name):
+        if name != ("fused" if way == "auto" else way):
             continue
         try:
             if name == "fused":

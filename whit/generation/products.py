@@ -147,13 +147,14 @@ def _join_packed(modules: list[PackedLinear]) -> Packed | None:
     joined = join_rows([module.packed for module in modules])
     if joined is None:
         return None
-    for name, whole in joined.tensors.items():
-        first = 0
-        for module in modules:
+    first = dict.fromkeys(joined.tensors, 0)
+    for module in modules:
+        own: dict[str, Tensor] = {}
+        for name, whole in joined.tensors.items():
             size = module.packed.tensors[name].shape[0]
-            fixed = whole.shape[0] == size
-            setattr(module, name, whole if fixed else whole[first : first + size])
-            first += size
+            own[name] = whole if whole.shape[0] == size else whole[first[name] : first[name] + size]
+            first[name] += size
+        module.set_packed(Packed(module.format, module.rows, module.columns, own))
     return joined
 
 

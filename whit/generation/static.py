@@ -24,11 +24,14 @@ class StaticStep:
 
     def __init__(self, model: nn.Module, attention_mask: Tensor, length: int) -> None:
         from transformers import StaticCache
+        from transformers.cache_utils import StaticLayer
 
         if not getattr(model, "_can_compile_fullgraph", False):
             raise UnsuitedError(f"{type(model).__name__} does not support a cache of fixed size")
         self._model: Any = model
         self.cache = StaticCache(config=self._model.config, max_cache_len=length)
+        if any(type(layer) is not StaticLayer for layer in self.cache.layers):  # some keep count on the host
+            raise UnsuitedError(f"{type(model).__name__} keeps another kind of cache")
         sequences, prompt = attention_mask.shape
         self._padded = bool((attention_mask == 0).any())
         self._mask = torch.ones(sequences, length, dtype=torch.int64, device=attention_mask.device)
