@@ -60,7 +60,7 @@ def place_several(
 ) -> tuple[Launch, list[int]]:
     """The launch of several weights on a device, and the thread blocks of each."""
     blocks = shares(rows, processors)
-    found = choose(name, layout, sum(rows), columns, 1, processors, memory, binary=binary)
+    found = choose(name, layout, sum(rows), columns, 1, processors, memory, binary=binary, clusters=False)
     rounds = max(-(-count // (16 * have)) for count, have in zip(rows, blocks, strict=True))
     # as many tiles for each block as the slowest has, so that one round does
     launch = place_gemv(layout, 16 * rounds * processors, columns, processors, memory, found.shape)
