@@ -45,6 +45,7 @@ SHAPES = {
         "num_attention_heads": 64,
         "num_key_value_heads": 8,
     },
+    "7b-block": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 1, "num_attention_heads": 32},
     "1b": {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 16, "num_attention_heads": 32},
     "tiny": {"hidden_size": 256, "intermediate_size": 688, "num_hidden_layers": 2, "num_attention_heads": 4},
 }

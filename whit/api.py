@@ -213,7 +213,7 @@ def generate(
     """Greedy continuation of `prompt` by a compressed model.
 
     Raises:
-        DataError: the directory holds no tokenizer.
+        DataError: the directory holds no tokenizer, or the text would be longer than the model's positions.
     """
     place = choose_device(device)
     dtype = dtype or compute_dtype("auto", saved_dtype(directory), place)
@@ -221,7 +221,7 @@ def generate(
     tokenizer = load_tokenizer(directory)
     if tokenizer is None:
         raise DataError(f"{str(directory)!r} holds no tokenizer: copy the original's tokenizer files into it")
-    return sample_text(model, tokenizer, prompt, new_tokens)
+    return sample_text(model, tokenizer, prompt, new_tokens, join=True)
 
 
 def _open(

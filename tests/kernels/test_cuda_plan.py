@@ -120,7 +120,7 @@ def test_formats_that_one_vector_kernels_do_not_read():
     assert layout_of(StructuredBinary(16, 32, 0), 4096) is None
     for layout in (codebook, layout_of(StructuredBinary(4, 8, 128), 4096), layout_of(GroupedInteger(4, 64, False), 64)):
         fields = cuda_ops.layout_fields(layout)
-        again = cuda_ops._layout_from(fields)
+        again = cuda_ops.layout_from(fields)
         assert again.defines() == layout.defines()
         assert [bool(name) for name in again.names] == [bool(name) for name in layout.names]
 

@@ -2,43 +2,44 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from whit.data.inputs import ModelInputs
-from whit.errors import ModelError
+from whit.errors import DataError, ModelError
 from whit.evaluation.tokens import IGNORED
+from whit.generation import continue_greedily
 
 NEW_TOKENS = 32
 
 
-def sample_text(model: nn.Module, tokenizer: Any, prompt: str, new_tokens: int) -> str:
+def sample_text(model: nn.Module, tokenizer: Any, prompt: str, new_tokens: int, *, join: bool = False) -> str:
     """Greedy continuation of a prompt by a causal language model: deterministic, special tokens left out.
+
+    Args:
+        join: as in `whit.generation.continue_greedily`.
 
     Raises:
         ModelError: the model cannot generate text.
+        DataError: prompt and new tokens are more than the model has positions for.
     """
     if not _can_generate(model):
         raise ModelError(f"{type(model).__name__} cannot generate text: it has no language-modelling head")
-    from transformers import GenerationConfig
-
     device = next(model.parameters()).device
     inputs = {name: item.to(device) for name, item in tokenizer(prompt, return_tensors="pt").items()}
-    inputs.pop("token_type_ids", None)
-    stops = _stop_tokens(model)
-    # A fresh configuration: the sampling settings that many checkpoints bring must not make the sample random.
-    settings = GenerationConfig(
-        max_new_tokens=new_tokens,
-        do_sample=False,
-        num_beams=1,
-        eos_token_id=stops or None,
-        pad_token_id=stops[0] if stops else 0,
+    continued = continue_greedily(
+        model,
+        inputs["input_ids"],
+        inputs.get("attention_mask"),
+        new_tokens=new_tokens,
+        stop_tokens=_stop_tokens(model),
+        join=join,
     )
-    generate: Any = model.generate
-    with torch.inference_mode():
-        ids = generate(**inputs, generation_config=settings)
+    logging.getLogger(__name__).info("decoded %s", continued.explain())
+    ids = continued.tokens
     start = inputs["input_ids"].shape[1]
     # Many tokenizers drop the space before the first token of what they decode: so both are decoded from the start.
     before, whole = (str(tokenizer.decode(part, skip_special_tokens=True)) for part in (ids[0, :start], ids[0]))
@@ -106,7 +107,7 @@ def sample_record(
             labels = batch["labels"][0]
             out["reference"] = str(tokenizer.decode(labels[labels != IGNORED], skip_special_tokens=True)).strip()
         return out
-    except (ModelError, RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+    except (DataError, ModelError, RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         return {"prompt": shown, "text": "", "note": f"no sample: {reason}"}
 

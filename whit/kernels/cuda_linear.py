@@ -61,7 +61,8 @@ def _device_works(index: int) -> bool:
     return torch.compiler.is_compiling() or _compiles(index)  # tracing cannot look for libraries
 
 
-def _usable(x: Tensor, packed: Packed) -> Layout | None:
+def usable(x: Tensor, packed: Packed) -> Layout | None:
+    """The layout that a kernel reads the weight in, None where no kernel can take this call."""
     if x.device.type != "cuda" or x.dtype not in (torch.float16, torch.bfloat16):
         return None
     if x.shape[-1:] != (packed.columns,) or min(packed.rows, packed.columns) == 0:
@@ -80,17 +81,17 @@ def _vectors(x: Tensor) -> int:
 
 
 def _supports_one(x: Tensor, packed: Packed) -> bool:
-    layout = _usable(x, packed)
+    layout = usable(x, packed)
     return layout is not None and layout.multiplies and _vectors(x) == 1
 
 
 def _supports_few(x: Tensor, packed: Packed) -> bool:
-    layout = _usable(x, packed)
+    layout = usable(x, packed)
     return layout is not None and layout.multiplies and 2 <= _vectors(x) <= FEW
 
 
 def _supports_wide(x: Tensor, packed: Packed) -> bool:
-    layout = _usable(x, packed)
+    layout = usable(x, packed)
     if layout is None or _vectors(x) < (2 if layout.multiplies else 1):
         return False
     index = x.device.index
@@ -103,17 +104,18 @@ def _supports_wide(x: Tensor, packed: Packed) -> bool:
 
 
 def _supports_many(x: Tensor, packed: Packed) -> bool:
-    return _usable(x, packed) is not None
+    return usable(x, packed) is not None
 
 
-def _arguments(packed: Packed) -> tuple[list[Tensor], list[int]]:
+def op_arguments(packed: Packed) -> tuple[list[Tensor], list[int]]:
+    """Tensors and layout of a weight as the ops take them."""
     layout = layout_of(packed.format, packed.columns)
     assert layout is not None
     return [packed.tensors[name] for name in layout.names if name], layout_fields(layout)
 
 
 def _product(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
-    tensors, layout = _arguments(packed)
+    tensors, layout = op_arguments(packed)
     flat = x.reshape(-1, packed.columns).contiguous()
     bias = None if bias is None else bias.detach().to(x.dtype).contiguous()
     out: Tensor = torch.ops.whit.packed_product(flat, tensors, bias, layout, packed.rows, packed.columns)
@@ -121,7 +123,7 @@ def _product(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
 
 
 def _decoded_product(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
-    tensors, layout = _arguments(packed)
+    tensors, layout = op_arguments(packed)
     weight = torch.ops.whit.decoded_weight(tensors, layout, packed.rows, packed.columns, x.dtype)
     return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
@@ -158,7 +160,7 @@ def tune(x: Tensor, packed: Packed, seconds: Callable[[], float]) -> tuple[str, 
     Raises:
         ValueError: no kernel multiplies these.
     """
-    layout, index = _usable(x, packed), x.device.index
+    layout, index = usable(x, packed), x.device.index
     tokens = 0 if layout is None else size_class(layout, _vectors(x))
     possible = [] if layout is None else candidates(layout, packed.rows, packed.columns, tokens, index)
     if layout is None or not possible:

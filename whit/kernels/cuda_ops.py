@@ -40,7 +40,9 @@ FEW = 32
 """Most vectors that `small` multiplies."""
 
 
-class _Weight(ctypes.Structure):
+class Weight(ctypes.Structure):
+    """A packed weight as the kernels take it."""
+
     _fields_ = (
         ("codes", ctypes.c_void_p),
         ("second", ctypes.c_void_p),
@@ -133,13 +135,14 @@ def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
     return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 
 
-def _weight(layout: Layout, tensors: list[Tensor], rows: int, columns: int) -> _Weight:
+def weight_of(layout: Layout, tensors: list[Tensor], rows: int, columns: int) -> Weight:
+    """The tensors that a layout names, in its order, as an argument of a kernel."""
     given = iter(tensors)
     pointers = [next(given).data_ptr() if name else None for name in layout.names]
-    return _Weight(*pointers, rows, columns, layout.width, layout.groups)
+    return Weight(*pointers, rows, columns, layout.width, layout.groups)
 
 
-def _aligned(tensors: list[Tensor]) -> list[Tensor]:
+def aligned(tensors: list[Tensor]) -> list[Tensor]:
     """The tensors, copied where they start at no multiple of 16 bytes (views into a larger buffer may)."""
     return [tensor if tensor.data_ptr() % 16 == 0 else tensor.clone() for tensor in tensors]
 
@@ -150,13 +153,14 @@ def layout_fields(layout: Layout) -> list[int]:
     return [present, *(int(value) for value in astuple(layout)[:7]), *layout.numbers]
 
 
-def _layout_from(fields: list[int]) -> Layout:
+def layout_from(fields: list[int]) -> Layout:
+    """Inverse of `layout_fields`; names of tensors are lost."""
     present, kind, bits, scalars, asymmetric, group, width, groups, *numbers = fields
     names = tuple("?" if present >> i & 1 else "" for i in range(5))
     return Layout(kind, bits, scalars, bool(asymmetric), group, width, groups, names, tuple(numbers))  # type: ignore[arg-type]
 
 
-def _decode(layout: Layout, weight: _Weight, out: Tensor) -> None:
+def _decode(layout: Layout, weight: Weight, out: Tensor) -> None:
     index = out.device.index
     run = _decoder(layout, out.dtype == torch.bfloat16, index)
     run.launch(8 * device_limits(index)[1], DECODE_THREADS, decode_shared(layout), [weight, _pointer(out)])
@@ -167,11 +171,11 @@ def packed_product(
     x: Tensor, tensors: list[Tensor], bias: Tensor | None, layout: list[int], rows: int, columns: int
 ) -> Tensor:
     """x (m, columns), contiguous, times the packed weight: (m, rows). See `whit/kernels/cuda_linear.py`."""
-    described, tensors = _layout_from(layout), _aligned(tensors)
+    described, tensors = layout_from(layout), aligned(tensors)
     m, bfloat, index = x.shape[0], x.dtype == torch.bfloat16, x.device.index
     tokens = size_class(described, m)
     with torch.cuda.device(x.device):
-        weight = _weight(described, tensors, rows, columns)
+        weight = weight_of(described, tensors, rows, columns)
         launch = choice(described, rows, columns, tokens, index)
         if isinstance(launch, Decode):
             dense = torch.empty(rows, columns, dtype=x.dtype, device=x.device)
@@ -203,10 +207,10 @@ def _(x: Tensor, tensors: list[Tensor], bias: Tensor | None, layout: list[int], 
 @torch.library.custom_op("whit::decoded_weight", mutates_args=(), device_types="cuda")
 def decoded_weight(tensors: list[Tensor], layout: list[int], rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     """The dense weight (rows, columns) in float16 or bfloat16: `unpack().to(dtype)`, value for value."""
-    described, tensors = _layout_from(layout), _aligned(tensors)
+    described, tensors = layout_from(layout), aligned(tensors)
     out = torch.empty(rows, columns, dtype=dtype, device=tensors[0].device)
     with torch.cuda.device(out.device):
-        _decode(described, _weight(described, tensors, rows, columns), out)
+        _decode(described, weight_of(described, tensors, rows, columns), out)
     return out
 
 

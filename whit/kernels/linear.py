@@ -7,13 +7,16 @@ and is what `whit inspect` shows.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from whit.formats.base import Packed
+
+FEW_IDS = 64
+"""Ids up to which an embedding looks each of them up without asking which are the same."""
 
 Supports = Callable[[Tensor, Packed], bool]
 Linear = Callable[[Tensor, Packed, Tensor | None], Tensor]
@@ -63,8 +66,37 @@ def packed_linear(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tens
     return choose(x, packed).linear(x, packed, bias)
 
 
+@dataclass(frozen=True)
+class SeveralProducts:
+    """A version of the op for several weights of one format and one x, without bias; `supports` as above."""
+
+    name: str
+    supports: Callable[[Tensor, Sequence[Packed]], bool]
+    products: Callable[[Tensor, Sequence[Packed]], list[Tensor]]
+
+
+_SEVERAL: dict[str, list[SeveralProducts]] = {}
+
+
+def register_several(format_name: str, version: SeveralProducts) -> None:
+    """Offer a faster version for one format; later registrations are asked first."""
+    _SEVERAL.setdefault(format_name, []).insert(0, version)
+
+
+def choose_several(x: Tensor, weights: Sequence[Packed]) -> SeveralProducts | None:
+    """The version that multiplies all of these at once, or None."""
+    names = {packed.format.name for packed in weights}
+    for candidate in _SEVERAL.get(names.pop(), ()) if len(names) == 1 else ():
+        if candidate.supports(x, weights):
+            return candidate
+    return None
+
+
 def packed_embedding(ids: Tensor, packed: Packed, dtype: torch.dtype) -> Tensor:
     """Rows `ids` (any shape, integer) of the packed matrix: (*ids.shape, columns) in `dtype`."""
+    if ids.is_cuda and ids.numel() <= FEW_IDS:  # finding duplicates would wait for the device
+        table = packed.format.unpack_rows(packed.tensors, packed.rows, packed.columns, ids.reshape(-1))
+        return table.to(dtype).view(*ids.shape, packed.columns)
     flat, inverse = torch.unique(ids, return_inverse=True)
     table = packed.format.unpack_rows(packed.tensors, packed.rows, packed.columns, flat)
     return table.to(dtype)[inverse]

@@ -53,6 +53,7 @@ class PackedModule(nn.Module):
             )
         for name, tensor in packed.tensors.items():
             setattr(self, name, tensor)
+        self._packed = None  # or the tensors before would stay in memory
 
     def take_place_of(self, module: nn.Module) -> None:
         """Take over bias, training mode and forward hooks (the user's handles go on working) of the original."""

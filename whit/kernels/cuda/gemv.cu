@@ -7,7 +7,10 @@
 //
 // One thread block per multiprocessor; each keeps x in its operand form in shared memory and walks over row tiles. Each
 // warp takes items of 16 rows x ICOLS columns through a private ring in shared memory, filled by cp.async DEPTH - 1
-// ahead. Blocks of a cluster (STAGING_BLOCKS) share the work of bringing x into that form. Partial sums of items are added in a fixed order: same input, same bytes.
+// ahead. Blocks of a cluster (STAGING_BLOCKS) share the work of bringing x into that form. Partial sums of items are
+// added in a fixed order: same input, same bytes.
+//
+// With SEVERAL > 1 as many weights of one layout meet the same x, each with thread blocks of its own.
 
 constexpr int PREFETCHED = 2;  // items of a warp that L2 is asked for while the kernel before still runs
 
@@ -19,8 +22,29 @@ struct Place {
     }
 };
 
+#if SEVERAL > 1
+struct Task {
+    Weight w;
+    u16* y;
+    int first, blocks;  // its thread blocks
+};
+struct Tasks {
+    Task of[SEVERAL];
+};
+
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
+gemv(const u16* x, const __grid_constant__ Tasks tasks, int chunk_columns, int tiles_per_round) {
+    int which = 0;
+    while (which + 1 < SEVERAL && (int)blockIdx.x >= tasks.of[which + 1].first) which++;
+    const Weight w = tasks.of[which].w;
+    const u16* bias = nullptr;
+    u16* y = tasks.of[which].y;
+    const int block = (int)blockIdx.x - tasks.of[which].first, blocks = tasks.of[which].blocks;
+#else
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 gemv(const u16* x, Weight w, const u16* bias, u16* y, int chunk_columns, int tiles_per_round) {
+    const int block = blockIdx.x, blocks = gridDim.x;
+#endif
     extern __shared__ __align__(16) u8 memory[];
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int chunk_blocks = chunk_columns / 128;
@@ -31,15 +55,15 @@ gemv(const u16* x, Weight w, const u16* bias, u16* y, int chunk_columns, int til
     const int tiles = (w.rows + 15) / 16, items_across = (w.columns + ICOLS - 1) / ICOLS, chunk_items = chunk_columns / ICOLS;
     bool waited = false;
 
-    for (int first = blockIdx.x; first < tiles; first += gridDim.x * tiles_per_round) {
-        const int mine = min(tiles_per_round, (tiles - first + (int)gridDim.x - 1) / (int)gridDim.x);
+    for (int first = block; first < tiles; first += blocks * tiles_per_round) {
+        const int mine = min(tiles_per_round, (tiles - first + blocks - 1) / blocks);
         for (int begin = 0; begin < items_across; begin += chunk_items) {
             const int across = min(chunk_items, items_across - begin);
             Place ahead = {0, warp}, place = {0, warp};
             ahead.settle(across);
             auto load = [&](int slot) {
                 if (ahead.tile < mine) {
-                    stage_item(ring + slot * STAGE_BYTES, w, (first + ahead.tile * (int)gridDim.x) * 16, (begin + ahead.column) * ICOLS, lane);
+                    stage_item(ring + slot * STAGE_BYTES, w, (first + ahead.tile * blocks) * 16, (begin + ahead.column) * ICOLS, lane);
                     ahead.column += WARPS;
                     ahead.settle(across);
                 } else {
@@ -49,7 +73,7 @@ gemv(const u16* x, Weight w, const u16* bias, u16* y, int chunk_columns, int til
             if (!waited) {
                 Place soon = ahead;
                 for (int i = 0; i < PREFETCHED && soon.tile < mine; i++) {
-                    prefetch_item(w, (first + soon.tile * (int)gridDim.x) * 16, soon.column * ICOLS, lane);
+                    prefetch_item(w, (first + soon.tile * blocks) * 16, soon.column * ICOLS, lane);
                     soon.column += WARPS;
                     soon.settle(across);
                 }
@@ -58,7 +82,7 @@ gemv(const u16* x, Weight w, const u16* bias, u16* y, int chunk_columns, int til
             }
 #pragma unroll 1
             for (int slot = 0; slot < DEPTH - 1; slot++) load(slot);
-            if (items_across > chunk_items || first == blockIdx.x) {
+            if (items_across > chunk_items || first == block) {
                 if (items_across > chunk_items) __syncthreads();
                 stage_x(x_words, factors, x, w.salient, begin * ICOLS, across * BLOCKS, w.columns, warp, lane);
 #if STAGING_BLOCKS > 1
@@ -74,7 +98,7 @@ gemv(const u16* x, Weight w, const u16* bias, u16* y, int chunk_columns, int til
                 load(slot == 0 ? DEPTH - 1 : slot - 1);
                 copies_wait<DEPTH - 1>();
                 __syncwarp();
-                const int row0 = (first + place.tile * (int)gridDim.x) * 16, column0 = (begin + place.column) * ICOLS;
+                const int row0 = (first + place.tile * blocks) * 16, column0 = (begin + place.column) * ICOLS;
                 const u8* stage = ring + slot * STAGE_BYTES;
                 const u32* item_x_words = x_words + place.column * (BLOCKS * X_WORDS);
                 const float2* item_factors = factors + place.column * (BLOCKS * X_FACTORS);
@@ -99,7 +123,7 @@ gemv(const u16* x, Weight w, const u16* bias, u16* y, int chunk_columns, int til
         }
         __syncthreads();
         for (int index = threadIdx.x; index < mine * 16; index += THREADS) {
-            const int tile = index / 16, row = (first + tile * (int)gridDim.x) * 16 + index % 16;
+            const int tile = index / 16, row = (first + tile * blocks) * 16 + index % 16;
             if (row < w.rows) {
                 float total = bias ? float_of_x(bias[row]) : 0.0f;
 #pragma unroll 8
@@ -107,7 +131,7 @@ gemv(const u16* x, Weight w, const u16* bias, u16* y, int chunk_columns, int til
                 y[row] = x_of_float(total);
             }
         }
-        if (first + (int)gridDim.x * tiles_per_round < tiles) __syncthreads();
+        if (first + blocks * tiles_per_round < tiles) __syncthreads();
     }
 #if STAGING_BLOCKS > 1
     cluster_wait();

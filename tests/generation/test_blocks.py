@@ -1,0 +1,131 @@
+"""A block is run in few launches only if it computes exactly what its parts suggest."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from tests import tiny
+from whit.errors import KnobError
+from whit.generation import continue_greedily
+from whit.generation.blocks import agrees
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 48,
+    "intermediate_size": 88,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+IDS = torch.arange(5)[None]
+
+
+def fused(model: Any) -> Tensor:
+    return continue_greedily(model.eval(), IDS, new_tokens=8, way="fused").tokens
+
+
+def library(model: Any) -> Tensor:
+    return continue_greedily(model.eval(), IDS, new_tokens=8, way="library").tokens
+
+
+def llama(**changes: Any) -> LlamaForCausalLM:
+    torch.manual_seed(1)
+    return LlamaForCausalLM(LlamaConfig(**SMALL | changes))
+
+
+def loud(model: Any) -> Any:
+    """Weights large enough that every part of a block matters."""
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda: llama(head_dim=16, attention_bias=True, mlp_bias=True),
+        lambda: llama(rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}),
+        lambda: llama(tie_word_embeddings=True),
+        lambda: MistralForCausalLM(MistralConfig(**SMALL, sliding_window=None)),
+        lambda: Qwen2ForCausalLM(Qwen2Config(**SMALL)),
+    ],
+)
+def test_models_of_the_same_form(model: Any) -> None:
+    made = loud(model())
+    assert torch.equal(fused(made), library(made))
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (lambda: llama(hidden_act="gelu"), "block 0 computes something else"),
+        (tiny.gemma3, "attend to a part"),
+        (lambda: MistralForCausalLM(MistralConfig(**SMALL, sliding_window=4)), "window only"),
+        (lambda: llama(rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}), "depend on"),
+        (tiny.opt, "its decoder is made of"),
+    ],
+)
+def test_others_are_refused(model: Any, reason: str) -> None:
+    with pytest.raises(KnobError, match=reason):
+        fused(loud(model()))
+
+
+def test_a_block_of_another_meaning_is_noticed() -> None:
+    """The same parts, called in another way: what a subclass or a patch could do."""
+    model = loud(llama())
+
+    class Doubled(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.weight, self.variance_epsilon = inner.weight, 1e-6
+
+        def forward(self, states: Tensor) -> Tensor:
+            return 2 * states * self.weight
+
+    model.model.layers[2].post_attention_layernorm = Doubled(model.model.layers[2].post_attention_layernorm)
+    with pytest.raises(KnobError, match="block 2 computes something else"):
+        fused(model)
+
+
+def test_something_after_the_head_is_noticed() -> None:
+    model = loud(llama())
+    model.lm_head.register_forward_hook(lambda *given: given[2] * 0.5)  # runs in the fused way, too
+    assert torch.equal(fused(model), library(model))
+    inner = model.forward
+
+    def halved(*arguments: Any, **keywords: Any) -> Any:
+        out = inner(*arguments, **keywords)
+        out.logits = out.logits * 0.5
+        return out
+
+    model.forward = halved
+    with pytest.raises(KnobError, match="after its output head"):
+        fused(model)
+
+
+def test_hooks_of_the_user_are_not_skipped() -> None:
+    model = llama()
+    model.model.layers[1].self_attn.register_forward_hook(lambda *given: None)
+    with pytest.raises(KnobError, match="LlamaAttention carries hooks"):
+        fused(model)
+
+
+def test_agreement_allows_rounding_and_no_more() -> None:
+    torch.manual_seed(0)
+    before, added = 100 * torch.randn(4, 64), torch.randn(4, 64)
+    wanted = (before + added).bfloat16()
+    neighbour = (wanted.float() * (1 + 2.0**-8)).bfloat16()
+    assert agrees(neighbour, wanted, before.bfloat16())
+    assert not agrees((before + 3 * added).bfloat16(), wanted, before.bfloat16())
+    assert not agrees(torch.full_like(wanted, torch.nan), wanted, before.bfloat16())
+    close = before + 1.01 * added
+    assert not agrees(close, before + added, before)
+    assert agrees(close, before + added, before, coarse=True)
+    assert not agrees(before + 1.1 * added, before + added, before, coarse=True)

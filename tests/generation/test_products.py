@@ -1,0 +1,149 @@
+"""Joining layers that share their input changes no weight, and is refused where it would."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+from torch import nn
+
+from whit.formats.base import Format, Packed
+from whit.formats.binary_residual import BinaryResidual
+from whit.formats.grouped_integer import GroupedInteger
+from whit.formats.level_table import LevelTable
+from whit.formats.outlier_int8 import OutlierInt8
+from whit.formats.scaled_codes import ScaledCodes
+from whit.formats.vector_codebook import VectorCodebook
+from whit.generation.products import Products, join_rows
+from whit.models.packed import PackedLinear
+
+COLUMNS = 40
+
+
+def packed(layout: Format, rows: int, seed: int) -> Packed:
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, spec in layout.specs(rows, COLUMNS).items():
+        if spec.dtype.is_floating_point:
+            tensors[name] = torch.rand(spec.shape, generator=generator).to(spec.dtype)
+        else:
+            tensors[name] = torch.randint(0, 100, spec.shape, generator=generator, dtype=spec.dtype)
+    return Packed(layout, rows, COLUMNS, tensors)
+
+
+JOINABLE = (
+    LevelTable(bits=2, block_size=16),
+    GroupedInteger(bits=3, group_size=8, symmetric=True),
+    GroupedInteger(bits=4, group_size=5, symmetric=False),
+    ScaledCodes(system="e4m3fn", group_size=0),
+    OutlierInt8(threshold=6.0, outliers="dynamic"),
+)
+
+
+@pytest.mark.parametrize("layout", JOINABLE, ids=str)
+def test_joined_rows_are_the_rows(layout: Format) -> None:
+    parts = [packed(layout, rows, rows) for rows in (24, 8, 17)]
+    joined = join_rows(parts)
+    assert joined is not None
+    assert torch.equal(joined.unpack(), torch.cat([part.unpack() for part in parts]))
+
+
+def test_what_is_shared_by_rows_must_be_the_same() -> None:
+    for layout in (BinaryResidual(block_size=0, means=False), VectorCodebook(codes=16, width=4, ternary=False)):
+        first, second = packed(layout, 8, 1), packed(layout, 16, 2)
+        assert join_rows([first, second]) is None
+        shared = {"salient", "codebook"} & set(first.tensors)
+        assert len(shared) == 1
+        for name in shared:
+            second.tensors[name] = first.tensors[name].clone()
+        joined = join_rows([first, second])
+        assert joined is not None
+        assert torch.equal(joined.unpack(), torch.cat([first.unpack(), second.unpack()]))
+
+
+def test_scale_of_the_whole_tensor_is_shared() -> None:
+    layout = ScaledCodes(system="int8", group_size=-1)
+    assert join_rows([packed(layout, 8, 1), packed(layout, 8, 2)]) is None
+
+
+def test_codes_that_end_within_a_byte_are_not_joined() -> None:
+    """Zero points are packed eight at a time across rows: seven rows of one group leave a byte half used."""
+    layout = GroupedInteger(bits=4, group_size=0, symmetric=False)
+    assert join_rows([packed(layout, 7, 1), packed(layout, 9, 2)]) is None
+    assert join_rows([packed(layout, 8, 1), packed(layout, 9, 2)]) is not None
+
+
+def test_other_layouts_and_shapes_are_not_joined() -> None:
+    table = LevelTable(bits=2, block_size=16)
+    assert join_rows([packed(table, 8, 1), packed(LevelTable(bits=3, block_size=16), 8, 2)]) is None
+    narrow = Packed(table, 8, 16, _narrow(table))
+    assert join_rows([packed(table, 8, 1), narrow]) is None
+
+
+def _narrow(layout: Format) -> dict[str, torch.Tensor]:
+    return {name: torch.zeros(spec.shape, dtype=spec.dtype) for name, spec in layout.specs(8, 16).items()}
+
+
+def modules(bias: bool) -> list[PackedLinear]:
+    out = []
+    for rows in (16, 8):
+        module = PackedLinear(LevelTable(bits=2, block_size=0), rows, COLUMNS, torch.float32 if bias else None)
+        module.set_packed(packed(LevelTable(bits=2, block_size=0), rows, rows))
+        if module.bias is not None:
+            nn.init.normal_(module.bias)
+        out.append(module)
+    return out
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_modules_keep_their_weights_and_nothing_is_stored_twice(bias: bool) -> None:
+    layers = modules(bias)
+    old = [weakref.ref(layer.codes) for layer in layers]
+    before = [layer.weight for layer in layers]
+    x = torch.randn(3, COLUMNS)
+    wanted = [layer(x) for layer in layers]
+    with torch.inference_mode():
+        products = Products(layers)
+        found = products(x)
+    assert products.explain(x) == "joined"
+    for layer, weight, mine, theirs in zip(layers, before, found, wanted, strict=True):
+        assert torch.equal(layer.weight, weight)
+        torch.testing.assert_close(mine, theirs)
+        assert not layer.codes.is_inference()
+    stores = {layer.codes.untyped_storage().data_ptr() for layer in layers}
+    assert len(stores) == 1
+    gc.collect()
+    assert [item() for item in old] == [None, None]
+
+
+def test_dense_layers_are_joined_and_can_still_be_trained() -> None:
+    layers = [nn.Linear(COLUMNS, rows) for rows in (16, 8)]
+    x = torch.randn(3, COLUMNS)
+    wanted = [layer(x) for layer in layers]
+    with torch.inference_mode():
+        found = Products(layers)(x)
+    for mine, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(mine, theirs)
+    layers[1](x).sum().backward()
+    assert layers[1].weight.grad is not None
+
+
+def test_what_cannot_be_joined_is_multiplied_in_turn() -> None:
+    layers = [nn.Linear(COLUMNS, 8), nn.Linear(COLUMNS, 8, bias=False)]
+    x = torch.randn(3, COLUMNS)
+    products = Products(layers, branches=False)
+    assert products.explain(x) == "in turn"
+    for mine, layer in zip(products(x), layers, strict=True):
+        assert torch.equal(mine, layer(x))
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_layers_that_someone_watches_are_called(dense: bool) -> None:
+    layers: list[nn.Module] = [nn.Linear(COLUMNS, rows) for rows in (16, 8)] if dense else list(modules(False))
+    assert Products(layers).explain(torch.randn(3, COLUMNS)) == "joined"
+    seen = []
+    layers[0].register_forward_pre_hook(lambda *given: seen.append(1))
+    Products(layers)(torch.randn(3, COLUMNS))
+    assert seen == [1]

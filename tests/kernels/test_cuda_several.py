@@ -1,0 +1,131 @@
+"""Several weights in one launch: on the CPU emulator against the single product, on a GPU against the plain meaning."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.kernels.emulator import build
+from tests.kernels.test_cuda_kernels import error_bound, inputs, random_packed
+from whit.formats.base import Packed
+from whit.formats.binary_residual import BinaryResidual
+from whit.formats.grouped_integer import GroupedInteger
+from whit.formats.level_table import LevelTable
+from whit.generation.products import Products
+from whit.kernels.cuda_layout import layout_of
+from whit.kernels.cuda_plan import Shape, place_gemv
+from whit.kernels.cuda_several import place_several, shares
+from whit.kernels.linear import choose_several
+from whit.models.packed import PackedLinear
+
+TWO = """
+    Tasks tasks;
+    tasks.of[0] = {weight, (u16*)y, 0, 1};
+    tasks.of[0].w.rows = FIRST;
+    tasks.of[1] = {weight, (u16*)y + FIRST, 1, 2};
+    tasks.of[1].w.rows = weight.rows - FIRST;
+    tasks.of[1].w.codes[0] += FIRST * (long)weight.width;
+    tasks.of[1].w.codes[1] += FIRST * (long)weight.width;
+    tasks.of[1].w.scalars += FIRST * (long)weight.groups * SCALARS * 2;
+    tasks.of[1].w.salient = bias;
+    gemv((const u16*)x, tasks, chunk, tiles);
+"""
+
+
+@pytest.mark.skipif(build.COMPILER is None, reason="needs g++")
+@pytest.mark.parametrize("bitwise", [False, True])
+def test_two_weights_with_marks_of_their_own(bitwise: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of one weight, as two: the first in one thread block, the second, with other marked columns, in two."""
+    layout, columns, first = BinaryResidual(128, False), 640, 21
+    whole = random_packed(layout, 60, columns)
+    other = Packed(layout, 60, columns, whole.tensors | {"salient": whole.tensors["salient"].bitwise_not()})
+    described = layout_of(layout, columns)
+    assert described is not None
+    launch = place_gemv(described, 3 * 16 * 2, columns, 3, 60_000, Shape(64, 256, 2, bitwise))
+    assert launch is not None and launch.grid == 3
+    monkeypatch.setitem(build.CALLS, "gemv", TWO.replace("FIRST", str(first)).replace("SCALARS", "4"))
+    plain = build.options_of
+    monkeypatch.setattr(build, "options_of", lambda *given, **named: (*plain(*given, **named), "-DSEVERAL=2"))
+    program = build.compiled("gemv", described, launch, 1, False, tmp_path)
+    x = inputs(1, columns, torch.float16, "cpu")
+    tensors = [whole.tensors[name] for name in described.names if name]
+    actual = build.run(program, described, launch, tensors, (60, columns), x, other.tensors["salient"])
+    weight = torch.cat([whole.unpack()[:first], other.unpack()[first:]]).double()
+    expected = x.double() @ weight.T
+    assert ((actual.double() - expected).abs() <= error_bound(x, weight, expected)).all()
+
+
+@pytest.mark.parametrize("rows", [(4096, 4096, 4096), (4096, 1024, 1024), (11008, 11008), (16, 16), (5, 4000, 3)])
+@pytest.mark.parametrize("processors", [4, 132])
+def test_thread_blocks_go_where_the_rows_are(rows: tuple[int, ...], processors: int) -> None:
+    blocks, tiles = shares(rows, processors), [-(-count // 16) for count in rows]
+    assert sum(blocks) == min(processors, sum(tiles)) and min(blocks) >= 1
+    assert all(have <= want for have, want in zip(blocks, tiles, strict=True))
+    rounds = max(-(-want // have) for want, have in zip(tiles, blocks, strict=True))
+    assert rounds <= -(-sum(tiles) // max(1, processors - len(rows) + 1))
+
+
+def test_one_round_is_enough_for_every_weight() -> None:
+    layout = layout_of(BinaryResidual(0, False), 4096)
+    assert layout is not None
+    launch, blocks = place_several("a device", layout, (4096, 4096, 4096), 4096, 132, 227 * 1024, True)
+    assert launch.grid == sum(blocks) == 132
+    assert launch.tiles >= max(-(-4096 // (16 * share)) for share in blocks)
+
+
+def modules(device: str, *, same: bool) -> list[PackedLinear]:
+    out = []
+    layout = BinaryResidual(0, False)
+    for rows in (48, 16, 32):
+        weight = random_packed(layout if same or rows != 16 else LevelTable(2, 0), rows, 640)
+        if rows == 48 and same:  # or they could be joined
+            weight.tensors["salient"].bitwise_not_()
+        module = PackedLinear(weight.format, rows, 640, None)
+        module.set_packed(weight)
+        out.append(module.to(device))
+    return out
+
+
+def test_a_cpu_multiplies_in_turn() -> None:
+    layers = modules("cpu", same=True)
+    x = torch.randn(1, 640)
+    assert choose_several(x, [layer.packed for layer in layers]) is None
+    assert Products(layers).explain(x) == "in turn"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_one_launch_on_a_gpu(dtype: torch.dtype) -> None:
+    layers = modules("cuda", same=True)
+    x = inputs(1, 640, dtype, "cuda")
+    products = Products(layers)
+    with torch.inference_mode():
+        assert products.explain(x) == "one launch"
+        found = products(x)
+    for mine, layer in zip(found, layers, strict=True):
+        weight = layer.weight.double()
+        expected = x.double() @ weight.T
+        assert ((mine.double() - expected).abs() <= error_bound(x, weight, expected)).all()
+    assert products.explain(inputs(2, 640, dtype, "cuda")) == "branches"
+    assert Products(modules("cuda", same=False)).explain(x) == "branches"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_one_launch_in_a_graph_is_the_single_products() -> None:
+    for layout in (GroupedInteger(4, 64, True), LevelTable(2, 128), BinaryResidual(128, True)):
+        weights = [random_packed(layout, rows, 1024).to("cuda") for rows in (4096, 1024, 1024)]
+        x = inputs(1, 1024, torch.bfloat16, "cuda")
+        version = choose_several(x, weights)
+        assert version is not None
+        version.products(x, weights)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = version.products(x, weights)
+        x.copy_(inputs(1, 1024, torch.bfloat16, "cuda"))
+        graph.replay()
+        for mine, packed in zip(found, weights, strict=True):
+            weight = packed.unpack().double()
+            expected = x.double() @ weight.T
+            assert ((mine.double() - expected).abs() <= error_bound(x, weight, expected)).all()

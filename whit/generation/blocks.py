@@ -1,0 +1,227 @@
+"""Decoder blocks that can be run in few launches, found by their parts and proven by what they compute.
+
+    h' = h  + O attend(rotate(Q n), rotate(K n), V n),   n  = norm(h)
+    out = h' + D (silu(G n') * U n'),                    n' = norm(h')
+
+is the block of LLaMA (Touvron et al., arXiv 2302.13971) and of many models since. A block whose parts are called as
+transformers calls them is a candidate; no class is named. Whether it computes this and nothing else is decided by
+`agrees`: on the inputs and outputs of the model's own forward.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from whit.generation.products import Products
+from whit.kernels.decode_ops import KeyValues, Place, add_rms_norm, gated, rotate_and_attend, rotate_and_store
+from whit.models.packed import packed_modules
+
+UNCHANGING_ROTATIONS = ("default", "linear", "llama3", "yarn")
+"""Kinds of rotary positions whose angle is the same function of the position however long the sequence is."""
+FINE, COARSE = 1e-3, 0.06
+"""Relative differences of a block's update that are called rounding: in float32; in 16 bit or with rounded inputs."""
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+
+
+class UnsuitedError(Exception):
+    """A model that this form of decoding is not for; the text says why."""
+
+
+@dataclass(frozen=True)
+class Norm:
+    """Root mean square normalisation."""
+
+    weight: Tensor
+    epsilon: float
+
+
+@dataclass(frozen=True)
+class GatedBlock:
+    """The parts of a block."""
+
+    before: Norm
+    attention: Products
+    output: nn.Module
+    between: Norm
+    gate_up: Products
+    down: nn.Module
+    scaling: float
+
+    def run(self, states: Tensor, update: Tensor | None, cache: KeyValues, place: Place) -> tuple[Tensor, Tensor]:
+        """(n, hidden) and what is still to be added to it -> the same after the block."""
+        states, normal = add_rms_norm(states, update, self.before.weight, self.before.epsilon)
+        query, key, value = self.attention(normal)
+        update = self.output(rotate_and_attend(query, key, value, cache, place, self.scaling))
+        states, normal = add_rms_norm(states, update, self.between.weight, self.between.epsilon)
+        gate, up = self.gate_up(normal)
+        return states, self.down(gated(gate, up))
+
+    def read(
+        self, states: Tensor, update: Tensor | None, cache: KeyValues, place: Place, mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The same for a prompt, (sequences * tokens, hidden), from the beginning of the cache.
+
+        Args:
+            mask: bool (sequences, 1, tokens, tokens), what each token sees; None: itself and all before it.
+        """
+        states, normal = add_rms_norm(states, update, self.before.weight, self.before.epsilon)
+        query, key, value = self.attention(normal)
+        rotated = rotate_and_store(query, key, value, cache, place).transpose(1, 2)
+        tokens = rotated.shape[2]
+        attended = torch.nn.functional.scaled_dot_product_attention(
+            rotated,
+            cache.keys[:, :, :tokens],
+            cache.values[:, :, :tokens],
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=self.scaling,
+            enable_gqa=rotated.shape[1] != cache.keys.shape[1],
+        )
+        update = self.output(attended.transpose(1, 2).reshape(len(states), -1))
+        states, normal = add_rms_norm(states, update, self.between.weight, self.between.epsilon)
+        gate, up = self.gate_up(normal)
+        return states, self.down(gated(gate, up))
+
+
+@dataclass(frozen=True)
+class GatedDecoder:
+    """The parts of a causal language model of such blocks.
+
+    Attributes:
+        modules: the model's own blocks, in order, for `agrees`.
+        coarse: whether a layer rounds its inputs.
+        rotary: called as (states, position_ids), returns cosines and sines.
+    """
+
+    embedding: nn.Module
+    blocks: list[GatedBlock]
+    modules: list[nn.Module]
+    coarse: bool
+    last: Norm
+    head: nn.Module
+    rotary: nn.Module
+    heads: int
+    key_heads: int
+    head_size: int
+
+    def read(self, ids: Tensor, caches: list[KeyValues], place: Place, mask: Tensor | None) -> Tensor:
+        """Integer ids (sequences, tokens) of the prompt -> logits (sequences, vocabulary) of its last token."""
+        states: Tensor = self.embedding(ids.reshape(-1))
+        update: Tensor | None = None
+        for block, cache in zip(self.blocks, caches, strict=True):
+            states, update = block.read(states, update, cache, place, mask)
+        last = torch.arange(1, len(ids) + 1, device=ids.device) * ids.shape[1] - 1
+        return self.logits(states[last], None if update is None else update[last])
+
+    def run(self, ids: Tensor, caches: list[KeyValues], place: Place) -> Tensor:
+        """Integer ids (n,) of the new tokens -> logits (n, vocabulary)."""
+        states: Tensor = self.embedding(ids)
+        update: Tensor | None = None
+        for block, cache in zip(self.blocks, caches, strict=True):
+            states, update = block.run(states, update, cache, place)
+        return self.logits(states, update)
+
+    def logits(self, states: Tensor, update: Tensor | None) -> Tensor:
+        """What stands after the last block."""
+        _, normal = add_rms_norm(states, update, self.last.weight, self.last.epsilon)
+        out: Tensor = self.head(normal)
+        return out
+
+
+def gated_decoder(model: nn.Module, *, join: bool = True, branches: bool = True) -> GatedDecoder:
+    """The parts of a model.
+
+    Args:
+        join, branches: as in `Products`.
+
+    Raises:
+        UnsuitedError: it is made of other parts.
+    """
+    config: Any = getattr(model, "config", None)
+    _refuse_windows(config)
+    answer: Any = model
+    owner = answer.get_decoder() if hasattr(model, "get_decoder") else None
+    children = dict(owner.named_children()) if isinstance(owner, nn.Module) else {}
+    if set(children) != {"embed_tokens", "layers", "norm", "rotary_emb"}:
+        raise UnsuitedError(f"its decoder is made of {', '.join(sorted(children)) or 'nothing'}")
+    rotary = children["rotary_emb"]
+    if getattr(rotary, "rope_type", None) not in UNCHANGING_ROTATIONS:
+        raise UnsuitedError("its rotary positions depend on the length of the text")
+    head = answer.get_output_embeddings()
+    if not isinstance(head, nn.Module):
+        raise UnsuitedError("it has no output head")
+    modules = list(children["layers"].children())
+    attention: Any = getattr(modules[0], "self_attn", None) if modules else None
+    size = getattr(attention, "head_dim", None)
+    if not isinstance(size, int) or size % 2:
+        raise UnsuitedError("its blocks have no attention with heads of an even size")
+    blocks = [_block(module, size, join, branches) for module in modules]
+    heads, key_heads = (int(item.out_features) // size for item in (attention.q_proj, attention.k_proj))
+    last = _norm(children["norm"])
+    coarse = any(packed.format.changes_inputs for packed in packed_modules(model).values())
+    return GatedDecoder(children["embed_tokens"], blocks, modules, coarse, last, head, rotary, heads, key_heads, size)
+
+
+def agrees(mine: Tensor, theirs: Tensor, before: Tensor | None = None, *, coarse: bool = False) -> bool:
+    """Whether two results differ by no more than their roundings.
+
+    Compared is what was added to `before`, after taking off each element's own rounding.
+
+    Args:
+        coarse: layers round their inputs, so that another order of summation may tip one to another level.
+    """
+    wide, unit = theirs.double(), torch.finfo(theirs.dtype).eps
+    excess = ((mine.double() - wide).abs() - 2 * unit * wide.abs()).clamp_(min=0)
+    added = wide if before is None else wide - before.double()
+    limit = COARSE if coarse or theirs.dtype.itemsize <= 2 else FINE
+    return bool(excess.norm() <= limit * added.norm())  # False for NaN
+
+
+def _block(module: nn.Module, size: int, join: bool, branches: bool) -> GatedBlock:
+    parts = _parts(module, ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp"))
+    attention = _parts(parts["self_attn"], ("q_proj", "k_proj", "v_proj", "o_proj"))
+    feed = _parts(parts["mlp"], ("gate_proj", "up_proj", "down_proj"), others=("act_fn",))
+    linear = [*attention.values(), *(item for name, item in feed.items() if name != "act_fn")]
+    if any(not hasattr(item, "out_features") for item in linear):
+        raise UnsuitedError("a projection of its blocks is no linear layer")
+    own: Any = parts["self_attn"]
+    return GatedBlock(
+        before=_norm(parts["input_layernorm"]),
+        attention=Products([attention[name] for name in ("q_proj", "k_proj", "v_proj")], join=join, branches=branches),
+        output=attention["o_proj"],
+        between=_norm(parts["post_attention_layernorm"]),
+        gate_up=Products([feed["gate_proj"], feed["up_proj"]], join=join, branches=branches),
+        down=feed["down_proj"],
+        scaling=float(getattr(own, "scaling", size**-0.5)),
+    )
+
+
+def _parts(module: nn.Module, names: tuple[str, ...], others: tuple[str, ...] = ()) -> dict[str, nn.Module]:
+    children = dict(module.named_children())
+    if not set(names) <= set(children) <= {*names, *others}:
+        raise UnsuitedError(f"{type(module).__name__} is made of {', '.join(sorted(children)) or 'nothing'}")
+    if any(getattr(module, hooks) for hooks in _HOOKS):
+        raise UnsuitedError(f"{type(module).__name__} carries hooks")
+    return children
+
+
+def _norm(module: nn.Module) -> Norm:
+    epsilon = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    own = dict(module.named_parameters())
+    if set(own) != {"weight"} or own["weight"].dim() != 1 or not isinstance(epsilon, float):
+        raise UnsuitedError(f"{type(module).__name__} is no root mean square normalisation")
+    if any(getattr(module, hooks) for hooks in _HOOKS):
+        raise UnsuitedError(f"{type(module).__name__} carries hooks")
+    return Norm(own["weight"].detach(), epsilon)
+
+
+def _refuse_windows(config: Any) -> None:
+    kinds = set(getattr(config, "layer_types", None) or ())
+    if kinds - {"full_attention"}:
+        raise UnsuitedError("some of its blocks attend to a part of the text only")
+    if not kinds and getattr(config, "sliding_window", None) is not None:
+        raise UnsuitedError("its blocks attend to a window only")

@@ -1,0 +1,224 @@
+"""Greedy continuation of token sequences by the fastest way that a model and a device allow.
+
+    fused    blocks in few launches (`blocks.py`), recorded as a CUDA graph
+    library  transformers' `generate`: on a CPU, and for models whose blocks are others
+    static   the model's own forward over a cache of fixed size, recorded as a CUDA graph: if asked for, because a
+             forward that keeps count on the host would be recorded wrongly
+
+Nothing between two tokens waits for the host. The result says which way was taken, and why not a faster one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from whit.errors import DataError, KnobError
+from whit.generation.blocks import UnsuitedError, gated_decoder
+from whit.generation.fused import FusedStep, check_against
+from whit.generation.loop import Chooser, Step, decode
+from whit.generation.static import StaticStep
+
+WAYS = ("auto", "fused", "static", "library")
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """What a model says.
+
+    Attributes:
+        tokens: int64 (sequences, prompt + new); after its end a sequence is filled with the padding token.
+        way: "fused", "static" or "library". graph: whether steps were replayed from a CUDA graph.
+        reasons: why faster ways were not taken.
+    """
+
+    tokens: Tensor
+    way: str
+    graph: bool
+    reasons: tuple[str, ...]
+
+    def explain(self) -> str:
+        """One line for people."""
+        return "; ".join([f"{self.way}{' in a CUDA graph' if self.graph else ''}", *self.reasons])
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is to be continued.
+
+    Attributes:
+        inputs: `input_ids` int64 (sequences, prompt) and `attention_mask`, 0 for padding, which stands on the left.
+        new_tokens: at most. stops: tokens that end a sequence. pad: what fills it up then.
+    """
+
+    inputs: dict[str, Tensor]
+    new_tokens: int
+    stops: tuple[int, ...]
+    pad: int
+
+    @property
+    def positions(self) -> Tensor:
+        """int64 (sequences, prompt): places counted from the first token that is no padding."""
+        return (self.inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)
+
+    @property
+    def length(self) -> int:
+        """Tokens in the end."""
+        return self.inputs["input_ids"].shape[1] + self.new_tokens
+
+
+def continue_greedily(
+    model: nn.Module,
+    input_ids: Tensor,
+    attention_mask: Tensor | None = None,
+    *,
+    new_tokens: int,
+    stop_tokens: Sequence[int] = (),
+    pad_token: int | None = None,
+    way: str = "auto",
+    graph: bool | None = None,
+    join: bool = False,
+    branches: bool = True,
+) -> Continuation:
+    """The most probable next token, again and again.
+
+    Args:
+        model: a causal language model of transformers, packed or not, with all tensors on one device.
+        input_ids: int64 (sequences, prompt). attention_mask: the same shape, 0 for padding on the left.
+        new_tokens: at most so many; fewer where every sequence ends with one of `stop_tokens`.
+        way: one of the ways above, refused where it is impossible; "auto": fused where possible, else library.
+        graph: record a CUDA graph; default: on a GPU.
+        join: let the model's modules with equal layouts and inputs share tensors from now on (`Products`), which is
+            faster and changes no value. branches: run others beside each other. Both for the fused way.
+
+    Raises:
+        DataError: the prompt is empty, or prompt and new tokens together are longer than the model's positions.
+        KnobError: `way` is unknown or impossible for this model.
+    """
+    if way not in WAYS:
+        raise KnobError(f"way must be one of {', '.join(WAYS)}, got {way!r}")
+    if new_tokens < 1:
+        raise KnobError(f"new tokens must be at least 1, got {new_tokens}")
+    _check_length(model, input_ids, new_tokens)
+    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    stops = tuple(stop_tokens)
+    pad = pad_token if pad_token is not None else stops[0] if stops else 0
+    request = Request({"input_ids": input_ids, "attention_mask": mask}, new_tokens, stops, pad)
+    on_gpu = input_ids.device.type == "cuda"
+    wanted = on_gpu if graph is None else graph and on_gpu
+    if way == "library" or (way == "auto" and not on_gpu):
+        return _by_library(model, request, ())
+    device = torch.cuda.device(input_ids.device) if on_gpu else nullcontext()
+    with torch.inference_mode(), device:
+        prepared = prepare(model, request, way, join=join, branches=branches)
+        reasons = prepared.reasons
+        if prepared.step is not None and prepared.first is not None:
+            chooser = Chooser(torch.zeros_like(input_ids[:, :1]), new_tokens, stops, pad)
+            chooser.take(prepared.first)
+            tokens, replayed, reason = decode(prepared.step, chooser, new_tokens, graph=wanted)
+            whole = torch.cat([input_ids, tokens], 1)
+            return Continuation(whole, prepared.way, replayed, (*reasons, reason) if reason else reasons)
+    if way != "auto":
+        raise KnobError(f"{reasons[0]} (leave out way={way!r})")
+    return _by_library(model, request, reasons)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A prompt that has been read.
+
+    Attributes:
+        step: computes what follows; None where only the library can. first: logits (sequences, vocabulary) after the
+            prompt. way, reasons: as in `Continuation`.
+    """
+
+    step: Step | None
+    first: Tensor | None
+    way: str
+    reasons: tuple[str, ...]
+
+
+def prepare(model: nn.Module, request: Request, way: str, *, join: bool = False, branches: bool = True) -> Prepared:
+    """Read the prompt and set up the way asked for; "auto" is the fused one."""
+    reasons: list[str] = []
+    for name in ("fused", "static"):
+        if name != ("fused" if way == "auto" else way):
+            continue
+        try:
+            if name == "fused":
+                step, first = _fused(model, request, join=join, branches=branches)
+            else:
+                step, first = _static(model, request)
+        except UnsuitedError as error:
+            reasons.append(f"not {name}: {error}")
+            continue
+        return Prepared(step, first, name, tuple(reasons))
+    return Prepared(None, None, "library", tuple(reasons))
+
+
+def _fused(model: nn.Module, request: Request, *, join: bool, branches: bool) -> tuple[Step, Tensor]:
+    _refuse_others(model, request)
+    decoder = gated_decoder(model, join=join, branches=branches)
+    ids, mask = request.inputs["input_ids"], request.inputs["attention_mask"]
+    check_against(model, decoder, ids[0, mask[0] != 0] if bool(mask[0].any()) else ids[0])
+    step = FusedStep(decoder, (mask == 0).sum(-1), request.length)
+    return step, step.prefill(ids, mask)
+
+
+def _static(model: nn.Module, request: Request) -> tuple[Step, Tensor]:
+    _refuse_others(model, request)
+    step = StaticStep(model, request.inputs["attention_mask"], request.length)
+    return step, step.prefill(request.inputs, request.positions)
+
+
+def _refuse_others(model: nn.Module, request: Request) -> None:
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        raise UnsuitedError("it is an encoder and decoder")
+    devices = {parameter.device for parameter in model.parameters()}
+    if len(devices) > 1:
+        raise UnsuitedError("its parameters are on several devices")
+    if bool((request.inputs["attention_mask"].diff(dim=-1) < 0).any()):
+        raise UnsuitedError("padding stands elsewhere than before the text")
+
+
+def _by_library(model: nn.Module, request: Request, reasons: tuple[str, ...]) -> Continuation:
+    from transformers import GenerationConfig
+
+    # Named, because what is left open here is filled in from the settings that many checkpoints bring.
+    never = int(getattr(getattr(model, "config", None), "vocab_size", 0))
+    settings = GenerationConfig(
+        max_new_tokens=request.new_tokens,
+        do_sample=False,
+        num_beams=1,
+        repetition_penalty=1.0,
+        eos_token_id=list(request.stops) or [never],
+        pad_token_id=request.pad,
+    )
+    generate: Any = model.generate
+    with torch.inference_mode():
+        ids = generate(**request.inputs, generation_config=settings)
+    return Continuation(ids, "library", False, reasons)
+
+
+def _positions(config: object) -> object:
+    return getattr(config, "max_position_embeddings", None)
+
+
+def _check_length(model: nn.Module, input_ids: Tensor, new_tokens: int) -> None:
+    prompt, config = input_ids.shape[1], getattr(model, "config", None)
+    if prompt < 1:
+        raise DataError("the prompt has no token: give some text to continue")
+    positions = None if getattr(config, "is_encoder_decoder", False) else _positions(config)
+    if not isinstance(positions, int) or prompt + new_tokens <= positions:
+        return
+    if prompt >= positions:
+        raise DataError(f"the prompt has {prompt} tokens, but the model has {positions} positions: shorten it")
+    raise DataError(
+        f"{prompt} prompt tokens and {new_tokens} new ones are more than the model's {positions} positions: "
+        f"ask for at most {positions - prompt} new tokens"
+    )

@@ -1,0 +1,168 @@
+"""Several layers that multiply the same input: joined into one product where their stored tensors allow it.
+
+Rows of a packed weight are independent, so the rows of several weights of one layout can stand in one. Each module
+keeps its own weight, as a view of the joined tensors: nothing is stored twice and every module means what it meant.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeGuard
+
+import torch
+from torch import Tensor, nn
+
+from whit.formats.base import Packed
+from whit.kernels import packed_linear
+from whit.kernels.linear import SeveralProducts, choose_several
+from whit.models.packed import PackedLinear
+
+
+def join_rows(parts: Sequence[Packed]) -> Packed | None:
+    """One packed weight with the rows of all parts, or None where the layout does not allow it.
+
+    It does if every tensor either grows with the rows (and so lists them in order) or is the same in all parts, as the
+    marked columns of two layers seldom are.
+    """
+    layout, columns = parts[0].format, parts[0].columns
+    if any((part.format, part.columns) != (layout, columns) for part in parts):
+        return None
+    rows = sum(part.rows for part in parts)
+    wanted = layout.specs(rows, columns)
+    tensors: dict[str, Tensor] = {}
+    for name, spec in wanted.items():
+        each = [part.tensors[name] for part in parts]
+        grown = (sum(tensor.shape[0] for tensor in each), *each[0].shape[1:])
+        fixed = layout.specs(1, columns)[name].shape == layout.specs(2 * rows, columns)[name].shape
+        if fixed and spec.shape == each[0].shape and all(torch.equal(each[0], tensor) for tensor in each[1:]):
+            tensors[name] = each[0]
+        elif not fixed and spec.shape == grown and _whole(layout.specs, name, parts):
+            tensors[name] = torch.cat(each)
+        else:
+            return None
+    return Packed(layout, rows, columns, tensors)
+
+
+def _whole(specs: object, name: str, parts: Sequence[Packed]) -> bool:
+    """Whether no part ends within a byte: tensors packed across rows have as many bytes for twice the rows."""
+    return all(
+        part.format.specs(2 * part.rows, part.columns)[name].shape[0] == 2 * part.tensors[name].shape[0]
+        for part in parts[:-1]
+    )
+
+
+class Products:
+    """y_i = W_i x + b_i for several modules and one x.
+
+    Args:
+        modules: linear layers of any kind; each maps (n, columns) to (n, rows).
+        join: hold equal layouts as one weight.
+        branches: others run in one launch where a kernel does that, or beside each other as branches of a CUDA graph.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module], *, join: bool = True, branches: bool = True) -> None:
+        self.modules = list(modules)
+        self._branches = branches
+        with torch.inference_mode(False), torch.no_grad():  # the modules keep the tensors, and may be trained
+            self._joined = self._join() if join else None
+        self._rows: list[int] = []
+        self._packed = [module for module in self.modules if _plain_packed(module)]
+        if len(self._packed) < len(self.modules):
+            self._packed = []
+        self._streams: list[torch.cuda.Stream] = []
+        if self._joined is not None:
+            self._rows = [int(getattr(module, "out_features")) for module in self.modules]  # noqa: B009
+
+    def explain(self, inputs: Tensor) -> str:
+        """How the products run, for reports: "joined", "one launch", "branches" or "in turn"."""
+        if self._joined is not None:
+            return "joined"
+        if self._together(inputs) is not None:
+            return "one launch"
+        return "branches" if self._branches and inputs.is_cuda else "in turn"
+
+    def __call__(self, inputs: Tensor) -> list[Tensor]:
+        """(n, columns) -> (n, rows_i) for each module; the rows of a result may lie apart."""
+        if self._joined is not None:
+            weight, bias = self._joined
+            out = (
+                packed_linear(inputs, weight, bias)
+                if isinstance(weight, Packed)
+                else torch.nn.functional.linear(inputs, weight, bias)
+            )
+            return list(torch.split(out, self._rows, -1))
+        together = self._together(inputs)
+        if together is not None:
+            return together.products(inputs, [module.packed for module in self._packed])
+        if self._branches and inputs.is_cuda and torch.cuda.is_current_stream_capturing():
+            return self._beside(inputs)
+        return [module(inputs) for module in self.modules]
+
+    def _together(self, inputs: Tensor) -> SeveralProducts | None:
+        if not self._packed or not self._branches:
+            return None
+        return choose_several(inputs, [module.packed for module in self._packed])
+
+    def _beside(self, inputs: Tensor) -> list[Tensor]:
+        main = torch.cuda.current_stream(inputs.device)
+        while len(self._streams) < len(self.modules) - 1:
+            self._streams.append(torch.cuda.Stream(inputs.device))  # type: ignore[no-untyped-call]
+        for stream in self._streams:
+            stream.wait_stream(main)
+        out = [self.modules[0](inputs)]
+        for module, stream in zip(self.modules[1:], self._streams, strict=True):
+            with torch.cuda.stream(stream):
+                out.append(module(inputs))
+        for stream in self._streams:
+            main.wait_stream(stream)
+        return out
+
+    def _join(self) -> tuple[Packed | Tensor, Tensor | None] | None:
+        if len({type(module) for module in self.modules}) > 1 or len(self.modules) < 2:
+            return None
+        if any(_hooked(module) for module in self.modules):
+            return None
+        biases = [getattr(module, "bias", None) for module in self.modules]
+        if any(bias is None for bias in biases) != all(bias is None for bias in biases):
+            return None
+        bias = None if biases[0] is None else torch.cat([item.detach() for item in biases if item is not None])
+        weight: Packed | Tensor | None = None
+        if all(type(module) is PackedLinear for module in self.modules):
+            weight = _join_packed([module for module in self.modules if isinstance(module, PackedLinear)])
+        elif all(type(module) is nn.Linear for module in self.modules):
+            weight = _join_dense([module for module in self.modules if isinstance(module, nn.Linear)])
+        return None if weight is None else (weight, bias)
+
+
+def _plain_packed(module: nn.Module) -> TypeGuard[PackedLinear]:
+    return type(module) is PackedLinear and module.bias is None and not _hooked(module)
+
+
+def _hooked(module: nn.Module) -> bool:
+    """Whether someone wants to see the module called (packed layers carry one hook that does nothing)."""
+    return bool(module._forward_hooks) or len(module._forward_pre_hooks) > isinstance(module, PackedLinear)
+
+
+def _join_packed(modules: list[PackedLinear]) -> Packed | None:
+    joined = join_rows([module.packed for module in modules])
+    if joined is None:
+        return None
+    first = dict.fromkeys(joined.tensors, 0)
+    for module in modules:
+        own: dict[str, Tensor] = {}
+        for name, whole in joined.tensors.items():
+            size = module.packed.tensors[name].shape[0]
+            own[name] = whole if whole.shape[0] == size else whole[first[name] : first[name] + size]
+            first[name] += size
+        module.set_packed(Packed(module.format, module.rows, module.columns, own))
+    return joined
+
+
+def _join_dense(modules: list[nn.Linear]) -> Tensor | None:
+    weights = [module.weight.detach() for module in modules]
+    if len({(weight.dtype, weight.device, weight.shape[1]) for weight in weights}) > 1:
+        return None
+    whole = torch.cat(weights)
+    for module, part in zip(modules, torch.split(whole, [len(weight) for weight in weights]), strict=True):
+        module.weight.data = part
+    return whole

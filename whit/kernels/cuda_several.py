@@ -1,0 +1,122 @@
+"""One launch for several weights that meet the same vector: q, k and v; gate and up (`cuda/gemv.cu` with SEVERAL).
+
+Weights whose rows could stand in one weight are joined where they are kept (`whit.generation.products`); this is for
+those that share a layout and not what its rows have in common, as the marked columns of `binary-residual`. Every weight
+gets thread blocks in proportion to its rows. Errors are those of the single product.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from whit.formats.base import Packed
+from whit.kernels.cuda_layout import Layout
+from whit.kernels.cuda_linear import op_arguments, usable
+from whit.kernels.cuda_ops import (
+    Weight,
+    aligned,
+    build,
+    counts_bits,
+    device_limits,
+    layout_from,
+    starts_early,
+    weight_of,
+)
+from whit.kernels.cuda_plan import Launch, choose, place_gemv
+from whit.kernels.linear import SeveralProducts, register_several
+from whit.kernels.nvrtc import Argument, Kernel, kernel
+
+MOST = 4
+"""Weights of one launch."""
+
+
+class _Task(ctypes.Structure):
+    _fields_ = (("weight", Weight), ("y", ctypes.c_void_p), ("first", ctypes.c_int), ("blocks", ctypes.c_int))
+
+
+@lru_cache(maxsize=MOST)
+def _tasks(count: int) -> type[ctypes.Structure]:
+    return type("_Tasks", (ctypes.Structure,), {"_fields_": (("of", _Task * count),)})
+
+
+def shares(rows: Sequence[int], processors: int) -> list[int]:
+    """Thread blocks for each weight, `processors` in all: one each, and the others to whom has most tiles per block."""
+    tiles = [-(-count // 16) for count in rows]
+    blocks = [1] * len(rows)
+    for _ in range(min(processors, sum(tiles)) - len(rows)):
+        slowest = max(range(len(rows)), key=lambda i: (tiles[i] / blocks[i], -i))
+        blocks[slowest] += 1
+    return blocks
+
+
+def place_several(
+    name: str, layout: Layout, rows: Sequence[int], columns: int, processors: int, memory: int, binary: bool
+) -> tuple[Launch, list[int]]:
+    """The launch of several weights on a device, and the thread blocks of each."""
+    blocks = shares(rows, processors)
+    found = choose(name, layout, sum(rows), columns, 1, processors, memory, binary=binary, clusters=False)
+    rounds = max(-(-count // (16 * have)) for count, have in zip(rows, blocks, strict=True))
+    # as many tiles for each block as the slowest has, so that one round does
+    launch = place_gemv(layout, 16 * rounds * processors, columns, processors, memory, found.shape)
+    launch = found if launch is None else launch
+    return replace(launch, grid=sum(blocks)), blocks
+
+
+@lru_cache(maxsize=1024)
+def _prepared(
+    layout: Layout, rows: tuple[int, ...], columns: int, bfloat: bool, index: int
+) -> tuple[Kernel, Launch, list[int]]:
+    device, processors, memory = device_limits(index)
+    launch, blocks = place_several(device, layout, rows, columns, processors, memory, counts_bits(index))
+    source, name, options, _ = build(layout, launch, 1, bfloat, starts_early(index))
+    return kernel(source, name, (*options, f"-DSEVERAL={len(rows)}"), index), launch, blocks
+
+
+@torch.library.custom_op("whit::packed_products", mutates_args=(), device_types="cuda")
+def packed_products(x: Tensor, tensors: list[Tensor], layout: list[int], rows: list[int], columns: int) -> Tensor:
+    """x (1, columns), contiguous, times several packed weights, whose tensors follow one another: (1, sum of rows)."""
+    described, tensors, index = layout_from(layout), aligned(tensors), x.device.index
+    out = torch.empty(1, sum(rows), dtype=x.dtype, device=x.device)
+    each = len(tensors) // len(rows)
+    with torch.cuda.device(x.device):
+        run, launch, blocks = _prepared(described, tuple(rows), columns, x.dtype == torch.bfloat16, index)
+        tasks, row, first = _tasks(len(rows))(), 0, 0
+        for number, (count, share) in enumerate(zip(rows, blocks, strict=True)):
+            weight = weight_of(described, tensors[number * each : (number + 1) * each], count, columns)
+            tasks.of[number] = _Task(weight, out.data_ptr() + row * out.element_size(), first, share)
+            row, first = row + count, first + share
+        sizes = (ctypes.c_int(launch.chunk), ctypes.c_int(launch.tiles))
+        arguments: list[Argument] = [ctypes.c_void_p(x.data_ptr()), tasks, *sizes]
+        run.launch(launch.grid, launch.shape.threads, launch.shared, arguments, early=starts_early(index))
+    return out
+
+
+@packed_products.register_fake
+def _(x: Tensor, tensors: list[Tensor], layout: list[int], rows: list[int], columns: int) -> Tensor:
+    return x.new_empty(1, sum(rows))
+
+
+def _supports(x: Tensor, weights: Sequence[Packed]) -> bool:
+    if not 2 <= len(weights) <= MOST or x.numel() != x.shape[-1]:
+        return False
+    layouts = [usable(x, packed) for packed in weights]
+    return layouts[0] is not None and layouts[0].multiplies and all(layout == layouts[0] for layout in layouts)
+
+
+def _products(x: Tensor, weights: Sequence[Packed]) -> list[Tensor]:
+    given = [op_arguments(packed) for packed in weights]
+    tensors = [tensor for part, _ in given for tensor in part]
+    rows = [packed.rows for packed in weights]
+    flat = x.reshape(1, -1).contiguous()
+    out: Tensor = torch.ops.whit.packed_products(flat, tensors, given[0][1], rows, weights[0].columns)
+    return [part.reshape(*x.shape[:-1], count) for part, count in zip(torch.split(out, rows, -1), rows, strict=True)]
+
+
+for _format in ("binary-residual", "level-table", "grouped-integer"):
+    register_several(_format, SeveralProducts("cuda bit-plane gemv", _supports, _products))
