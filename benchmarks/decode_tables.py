@@ -76,7 +76,7 @@ def decode_table(report: dict[str, Any]) -> str:
     lines = [
         f"{dense['hardware']}, torch {versions['torch']}, transformers {versions['transformers']}; "
         f"{report['new_tokens']} tokens after {report['prompt']}, ms per step; prefill of {report['prefill']} tokens. "
-        f"Left out: what spread by more than {DISTURBED:.1%}, because something else used the GPU.",
+        f"Left out: what spread by more than {DISTURBED:.1%} between repeats; the values are in the JSON.",
         "",
         "| weights of the blocks | bits | tokens/s | ms | times bf16 | tokens/s at 16 | ms | times bf16 "
         "| prefill ms | times bf16 | GB resident | GB at most | way, products at batch 1 |",
