@@ -33,7 +33,7 @@ MOST_VECTORS = 16
 TABLE_BITS = 4
 BYTE_BITS = 8
 NOTHING = ""
-WEIGHTS_TO_SHARE = 2**19
+WEIGHTS_TO_SHARE = 2**22  # a smaller layer is done before a second thread has woken up
 ROWS_PER_PART = 16
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
