@@ -7,30 +7,15 @@ No number of those tables is typed by hand: a test runs this script's functions 
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
-GENERATED = ROOT / "docs" / "generated"
+from committed import ROOT, load, markdown, with_part, write
+
 BEGIN, END = "<!-- speed:begin -->", "<!-- speed:end -->"
 DENSE = "bfloat16"
 DISTURBED = 0.045
 """Half the range of a measurement's rounds, relative, from which it is left out."""
 README_ROWS = (DENSE, "FP8 W8A16", "LLM.int8()", "GPTQ 4 (g64)", "k-means 2 (row)", "BiLLM whit (row)", "signs (g128)")
-
-
-def decode_report() -> dict[str, Any]:
-    """The committed measurement."""
-    report: dict[str, Any] = json.loads((RESULTS / "decode_7b.json").read_text(encoding="utf-8"))
-    return report
-
-
-def history() -> dict[str, Any]:
-    """The committed steps of work on decoding."""
-    report: dict[str, Any] = json.loads((RESULTS / "history-of-decoding.json").read_text(encoding="utf-8"))
-    return report
 
 
 def _measured(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -60,11 +45,11 @@ def _prefill(row: dict[str, Any], dense: dict[str, Any]) -> list[str]:
 def history_table(report: dict[str, Any]) -> str:
     """What was tried on decoding, as Markdown: change, prediction, and the times that followed."""
     names = report["columns"]
-    lines = [f"{report['hardware']}: {report['what']}.", "", "| change | predicted | " + " | ".join(names) + " |"]
-    lines.append("|---|---|" + "---|" * len(names))
+    rows = []
     for step in report["steps"]:
         times = [f"{step['milliseconds'][name]:.2f}" if name in step["milliseconds"] else "" for name in names]
-        lines.append("| " + " | ".join([step["change"], step["predicted"], *times]) + " |")
+        rows.append([step["change"], step["predicted"], *times])
+    lines = [f"{report['hardware']}: {report['what']}.", "", *markdown(["change", "predicted", *names], rows)]
     return "\n".join(lines) + "\n"
 
 
@@ -123,20 +108,20 @@ def readme_table(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def readme_with(text: str, content: str) -> str:
-    """README text with the part between the markers replaced."""
-    before, rest = text.split(BEGIN)
-    return before + BEGIN + "\n" + content + rest[rest.index(END) :]
+def contents() -> dict[str, str]:
+    """Generated file name -> its text."""
+    return {
+        "decode-7b.md": decode_table(load("decode_7b.json")),
+        "history-of-decoding.md": history_table(load("history-of-decoding.json")),
+    }
 
 
-def main() -> None:
-    """Write everything."""
-    report = decode_report()
-    (GENERATED / "decode-7b.md").write_text(decode_table(report), encoding="utf-8")
-    (GENERATED / "history-of-decoding.md").write_text(history_table(history()), encoding="utf-8")
-    readme = ROOT / "README.md"
-    readme.write_text(readme_with(readme.read_text(encoding="utf-8"), readme_table(report)), encoding="utf-8")
+def readme_with(text: str) -> str:
+    """The README's text with its speed table made anew."""
+    return with_part(text, BEGIN, END, readme_table(load("decode_7b.json")))
 
 
 if __name__ == "__main__":
-    main()
+    write(contents())
+    readme = ROOT / "README.md"
+    readme.write_text(readme_with(readme.read_text(encoding="utf-8")), encoding="utf-8")

@@ -8,28 +8,16 @@ those that were measured; a test compares the tables with what this script makes
 
 from __future__ import annotations
 
-import json
 import statistics
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
-GENERATED = ROOT / "docs" / "generated"
-
-
-def load(name: str) -> dict[str, Any]:
-    """A committed report."""
-    report: dict[str, Any] = json.loads((RESULTS / name).read_text(encoding="utf-8"))
-    return report
+from committed import load, markdown, write
 
 
 def run_table(reports: list[dict[str, Any]]) -> str:
     """Runs of `random_llama.py`: one line each, as Markdown."""
-    lines = [
-        "| shape | blocks made | GPUs | method | wall time | per block | in the method | whole model | device memory |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
+    header = ["shape", "blocks made", "GPUs", "method", "wall time", "per block", "in the method", "whole model"]
+    lines = []
     for report in reports:
         for row in report["rows"]:
             made, every = report["blocks_made"], report["blocks_of_shape"]
@@ -47,8 +35,8 @@ def run_table(reports: list[dict[str, Any]]) -> str:
                 "measured" if made == every else f"{whole:.0f} s, extrapolated",
                 f"{row['peak_device_bytes'] / 1e9:.1f} GB",
             ]
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+            lines.append(cells)
+    return "\n".join(markdown([*header, "device memory"], lines)) + "\n"
 
 
 def step_table(report: dict[str, Any]) -> str:
@@ -78,7 +66,7 @@ def step_table(report: dict[str, Any]) -> str:
 
 def layer_table(report: dict[str, Any]) -> str:
     """Whole layers of `compression_gpu.py`, as Markdown."""
-    lines = ["| method | rows x columns | factor of H | everything else |", "|---|---|---|---|"]
+    rows = []
     for item in report["layers"]:
         extra = [str(item[key]) for key in ("variant", "bits") if key in item]
         cells = [
@@ -87,8 +75,8 @@ def layer_table(report: dict[str, Any]) -> str:
             f"{item['factor_seconds'] * 1e3:.0f} ms",
             f"{item['seconds'] * 1e3:.0f} ms",
         ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        rows.append(cells)
+    return "\n".join(markdown(["method", "rows x columns", "factor of H", "everything else"], rows)) + "\n"
 
 
 def history_table(history: dict[str, Any]) -> str:
@@ -118,12 +106,5 @@ def contents() -> dict[str, str]:
     }
 
 
-def main() -> None:
-    """Write everything."""
-    GENERATED.mkdir(parents=True, exist_ok=True)
-    for name, text in contents().items():
-        (GENERATED / name).write_text(text, encoding="utf-8")
-
-
 if __name__ == "__main__":
-    main()
+    write(contents())

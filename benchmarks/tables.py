@@ -7,16 +7,12 @@ No number in the documentation is typed by hand: a test runs this script's funct
 
 from __future__ import annotations
 
-import json
 import statistics
-from pathlib import Path
 from typing import Any
 
+from committed import ROOT, load, load_all, markdown, with_part, write
 from frontier_tables import number, plot, sections, table
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
-GENERATED = ROOT / "docs" / "generated"
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 README_MODEL = "smollm2-135m"
 README_ROWS = (
@@ -39,12 +35,6 @@ README_ROWS = (
     "LLM.int8() (W8A8)",
     "GPTQ 1 (g64, signs)",
 )
-
-
-def frontiers() -> dict[str, dict[str, Any]]:
-    """Every committed frontier by model name."""
-    files = sorted(RESULTS.glob("frontier-*.json"))
-    return {path.stem.removeprefix("frontier-"): json.loads(path.read_text(encoding="utf-8")) for path in files}
 
 
 def int8_layer_table(report: dict[str, Any]) -> str:
@@ -160,18 +150,13 @@ def layer_table(report: dict[str, Any], rows: tuple[str, ...] | None = None) -> 
 
 def layer_tables() -> dict[str, str]:
     """Content of each generated file of layer errors, by name."""
-    return {
-        f"{page}-layers.md": layer_table(json.loads((RESULTS / file).read_text(encoding="utf-8")), rows)
-        for page, (file, rows) in LAYER_TABLES.items()
-    }
+    return {f"{page}-layers.md": layer_table(load(file), rows) for page, (file, rows) in LAYER_TABLES.items()}
 
 
 def run_table(report: dict[str, Any]) -> str:
     """Time, memory and bytes of `random_llama.py` runs, as Markdown."""
-    lines = [
-        "| method | wall time | in the method | peak device memory | peak host | file | bits, layers | bits, file |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
+    header = ["method", "wall time", "in the method", "peak device memory", "peak host", "file", "bits, layers"]
+    rows = []
     for row in report["rows"]:
         name = row["method"]["method"] + (f" {row['method']['variant']}" if "variant" in row["method"] else "")
         cells = [
@@ -184,8 +169,8 @@ def run_table(report: dict[str, Any]) -> str:
             f"{row['stored_bits_compressed']:.3f}",
             f"{row['stored_bits_file']:.3f}",
         ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        rows.append(cells)
+    return "\n".join(markdown([*header, "bits, file"], rows)) + "\n"
 
 
 def readme_table(report: dict[str, Any]) -> str:
@@ -193,31 +178,32 @@ def readme_table(report: dict[str, Any]) -> str:
     return table(report, {name: report["rows"][name] for name in README_ROWS}, short=True)
 
 
-def readme_with(text: str, content: str) -> str:
-    """README text with the part between the markers replaced."""
-    before, rest = text.split(BEGIN)
-    return before + BEGIN + "\n" + content + rest[rest.index(END) :]
+def contents() -> dict[str, str]:
+    """Generated file name -> its text."""
+    int8 = load("llm_int8.json")
+    made = {
+        "random-llama-7b.md": run_table(load("random_llama_7b.json")),
+        "llm-int8-layer.md": int8_layer_table(int8),
+        "llm-int8-memory.md": int8_memory_table(load("int8_memory.json")),
+        "llm-int8-planted.md": int8_planted_table(int8),
+    }
+    for model, report in load_all("frontier-").items():
+        made |= {f"{name}-{model}.md": text for name, text in sections(report).items()}
+    return made | layer_tables()
+
+
+def readme_with(text: str) -> str:
+    """The README's text with its table of results made anew."""
+    return with_part(text, BEGIN, END, readme_table(load(f"frontier-{README_MODEL}.json")))
 
 
 def main() -> None:
     """Write everything."""
-    GENERATED.mkdir(parents=True, exist_ok=True)
-    run = json.loads((RESULTS / "random_llama_7b.json").read_text(encoding="utf-8"))
-    (GENERATED / "random-llama-7b.md").write_text(run_table(run), encoding="utf-8")
-    int8 = json.loads((RESULTS / "llm_int8.json").read_text(encoding="utf-8"))
-    (GENERATED / "llm-int8-layer.md").write_text(int8_layer_table(int8), encoding="utf-8")
-    memory = json.loads((RESULTS / "int8_memory.json").read_text(encoding="utf-8"))
-    (GENERATED / "llm-int8-memory.md").write_text(int8_memory_table(memory), encoding="utf-8")
-    (GENERATED / "llm-int8-planted.md").write_text(int8_planted_table(int8), encoding="utf-8")
-    for name, content in layer_tables().items():
-        (GENERATED / name).write_text(content, encoding="utf-8")
-    for model, report in frontiers().items():
-        for name, content in sections(report).items():
-            (GENERATED / f"{name}-{model}.md").write_text(content, encoding="utf-8")
+    write(contents())
+    for model, report in load_all("frontier-").items():
         plot(model, report, ROOT / "docs" / "images" / f"frontier-{model}.svg")
-        if model == README_MODEL:
-            readme = ROOT / "README.md"
-            readme.write_text(readme_with(readme.read_text(encoding="utf-8"), readme_table(report)), encoding="utf-8")
+    readme = ROOT / "README.md"
+    readme.write_text(readme_with(readme.read_text(encoding="utf-8")), encoding="utf-8")
 
 
 if __name__ == "__main__":
