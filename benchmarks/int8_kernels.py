@@ -265,6 +265,7 @@ def measure(case: Case, names: list[str], dtype: torch.dtype, tuning: bool) -> l
 
 
 def main() -> None:
+    """Measure what was asked for and write the report."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, help="JSON file to write")
     parser.add_argument("--cases", nargs="+", choices=CASES, default=list(CASES))

@@ -215,6 +215,7 @@ def compile_candidates(names: list[str], shapes: list[str], counts: list[int], b
 
 
 def main() -> None:
+    """Measure what was asked for and write the report."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, help="JSON file to write")
     parser.add_argument("--formats", nargs="+", choices=[*FORMATS], default=[*FORMATS])

@@ -35,7 +35,7 @@ def arguments(case: Case, output: Path, *extra: str, method: str = "gptq", **rep
     return ["compress", str(case.model), "-o", str(output), "-m", method, "--device", "cpu", "-q", *named, *extra]
 
 
-def refused(argv: list[str], code: int, words: str, capsys: pytest.CaptureFixture[str]) -> str:
+def refused(argv: list[str], code: int, capsys: pytest.CaptureFixture[str]) -> str:
     """Run a command that must fail in the promised way; returns its message."""
     capsys.readouterr()
     assert main(argv) == code
@@ -44,7 +44,6 @@ def refused(argv: list[str], code: int, words: str, capsys: pytest.CaptureFixtur
     assert captured.out == ""
     assert len(lines) == 1, captured.err
     assert lines[0].startswith("error: ")
-    assert words in lines[0]
     return lines[0]
 
 
@@ -57,37 +56,37 @@ def change_weights(case: Case, change: Callable[[dict[str, torch.Tensor]], None]
 
 def test_missing_path(tmp_path: Path, case: Case, capsys: pytest.CaptureFixture[str]) -> None:
     gone = Case("llama", tmp_path / "modle", case.options)
-    refused(arguments(gone, tmp_path / "out"), ModelError.exit_code, "did you mean", capsys)
+    assert "did you mean" in refused(arguments(gone, tmp_path / "out"), ModelError.exit_code, capsys)
     assert not (tmp_path / "out").exists()
 
 
 def test_directory_without_config(tmp_path: Path, case: Case, capsys: pytest.CaptureFixture[str]) -> None:
     (case.model / "config.json").unlink()
-    refused(arguments(case, tmp_path / "out"), ModelError.exit_code, "has no config.json", capsys)
+    assert "has no config.json" in refused(arguments(case, tmp_path / "out"), ModelError.exit_code, capsys)
 
 
 def test_unknown_architecture(tmp_path: Path, case: Case, capsys: pytest.CaptureFixture[str]) -> None:
     config = json.loads((case.model / "config.json").read_text())
     (case.model / "config.json").write_text(json.dumps(config | {"architectures": ["LlamaForCausalLX"]}))
-    refused(arguments(case, tmp_path / "out"), ModelError.exit_code, "'LlamaForCausalLX'", capsys)
+    assert "'LlamaForCausalLX'" in refused(arguments(case, tmp_path / "out"), ModelError.exit_code, capsys)
 
 
 def test_truncated_weights(tmp_path: Path, case: Case, capsys: pytest.CaptureFixture[str]) -> None:
     weights = case.model / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
-    refused(arguments(case, tmp_path / "out"), ModelError.exit_code, "damaged or incomplete", capsys)
+    assert "damaged or incomplete" in refused(arguments(case, tmp_path / "out"), ModelError.exit_code, capsys)
     assert not (tmp_path / "out").exists()
 
 
 def test_shapes_that_disagree(tmp_path: Path, case: Case, capsys: pytest.CaptureFixture[str]) -> None:
     name = "model.layers.1.mlp.up_proj.weight"
     change_weights(case, lambda tensors: tensors.update({name: torch.zeros(3, 3)}))
-    refused(arguments(case, tmp_path / "out"), ModelError.exit_code, f"{name} is (3, 3) in the file", capsys)
+    assert f"{name} is (3, 3) in the file" in refused(arguments(case, tmp_path / "out"), ModelError.exit_code, capsys)
 
 
 def test_pickled_weights(tmp_path: Path, case: Case, capsys: pytest.CaptureFixture[str]) -> None:
     (case.model / "model.safetensors").rename(case.model / "pytorch_model.bin")
-    refused(arguments(case, tmp_path / "out"), ModelError.exit_code, "convert it once", capsys)
+    assert "convert it once" in refused(arguments(case, tmp_path / "out"), ModelError.exit_code, capsys)
 
 
 @pytest.mark.parametrize("name", ["model.layers.1.mlp.up_proj.weight", "model.layers.1.input_layernorm.weight"])
@@ -100,7 +99,8 @@ def test_nan_in_a_weight_of_a_later_block(
         tensors[name].view(-1)[3] = float("nan")
 
     change_weights(case, spoil)
-    message = refused(arguments(case, tmp_path / "out"), ModelError.exit_code, f"weight {name!r} has 1 of", capsys)
+    message = refused(arguments(case, tmp_path / "out"), ModelError.exit_code, capsys)
+    assert f"weight {name!r} has 1 of" in message
     assert "NaN or infinite" in message
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
@@ -113,7 +113,7 @@ def test_infinite_weight_outside_the_blocks(
         tensors[name].view(-1)[0] = float("inf")
 
     change_weights(case, spoil)
-    refused(arguments(case, tmp_path / "out"), ModelError.exit_code, f"weight {name!r} has 1 of", capsys)
+    assert f"weight {name!r} has 1 of" in refused(arguments(case, tmp_path / "out"), ModelError.exit_code, capsys)
 
 
 def test_activations_that_overflow(tmp_path: Path, case: Case, capsys: pytest.CaptureFixture[str]) -> None:
@@ -123,23 +123,22 @@ def test_activations_that_overflow(tmp_path: Path, case: Case, capsys: pytest.Ca
 
     change_weights(case, grow)
     words = "calibration inputs of 'model.layers.1.mlp.down_proj' hold NaN or Inf: try --dtype float32"
-    refused(arguments(case, tmp_path / "out"), ModelError.exit_code, words, capsys)
+    assert words in refused(arguments(case, tmp_path / "out"), ModelError.exit_code, capsys)
     assert (tmp_path / "out" / ".whit-run" / "journal.jsonl").exists()
 
 
 def test_text_without_a_tokenizer(tmp_path: Path, case: Case, capsys: pytest.CaptureFixture[str]) -> None:
     text = tmp_path / "text.txt"
     text.write_text("words " * 500)
-    refused(arguments(case, tmp_path / "out", calibration=str(text)), DataError.exit_code, "tokenizer", capsys)
+    assert "tokenizer" in refused(arguments(case, tmp_path / "out", calibration=str(text)), DataError.exit_code, capsys)
 
 
 def test_vocabulary_mismatch(tmp_path: Path, case: Case, capsys: pytest.CaptureFixture[str]) -> None:
     save_file({"input_ids": torch.full((4, 8), 1000)}, tmp_path / "ids.safetensors")
     words = "gives token id 1000, but the model's vocabulary has 97 entries"
-    refused(
-        arguments(case, tmp_path / "out", calibration=str(tmp_path / "ids.safetensors")),
-        DataError.exit_code, words, capsys,
-    )  # fmt: skip
+    assert words in refused(
+        arguments(case, tmp_path / "out", calibration=str(tmp_path / "ids.safetensors")), DataError.exit_code, capsys
+    )
 
 
 @pytest.mark.parametrize(
@@ -156,8 +155,9 @@ def test_bad_calibration_file(
 ) -> None:
     (tmp_path / "text.txt").write_bytes(content)
     message = refused(
-        arguments(case, tmp_path / "out", calibration=str(tmp_path / "text.txt")), DataError.exit_code, words, capsys
+        arguments(case, tmp_path / "out", calibration=str(tmp_path / "text.txt")), DataError.exit_code, capsys
     )
+    assert words in message
     assert "text.txt" in message
     assert not (tmp_path / "out").exists()
 
@@ -169,14 +169,14 @@ def test_nan_in_calibration_features(
     features["input_features"][2, 3, 4] = float("nan")
     save_file(features, tmp_path / "features.safetensors")
     argv = arguments(case_of("whisper"), tmp_path / "out", calibration=str(tmp_path / "features.safetensors"))
-    refused(argv, DataError.exit_code, "'input_features' in", capsys)
+    assert "'input_features' in" in refused(argv, DataError.exit_code, capsys)
 
 
 def test_same_text_for_calibration_and_evaluation(
     tmp_path: Path, case: Case, capsys: pytest.CaptureFixture[str]
 ) -> None:
     argv = arguments(case, tmp_path / "out", evaluation=str(case.options.calibration))
-    refused(argv, DataError.exit_code, "--allow-leak", capsys)
+    assert "--allow-leak" in refused(argv, DataError.exit_code, capsys)
     assert main([*argv, "--allow-leak"]) == 0
     result = Result.load(tmp_path / "out" / "result.json")
     assert result.compressed is not None
@@ -199,30 +199,30 @@ def test_same_text_for_calibration_and_evaluation(
 def test_knob_out_of_range_or_unknown(
     extra: tuple[str, ...], words: str, tmp_path: Path, case: Case, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    refused(arguments(case, tmp_path / "out", *extra), KnobError.exit_code, words, capsys)
+    assert words in refused(arguments(case, tmp_path / "out", *extra), KnobError.exit_code, capsys)
     assert not (tmp_path / "out").exists()
 
 
 def test_unknown_method(tmp_path: Path, case: Case, capsys: pytest.CaptureFixture[str]) -> None:
     argv = arguments(case, tmp_path / "out", method="gtpq")
-    refused(argv, KnobError.exit_code, "did you mean 'gptq'", capsys)
+    assert "did you mean 'gptq'" in refused(argv, KnobError.exit_code, capsys)
 
 
 def test_everything_skipped(tmp_path: Path, case: Case, capsys: pytest.CaptureFixture[str]) -> None:
     argv = arguments(case, tmp_path / "out", "--skip", "model.layers.*")
-    refused(argv, ModelError.exit_code, "no layer is left to compress", capsys)
+    assert "no layer is left to compress" in refused(argv, ModelError.exit_code, capsys)
 
 
 def test_output_that_holds_something_else(tmp_path: Path, case: Case, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("mine")
-    refused(arguments(case, tmp_path / "out"), OutputError.exit_code, "already holds thesis.tex", capsys)
+    assert "already holds thesis.tex" in refused(arguments(case, tmp_path / "out"), OutputError.exit_code, capsys)
     assert (tmp_path / "out" / "thesis.tex").read_text() == "mine"
 
 
 def test_output_inside_a_file(tmp_path: Path, case: Case, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("mine")
-    refused(arguments(case, tmp_path / "file" / "out"), OutputError.exit_code, "is a file", capsys)
+    assert "is a file" in refused(arguments(case, tmp_path / "file" / "out"), OutputError.exit_code, capsys)
 
 
 def test_model_already_compressed(
@@ -231,12 +231,12 @@ def test_model_already_compressed(
     run = finished_run("llama", "billm")
     again = Case("llama", run.output, run.case.options)
     words = "was compressed by whit already: give the original, uncompressed model"
-    refused(arguments(again, tmp_path / "out"), ModelError.exit_code, words, capsys)
+    assert words in refused(arguments(again, tmp_path / "out"), ModelError.exit_code, capsys)
 
 
 def test_output_is_the_model_itself(tmp_path: Path, case: Case, capsys: pytest.CaptureFixture[str]) -> None:
     before = {path.name: path.read_bytes() for path in case.model.iterdir()}
-    refused(arguments(case, case.model), OutputError.exit_code, "already holds", capsys)
+    assert "already holds" in refused(arguments(case, case.model), OutputError.exit_code, capsys)
     assert {path.name: path.read_bytes() for path in case.model.iterdir()} == before
 
 

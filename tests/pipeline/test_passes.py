@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 import whit
 from tests.pipeline.conftest import Case, Finished, Recorder
 from tests.pipeline.needy import Budgeted, Hopeless, Sensitive
-from tests.pipeline.test_resume import same_files
+from tests.pipeline.test_resume import assert_same_files
 from whit.errors import ModelError
 from whit.methods.base import Method
 from whit.methods.chain import PruneThenQuantise
@@ -273,7 +273,7 @@ def test_an_interrupted_pass_continues_to_the_same_bytes(
     interrupt(whole.case, BOTH, tmp_path / "out", phase, step)
     listener = Recorder()
     result = compress(whole.case, BOTH, tmp_path / "out", listener)
-    same_files(tmp_path / "out", whole)
+    assert_same_files(tmp_path / "out", whole)
     assert result.run["allocation"] == whole.result.run["allocation"]
     if phase == "survey":
         assert "gradients" not in [name for name, _ in listener.phases]
@@ -302,7 +302,7 @@ def test_interrupted_between_chunks(
     monkeypatch.undo()
     listener = Recorder()
     compress(case, Sensitive(), tmp_path / "out", listener)
-    same_files(tmp_path / "out", whole)
+    assert_same_files(tmp_path / "out", whole)
     backward = [step for step in listener.steps if step.startswith("backward")]
     assert backward == ["backward transformer.h.0", "backward transformer.h.1", "backward transformer.h.0"]
 
@@ -350,7 +350,7 @@ def test_damage_to_a_pass_costs_only_time(hurt: str, case_of: Callable[[str], Ca
         (folder / "gradients.jsonl").write_bytes(content[:-9])
     listener = Recorder()
     compress(case, Budgeted(by="gradients"), tmp_path / "out", listener)
-    same_files(tmp_path / "out", whole)
+    assert_same_files(tmp_path / "out", whole)
     assert any("gradients are computed again" in note for note in listener.notes)
 
 
@@ -384,7 +384,7 @@ def test_later_stops_of_the_run_make_no_pass_again(case_of: Callable[[str], Case
     listener = Recorder()
     compress(case, BOTH, tmp_path / "out", listener)
     assert not {"gradients", "survey"} & {name for name, _ in listener.phases}
-    same_files(tmp_path / "out", whole)
+    assert_same_files(tmp_path / "out", whole)
 
 
 def test_a_step_that_was_being_written_is_taken_up(case_of: Callable[[str], Case], tmp_path: Path) -> None:
@@ -402,4 +402,4 @@ def test_a_step_that_was_being_written_is_taken_up(case_of: Callable[[str], Case
         "backward model.layers.1",
         "backward model.layers.0",
     ]
-    same_files(tmp_path / "out", whole)
+    assert_same_files(tmp_path / "out", whole)

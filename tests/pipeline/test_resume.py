@@ -61,7 +61,7 @@ def interrupt(case: Case, output: Path, last: int = 1) -> None:
         compress(case, output, Stopper(last))
 
 
-def same_files(output: Path, whole: Finished) -> None:
+def assert_same_files(output: Path, whole: Finished) -> None:
     """Everything but the reports, which hold timings, is byte for byte that of the uninterrupted run."""
     reports = {"result.json", "README.md", "report.html"}
     names = {path.name for path in whole.output.iterdir()}
@@ -87,7 +87,7 @@ def test_interrupted_after_a_block(last: int, whole: Finished, tmp_path: Path) -
     compress(whole.case, tmp_path / "out", recorder)
     assert recorder.plans[0].blocks_done == last + 1
     assert recorder.notes == []
-    same_files(tmp_path / "out", whole)
+    assert_same_files(tmp_path / "out", whole)
 
 
 def test_interrupted_before_the_first_block(whole: Finished, tmp_path: Path) -> None:
@@ -98,7 +98,7 @@ def test_interrupted_before_the_first_block(whole: Finished, tmp_path: Path) -> 
     with pytest.raises(KeyboardInterrupt):
         compress(whole.case, tmp_path / "out", Early())
     compress(whole.case, tmp_path / "out")
-    same_files(tmp_path / "out", whole)
+    assert_same_files(tmp_path / "out", whole)
 
 
 @pytest.mark.parametrize("phase", ["saving", "evaluation"])
@@ -114,7 +114,7 @@ def test_interrupted_after_the_last_block(phase: str, whole: Finished, tmp_path:
     listener = Recorder()
     compress(whole.case, tmp_path / "out", listener)
     assert "compression" not in [name for name, _ in listener.phases]
-    same_files(tmp_path / "out", whole)
+    assert_same_files(tmp_path / "out", whole)
 
 
 @pytest.mark.parametrize("family", ["whisper", "albert", "gpt2"])
@@ -122,7 +122,7 @@ def test_other_families_continue_as_well(family: str, finished_run: Run, tmp_pat
     whole = finished_run(family, "gptq", **METHOD)
     interrupt(whole.case, tmp_path / "out", 0)
     compress(whole.case, tmp_path / "out")
-    same_files(tmp_path / "out", whole)
+    assert_same_files(tmp_path / "out", whole)
 
 
 SCRIPT = """
@@ -165,7 +165,7 @@ def test_killed_by_the_system(whole: Finished, tmp_path: Path) -> None:
     assert done.returncode == -signal.SIGKILL
     assert len(shards(tmp_path / "out")) == 3
     compress(whole.case, tmp_path / "out")
-    same_files(tmp_path / "out", whole)
+    assert_same_files(tmp_path / "out", whole)
 
 
 def test_disk_full(whole: Finished, tmp_path: Path) -> None:
@@ -183,7 +183,7 @@ def test_disk_full(whole: Finished, tmp_path: Path) -> None:
     listener = Recorder()
     compress(whole.case, tmp_path / "out", listener)
     assert listener.plans[0].blocks_done == 3
-    same_files(tmp_path / "out", whole)
+    assert_same_files(tmp_path / "out", whole)
 
 
 def test_disk_full_while_a_shard_is_written(whole: Finished, tmp_path: Path) -> None:
@@ -194,7 +194,7 @@ def test_disk_full_while_a_shard_is_written(whole: Finished, tmp_path: Path) -> 
     assert len(shards(tmp_path / "out")) == 3
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
     compress(whole.case, tmp_path / "out")
-    same_files(tmp_path / "out", whole)
+    assert_same_files(tmp_path / "out", whole)
 
 
 def tear(output: Path) -> None:
@@ -262,7 +262,7 @@ def test_a_hurt_working_folder_costs_only_what_was_hurt(
     if note is not None:  # the damaged line is gone now; hurt a second run to see the note
         assert journal.notes == [note]
     compress(whole.case, output)
-    same_files(output, whole)
+    assert_same_files(output, whole)
 
 
 def test_damage_is_told(whole: Finished, tmp_path: Path) -> None:
@@ -362,7 +362,7 @@ def test_output_that_looks_like_an_option(whole: Finished) -> None:
 def test_empty_directory_is_used(whole: Finished, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     compress(whole.case, tmp_path / "out")
-    same_files(tmp_path / "out", whole)
+    assert_same_files(tmp_path / "out", whole)
 
 
 def test_two_processes_in_one_directory(whole: Finished, interrupted: tuple[Case, Path]) -> None:
@@ -410,7 +410,7 @@ def test_a_crash_at_the_very_end_leaves_no_working_folder_for_ever(whole: Finish
     (tmp_path / "out" / WORK_FOLDER).mkdir()
     (tmp_path / "out" / WORK_FOLDER / "run.json").write_text(json.dumps(identity))
     compress(whole.case, tmp_path / "out")
-    same_files(tmp_path / "out", whole)
+    assert_same_files(tmp_path / "out", whole)
 
 
 def test_dry_run_touches_nothing(whole: Finished, interrupted: tuple[Case, Path], tmp_path: Path) -> None:
