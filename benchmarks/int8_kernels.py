@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import platform
-import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -30,6 +29,7 @@ from whit.formats.quantised_inputs import QuantisedInputs
 from whit.formats.scaled_codes import ScaledCodes
 from whit.kernels import explain, packed_linear
 from whit.kernels.launching import Tile, device_name, keep_tuned, power_of_two, tile_key, use_tile
+from whit.kernels.timing import copies_for, seconds_per_call
 
 SHAPES = ((4096, 4096), (11008, 4096))
 """(rows, columns): outputs, inputs."""
@@ -66,31 +66,6 @@ def random_packed(case: str, rows: int, columns: int, generator: torch.Generator
 def loud_columns(columns: int) -> Tensor:
     """Seven columns, spread."""
     return torch.arange(1, LOUD + 1, device="cuda") * (columns // (LOUD + 2)) + 5
-
-
-def seconds_per_call(calls: list[Callable[[], Any]], replays: int = 20) -> tuple[float, float]:
-    """Median time of one call and spread (width of the middle half), from replays of a graph."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for call in calls:  # each keeps something of its own
-            call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = [call() for call in calls]
-    for _ in range(3):
-        graph.replay()
-    times = []
-    for _ in range(replays):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e-3 / len(calls))
-    del outputs
-    times.sort()
-    return statistics.median(times), times[replays * 3 // 4] - times[replays // 4]
 
 
 def candidates(kind: str, tokens: int, width: int) -> list[Tile]:
@@ -159,7 +134,7 @@ class Case:
 
     def copies(self, weight_bytes: int) -> int:
         """Copies of a weight that exceed twice the cache."""
-        return max(2, min(-(-2 * self.cache // weight_bytes), 40))
+        return copies_for(weight_bytes, self.cache, most=40)
 
     def keep(self, name: str, kernel: str, seconds: float, **more: Any) -> None:
         """Add a record and print it."""

@@ -16,7 +16,6 @@ import argparse
 import contextlib
 import itertools
 import platform
-import statistics
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -42,6 +41,7 @@ from whit.kernels.cuda_ops import build, device_limits, size_class, starts_early
 from whit.kernels.cuda_plan import Shape, keep_tuned, plan
 from whit.kernels.cuda_wide import Decode
 from whit.kernels.nvrtc import CompilationError, cached_cubin, device_options
+from whit.kernels.timing import copies_for, seconds_per_call
 
 FORMATS: dict[str, Format] = {
     "binary-residual": BinaryResidual(128, True),
@@ -83,36 +83,6 @@ def random_packed(layout: Format, rows: int, columns: int, generator: torch.Gene
             tensor = (0.02 * torch.randn(spec.shape, device="cuda", generator=generator)).to(spec.dtype)
         tensors[name] = tensor
     return Packed(layout, rows, columns, tensors)
-
-
-def seconds_per_call(calls: list[Callable[[], Tensor]], replays: int = 20) -> tuple[float, float]:
-    """Median time of one call and spread (width of the middle half), from replays of a graph."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for call in calls[:2]:
-            call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        outputs = [call() for call in calls]
-    for _ in range(3):
-        graph.replay()
-    times = []
-    for _ in range(replays):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e-3 / len(calls))
-    del outputs
-    times.sort()
-    return statistics.median(times), times[replays * 3 // 4] - times[replays // 4]
-
-
-def copies_for(weight_bytes: int, cache: int, result_bytes: int) -> int:
-    """Copies of a weight that exceed twice the cache, at least two; fewer where results would fill the memory."""
-    return max(2, min(-(-2 * cache // weight_bytes), 200, (1 << 33) // max(1, result_bytes)))
 
 
 def ceilings() -> dict[str, float]:

@@ -6,7 +6,7 @@ import errno
 import inspect
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,10 @@ from whit import errors
 from whit.cli import main
 from whit.cli.commands import build, output_directory
 from whit.cli.options import RECIPE, RUN_HELP, explain_unknown, requested_method
+from whit.errors import KnobError
 from whit.formats.grouped_integer import GroupedInteger
 from whit.kernels import explain
+from whit.kernels.tuning import TunedProduct
 from whit.methods.base import available_methods, knobs
 from whit.pipeline.events import Listener, Plan
 from whit.pipeline.options import RunOptions
@@ -97,6 +99,14 @@ class FakeEngine:
         self.calls.append({"directory": directory, "prompt": prompt, "new_tokens": new_tokens, "device": device})
         return " and so on"
 
+    def tune(
+        self, directory: Path, *, vectors: Sequence[int] = (1, 16), device: str = "auto"
+    ) -> Iterator[TunedProduct]:
+        self.calls.append({"directory": directory, "vectors": vectors, "device": device})
+        layout = {"format": "level-table", "bits": 2, "group_size": 128}
+        for count in vectors:
+            yield TunedProduct(layout, 64, 128, count, "few", "many", 2e-5, 1e-5, 7)
+
 
 def help_text(arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setenv("COLUMNS", "240")
@@ -115,7 +125,7 @@ def test_every_run_option_and_knob_is_an_option_in_the_help(
     assert f"Knobs of {method}" in text
 
 
-@pytest.mark.parametrize("command", ["compress", "evaluate", "export", "generate", "inspect", "methods"])
+@pytest.mark.parametrize("command", ["compress", "evaluate", "export", "generate", "inspect", "methods", "tune"])
 def test_the_help_shows_exactly_the_options_that_the_parser_knows(
     command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -134,7 +144,7 @@ def test_every_option_in_the_documentation_exists(
     lines = "\n".join(page.read_text(encoding="utf-8") for page in pages)
     documented = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", lines))
     known = {"--version", "--no-deps"}
-    for command in ("evaluate", "export", "generate", "inspect", "methods"):
+    for command in ("evaluate", "export", "generate", "inspect", "methods", "tune"):
         known |= set(re.findall(r"--[a-z0-9-]+", help_text([command], capsys, monkeypatch)))
     for method in available_methods():
         known |= set(re.findall(r"--[a-z0-9-]+", help_text(["compress", "--method", method], capsys, monkeypatch)))
@@ -362,6 +372,25 @@ def test_export_shows_the_record(capsys: pytest.CaptureFixture[str]) -> None:
 def test_generate_prints_prompt_and_continuation_alone(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", "dir", "Once", "--new-tokens", "5"], FakeEngine()) == 0
     assert capsys.readouterr().out == "Once and so on\n"
+
+
+def test_tune_shows_each_product_as_it_is_found(capsys: pytest.CaptureFixture[str]) -> None:
+    engine = FakeEngine()
+    assert main(["tune", "dir", "--vectors", "1, 16"], engine) == 0
+    assert engine.calls == [{"directory": Path("dir"), "vectors": [1, 16], "device": "auto"}]
+    first, second = capsys.readouterr().out.strip().split("\n")
+    assert first.startswith("64x128 level-table")
+    assert "1 vector: 20.0 -> 10.0 µs of 7 tried, few -> many" in first
+    assert "16 vectors" in second
+    assert main(["tune", "dir", "--json"], engine) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["vectors"] for line in lines] == [1, 16]
+
+
+@pytest.mark.parametrize("vectors", ["0", "1,two", "", "-3"])
+def test_tune_refuses_what_is_no_number_of_vectors(vectors: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["tune", "dir", f"--vectors={vectors}"], FakeEngine()) == KnobError.exit_code
+    assert "is no whole number of at least 1" in capsys.readouterr().err
 
 
 def inspectable(directory: Path) -> Path:

@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 from whit.models import integration as _integration  # noqa: F401 - registers the packed formats
 
 if TYPE_CHECKING:
-    from whit.api import compress, evaluate, export, generate, load, load_into, save
+    from whit.api import compress, evaluate, export, generate, load, load_into, save, tune
     from whit.errors import WhitError
     from whit.methods import Method, available_methods, make_method
     from whit.module.result import CompressedModule
@@ -31,6 +31,7 @@ _EXPORTS = {
     "load": "whit.api",
     "load_into": "whit.api",
     "save": "whit.api",
+    "tune": "whit.api",
     "CompressedModule": "whit.module.result",
     "Listener": "whit.pipeline.events",
     "Method": "whit.methods",
@@ -64,6 +65,7 @@ __all__ = [
     "make_method",
     "read_recipe",
     "save",
+    "tune",
 ]
 
 

@@ -1,9 +1,9 @@
-"""The public functions: compress, load, evaluate, export, generate; save and load_into for modules in memory."""
+"""The public functions: compress, load, evaluate, export, generate, tune; save and load_into for modules in memory."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -16,6 +16,8 @@ from whit.evaluation.measure import evaluate_model
 from whit.evaluation.sample import sample_record, sample_text
 from whit.evaluation.tasks import TaskRun
 from whit.exporters import export
+from whit.generation.weights import multiplied_weights
+from whit.kernels.tuning import TunedProduct, tune_products
 from whit.methods.base import Method
 from whit.models.loading import is_compressed, load_directory, load_tokenizer, saved_dtype
 from whit.models.resolve import resolve_model
@@ -34,7 +36,7 @@ from whit.pipeline.prepare import choose_device, compute_dtype, data_limits
 from whit.pipeline.recipe import Recipe
 from whit.report.record import EvaluationRecord, Result
 
-__all__ = ["compress", "evaluate", "export", "generate", "load", "load_into", "save"]
+__all__ = ["compress", "evaluate", "export", "generate", "load", "load_into", "save", "tune"]
 
 Methods = str | Method | Recipe
 
@@ -222,6 +224,35 @@ def generate(
     if tokenizer is None:
         raise DataError(f"{str(directory)!r} holds no tokenizer: copy the original's tokenizer files into it")
     return sample_text(model, tokenizer, prompt, new_tokens, join=True)
+
+
+def tune(
+    directory: str | Path,
+    *,
+    vectors: Sequence[int] = (1, 16),
+    dtype: torch.dtype | None = None,
+    device: str = "auto",
+) -> Iterator[TunedProduct]:
+    """Find the fastest launch of every product of a compressed model on this GPU, and keep it for all later runs.
+
+    Results come one at a time, as they are found, and hold for every model with layers of the same format and shape.
+
+    Args:
+        vectors: numbers of input vectors: 1 for decoding one text, 16 for sixteen, more for reading prompts.
+        dtype: of the inputs; default as saved.
+
+    Raises:
+        KnobError: no CUDA device, or a number of vectors below one. ModelError: not a compressed model.
+    """
+    wrong = [count for count in vectors if count < 1]
+    if wrong or not vectors:
+        raise KnobError(f"vectors must be whole numbers of at least 1, got {wrong[0] if wrong else 'none'}")
+    place = choose_device(device)
+    if place.type != "cuda":
+        raise KnobError(f"--device {device!r}: launches are chosen on a CUDA device, and this is {place.type!r}")
+    dtype = dtype or compute_dtype("auto", saved_dtype(directory), place)
+    model = load_directory(directory, dtype=dtype, device=place)
+    return tune_products(multiplied_weights(model), vectors, dtype)
 
 
 def _open(

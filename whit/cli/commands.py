@@ -23,9 +23,10 @@ from whit.cli.options import (
     requested_recipe,
     run_options,
     run_parameters,
+    whole_numbers,
     with_signature,
 )
-from whit.cli.tables import evaluation_view, export_view, layers_view, method_view, methods_view
+from whit.cli.tables import evaluation_view, export_view, layers_view, method_view, methods_view, tuned_view
 from whit.errors import KnobError
 from whit.methods.base import available_methods, knobs, method_class
 from whit.models.loading import saved_dtype
@@ -65,6 +66,7 @@ def build(argv: Sequence[str]) -> typer.Typer:
     app.command("generate")(_generate)
     app.command("inspect")(_inspect)
     app.command("methods")(_methods)
+    app.command("tune")(_tune)
     return app
 
 
@@ -236,6 +238,30 @@ def _inspect(
         ]
         data = {"layers": layers, "untouched": result.untouched, "size": dataclasses.asdict(result.size)}
         make_display(as_json=as_json, quiet=False).show(layers_view(result, kernels), data)
+
+    return action
+
+
+def _tune(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="compressed directory")],
+    vectors: Annotated[
+        str, typer.Option("--vectors", metavar="N,...", help="input vectors: 1 decodes one text; 2048 reads a prompt")
+    ] = "1,16",
+    device: Annotated[str, typer.Option("--device", help="GPU to tune for: auto, cuda, cuda:1, ...")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="JSON lines on standard output")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
+) -> Action:
+    """Find the fastest launches of a model's products on this GPU, and keep them for all later runs."""
+    counts = whole_numbers(vectors, "--vectors")
+
+    def action(engine: Callable[[], Engine]) -> None:
+        display = make_display(as_json=as_json, quiet=False)
+        found = 0
+        for product in engine().tune(directory, vectors=counts, device=device):
+            display.show(tuned_view(product), dataclasses.asdict(product))
+            found += 1
+        if not found and not as_json:
+            display.show("nothing to tune: no layer of this model has a kernel with a choice of launches", None)
 
     return action
 

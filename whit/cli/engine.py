@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+from whit.kernels.tuning import TunedProduct
 from whit.pipeline.events import Listener, Plan
 from whit.pipeline.options import RunOptions
 from whit.pipeline.recipe import Recipe
@@ -48,6 +49,12 @@ class Engine(Protocol):
 
     def generate(self, directory: str, prompt: str, *, new_tokens: int = 64, device: str = "auto") -> str:
         """Continue a prompt."""
+        ...
+
+    def tune(
+        self, directory: Path, *, vectors: Sequence[int] = (1, 16), device: str = "auto"
+    ) -> Iterator[TunedProduct]:
+        """Find and keep the fastest launches of a model's products."""
         ...
 
 

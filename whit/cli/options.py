@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from whit.errors import nearest
+from whit.errors import KnobError, nearest
 from whit.methods.base import Knob, Method, available_methods, knobs
 from whit.pipeline.options import DTYPES, RunOptions
 
@@ -130,6 +130,19 @@ def explain_unknown(option: str, known: Sequence[str], method: str | None) -> st
     if owners:
         return f"option {option!r} is a knob of {', '.join(owners)}, not of {method}: add --method {owners[0]}"
     return f"no option {option!r}{nearest(option, known)} (--help lists the options)"
+
+
+def whole_numbers(text: str, name: str) -> list[int]:
+    """The numbers of an option that takes several, as "1,16".
+
+    Raises:
+        KnobError: a part is no whole number of at least 1.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    wrong = next((part for part in parts if not part.isdecimal() or int(part) < 1), None)
+    if wrong is not None:
+        raise KnobError(f"{name} {text!r}: {wrong!r} is no whole number of at least 1 (as in {name} 1,16)")
+    return [int(part) for part in parts]
 
 
 def with_signature(

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from whit.cli.options import flag, knob_range
+from whit.kernels.tuning import TunedProduct
 from whit.methods.base import Method, knobs
 from whit.pipeline.events import Plan
 from whit.report.figures import (
@@ -144,6 +145,16 @@ def layers_view(result: Result, kernels: Mapping[str, str]) -> RenderableType:
         for reason in group_reasons(result.untouched)
     ]
     return Group(*_title(result), table, Text(totals), *left)
+
+
+def tuned_view(product: TunedProduct) -> RenderableType:
+    """One line: what was tuned, and what it gained."""
+    times = " -> ".join(f"{seconds * 1e6:.1f}" for seconds in (product.seconds_before, product.seconds))
+    kernels = " -> ".join(dict.fromkeys((product.kernel_before, product.kernel)))
+    return Text(
+        f"{product.rows}x{product.columns} {describe_fields(product.format, 'format')}, "
+        f"{product.vectors} {_plural('vector', product.vectors)}: {times} µs of {product.tried} tried, {kernels}"
+    )
 
 
 def _title(result: Result) -> list[RenderableType]:

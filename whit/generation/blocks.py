@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from whit.formats.base import Packed
 from whit.generation.products import Products
 from whit.kernels.decode_ops import KeyValues, Place, add_rms_norm, gated, rotate_and_attend, rotate_and_store
 from whit.models.packed import packed_modules
@@ -107,6 +108,11 @@ class GatedDecoder:
     heads: int
     key_heads: int
     head_size: int
+
+    def joined(self) -> list[Packed]:
+        """The weights in which several layers stand as one."""
+        found = [products.joined for block in self.blocks for products in (block.attention, block.gate_up)]
+        return [packed for packed in found if packed is not None]
 
     def read(self, ids: Tensor, caches: list[KeyValues], place: Place, mask: Tensor | None) -> Tensor:
         """Integer ids (sequences, tokens) of the prompt -> logits (sequences, vocabulary) of its last token."""

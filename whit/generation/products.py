@@ -73,6 +73,11 @@ class Products:
         if self._joined is not None:
             self._rows = [int(getattr(module, "out_features")) for module in self.modules]  # noqa: B009
 
+    @property
+    def joined(self) -> Packed | None:
+        """The packed weight in which all of them stand, if they could be joined."""
+        return self._joined[0] if self._joined is not None and isinstance(self._joined[0], Packed) else None
+
     def explain(self, inputs: Tensor) -> str:
         """How the products run, for reports: "joined", "one launch", "branches" or "in turn"."""
         if self._joined is not None:

@@ -36,10 +36,20 @@ from whit.kernels.cuda_ops import (
     size_class,
     starts_early,
 )
-from whit.kernels.cuda_plan import Tuned, gemv_shapes, plan, small_shapes, tuning_key, use_shape
+from whit.kernels.cuda_plan import (
+    Tuned,
+    gemv_shapes,
+    keep_tuned,
+    plan,
+    small_shapes,
+    tuned_shapes,
+    tuning_key,
+    use_shape,
+)
 from whit.kernels.cuda_wide import Decode, WideShape, wide_shapes, wide_supports
 from whit.kernels.linear import Implementation, register_implementation
 from whit.kernels.nvrtc import CompilationError, kernel
+from whit.kernels.tuning import Tuner, register_tuner
 
 _ADDRESSED = 2**31  # bytes of a tensor that the kernels' 32-bit offsets reach
 
@@ -169,6 +179,7 @@ def tune(x: Tensor, packed: Packed, seconds: Callable[[], float]) -> tuple[str, 
     device = device_limits(index)[0]
     key = tuning_key(layout, packed.rows, packed.columns, tokens)
     times: dict[Tuned, float] = {}
+    before = tuned_shapes(device).get(key)
     for candidate in possible:
         use_shape(device, key, candidate)
         choice.cache_clear()
@@ -176,10 +187,29 @@ def tune(x: Tensor, packed: Packed, seconds: Callable[[], float]) -> tuple[str, 
             times[candidate] = seconds()
         except CompilationError:
             continue  # this compiler or device cannot do it; another launch will
+        except torch.OutOfMemoryError:
+            use_shape(device, key, before)
+            choice.cache_clear()
+            raise
     best = min(times, key=times.__getitem__)
     use_shape(device, key, best)
     choice.cache_clear()
     return key, best
+
+
+def _tunes(x: Tensor, packed: Packed) -> bool:
+    layout = usable(x, packed)
+    return layout is not None and bool(
+        candidates(layout, packed.rows, packed.columns, size_class(layout, _vectors(x)), x.device.index)
+    )
+
+
+def _tune_and_keep(x: Tensor, packed: Packed, seconds: Callable[[], float]) -> int:
+    key, best = tune(x, packed, seconds)
+    keep_tuned(device_limits(x.device.index)[0], {key: best})
+    layout = usable(x, packed)
+    assert layout is not None
+    return len(candidates(layout, packed.rows, packed.columns, size_class(layout, _vectors(x)), x.device.index))
 
 
 # The last one registered is asked first.
@@ -188,3 +218,4 @@ for _format in ("binary-residual", "level-table", "grouped-integer", "vector-cod
     register_implementation(_format, Implementation("cuda tensor-core product", _supports_few, _product))
     register_implementation(_format, Implementation("cuda warpgroup product", _supports_wide, _product))
     register_implementation(_format, Implementation("cuda bit-plane gemv", _supports_one, _product))
+    register_tuner(_format, Tuner(_tunes, _tune_and_keep))
