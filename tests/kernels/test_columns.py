@@ -20,12 +20,6 @@ on_devices = pytest.mark.parametrize(
 )
 
 
-@pytest.fixture(autouse=True)
-def every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tests run the kernels that are not used by default, too."""
-    monkeypatch.setenv("WHIT_UNPROVEN_KERNELS", "1")
-
-
 SIZES = [(1, 1), (7, 33), (64, 40), (128, 65)]
 
 
@@ -184,14 +178,12 @@ def test_without_numba_a_cpu_has_no_kernel(monkeypatch: pytest.MonkeyPatch) -> N
     assert not columns.available(torch.device("cpu"))
 
 
-def test_what_has_not_run_on_a_gpu_is_not_used_there_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(columns, "nvrtc_found", lambda: True)
-    monkeypatch.setattr(columns, "_triton_found", lambda: True)
+def test_without_nvrtc_masks_take_the_plain_loop_and_all_else_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = torch.device("cuda")
-    assert columns.available(gpu, masked=True) and columns.writes_halves(gpu, grid=True)
-    monkeypatch.delenv("WHIT_UNPROVEN_KERNELS")
-    assert columns.available(gpu) and not columns.available(gpu, masked=True)
-    assert columns.writes_halves(gpu) and not columns.writes_halves(gpu, grid=True)
-    assert columns.available(gpu, grid=True)
+    monkeypatch.setattr(columns, "_triton_found", lambda: True)
+    monkeypatch.setattr(columns, "nvrtc_found", lambda: True)
+    assert columns.available(gpu, masked=True) and columns.writes_halves(gpu)
+    monkeypatch.setattr(columns, "nvrtc_found", lambda: False)
+    assert columns.available(gpu) and not columns.available(gpu, masked=True) and not columns.writes_halves(gpu)
     monkeypatch.setattr(columns, "_triton_found", lambda: False)
-    assert columns.available(gpu) and not columns.available(gpu, grid=True)
+    assert not columns.available(gpu)

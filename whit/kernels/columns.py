@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
-import os
 from functools import lru_cache
 from importlib.resources import files
 from typing import Any
@@ -40,30 +39,19 @@ def _triton_found() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def asked_for_unproven() -> bool:
-    """Whether CUDA kernels may be used that have only been run in an emulator yet: `WHIT_UNPROVEN_KERNELS=1`."""
-    return os.environ.get("WHIT_UNPROVEN_KERNELS") == "1"
-
-
-def available(device: torch.device, *, masked: bool = False, grid: bool = False) -> bool:
+def available(device: torch.device, *, masked: bool = False) -> bool:
     """Whether the kernels can run there: a CUDA device with NVRTC or Triton, or a CPU and numba.
 
-    With a mask of kept weights they have not run on a GPU yet, for integer grids only in Triton: what has not is not
-    used there unless asked for.
+    The Triton version is not used with a mask of kept weights.
     """
     if device.type == "cpu":
         return numba_works()
-    if masked and not asked_for_unproven():
-        return False
-    return device.type == "cuda" and (_triton_found() or writes_halves(device, grid=grid))
+    return writes_halves(device) or (device.type == "cuda" and not masked and _triton_found())
 
 
-def writes_halves(device: torch.device, *, grid: bool = False) -> bool:
-    """Whether the kernels there also write errors as bfloat16 numbers: those in CUDA C++ do.
-
-    For integer grids these have not run on a GPU yet.
-    """
-    return device.type == "cuda" and nvrtc_found() and (not grid or asked_for_unproven())
+def writes_halves(device: torch.device) -> bool:
+    """Whether the kernels there also write errors as bfloat16 numbers: those in CUDA C++ do."""
+    return device.type == "cuda" and nvrtc_found()
 
 
 def feedback_levels(
@@ -145,7 +133,7 @@ def _launch(
     mask = tensors[5] if kept is None else kept.view(torch.uint8)  # codes: there must be something
     if not all(tensor.is_contiguous() for tensor in (*tensors[:2], *tensors[3:], mask)):
         raise ValueError("the column kernels need contiguous tensors")
-    on_cuda = writes_halves(table.device, grid=grid)
+    on_cuda = writes_halves(table.device)
     if not on_cuda or tensors[2].stride(1) != 1:  # only the CUDA kernel takes a part of a larger matrix
         tensors = (*tensors[:2], tensors[2].contiguous(), *tensors[3:])
     if table.device.type == "cpu":
