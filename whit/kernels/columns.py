@@ -30,8 +30,9 @@ from whit.kernels.cpu.compiling import numba_works, shared_out
 
 ROWS_PER_PROGRAM = 32
 MOST_COLUMNS = 128
-# Threads of a CUDA block, one per row: what they share fits into 48 KB, and 4096 rows occupy 128 multiprocessors.
-CUDA_THREADS = 32
+# Up to so many rows so many threads share a row and make a CUDA block: few rows occupy the device only so.
+CUDA_SHAPES = ((8448, 4, 128), (16896, 2, 64))
+CUDA_WIDE_SHAPE = (1, 64)
 
 
 @lru_cache(maxsize=1)
@@ -108,10 +109,13 @@ def descend_levels(
     """One pass of coordinate descent over a block of columns: `codes` and `change` (q - v) are written.
 
     Args:
-        values: float32 (columns, rows), what the codes stand for before. gradient: H (w - q), same shape.
+        values: float32 (columns, rows), what the codes stand for before; becomes what they stand for afterwards.
+        gradient: H (w - q), same shape.
         inner: block of H, float32 (columns, columns). Others as in `feedback_levels`.
     """
     _launch((values, gradient, inner, table, book, codes, change), kept, halves, descend=True)
+    if not writes_halves(values.device):
+        values += change
 
 
 def _launch(
@@ -184,10 +188,12 @@ def cuda_source() -> str:
     return (files("whit.kernels") / "cuda" / "columns.cu").read_text(encoding="utf-8")
 
 
-def cuda_options(levels: int, masked: bool, halves: bool, descend: bool, grid: bool) -> tuple[str, ...]:
-    """Definitions that choose one of the loops; `levels` are entries of a table."""
+def cuda_options(
+    levels: int, lanes: int, threads: int, masked: bool, halves: bool, descend: bool, grid: bool
+) -> tuple[str, ...]:
+    """Definitions that choose one of the loops; `levels` are entries of a table, `lanes` threads that share a row."""
     chosen = {"LEVELS": levels, "MASKED": masked, "HALVES": halves, "DESCEND": descend, "GRID": grid}
-    chosen["THREADS"] = CUDA_THREADS
+    chosen |= {"LANES": lanes, "THREADS": threads, "SUB": 8 if levels <= 4 else 4}
     return tuple(f"-D{name}={int(value)}" for name, value in chosen.items())
 
 
@@ -199,7 +205,8 @@ def _on_cuda(
     columns, rows = tensors[0].shape
     device = tensors[0].device
     number = torch.cuda.current_device() if device.index is None else device.index
-    options = cuda_options(tensors[3].shape[1], masked, halves is not None, descend, grid)
+    lanes, threads = next((shape for most, *shape in CUDA_SHAPES if rows <= most), CUDA_WIDE_SHAPE)
+    options = cuda_options(tensors[3].shape[1], lanes, threads, masked, halves is not None, descend, grid)
     arguments: list[ctypes._SimpleCData[Any] | ctypes.Structure] = []
     arguments += [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
     arguments.append(ctypes.c_void_p(0 if halves is None else halves.data_ptr()))
@@ -207,7 +214,7 @@ def _on_cuda(
     arguments.append(ctypes.c_float(top))
     with torch.cuda.device(number):
         round_columns = kernel(cuda_source(), "round_columns", options, number)
-        round_columns.launch(-(-rows // CUDA_THREADS), CUDA_THREADS, 0, arguments)
+        round_columns.launch(-(-rows * lanes // threads), threads, 0, arguments)
 
 
 def _on_cpu(tensors: tuple[Tensor, ...], masked: bool, descend: bool, grid: bool, top: int) -> None:

@@ -51,7 +51,6 @@ def descend_columns(
         if fast is not None:
             halves = fast.halves(change)
             fast.descend_block(start, values[part], gradient[part], inner, codes[part], change, halves)
-            values[part] += change
             factor.subtract_rows(gradient, part, slice(None), change, halves)
             continue
         for j in range(stop - start):
