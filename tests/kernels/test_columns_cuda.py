@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tests.kernels.test_columns import block, plain_feedback
 from whit.kernels.columns import cuda_options, cuda_source
-from whit.kernels.split_product import joined
+from whit.kernels.split_product import split
 from whit.methods.rounders import GridRounder, LevelRounder
 
 COMPILER = shutil.which("g++")
@@ -29,8 +29,9 @@ static std::function<void()> call;
 """
 DRIVER = """
 extern "C" void run(float* a, const float* b, const float* c, const float* d, const int* e, unsigned char* f,
-                    float* g, const unsigned char* h, unsigned short* i, int rows, int columns, int stride, float top) {
-    call = [=]() { round_columns(a, b, c, d, e, f, g, h, i, rows, columns, stride, top); };
+                    float* g, const unsigned char* h, unsigned short* i, int rows, int columns, int stride,
+                    int plane, float top) {
+    call = [=]() { round_columns(a, b, c, d, e, f, g, h, i, rows, columns, stride, plane, top); };
     kernel_body = []() { call(); };
     run_blocks((rows * LANES + THREADS - 1) / THREADS, THREADS, 16, rows % 2, 1);
 }
@@ -51,7 +52,7 @@ def compiled(folder: Path, levels: int, lanes: int, masked: bool, descend: bool,
 def run(library: ctypes.CDLL, tensors: list[Tensor], top: int) -> None:
     columns, rows = tensors[0].shape
     pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
-    library.run(*pointers, rows, columns, tensors[2].stride(0), ctypes.c_float(top))
+    library.run(*pointers, rows, columns, tensors[2].stride(0), tensors[8].stride(0), ctypes.c_float(top))
 
 
 @pytest.mark.parametrize(("count", "rows", "lanes"), [(1, 1, 1), (33, 70, 4), (128, 40, 2), (77, 65, 1)])
@@ -71,11 +72,12 @@ def test_the_kernel_is_the_plain_loop(kind: str, count: int, rows: int, lanes: i
         rounder = LevelRounder(table, book, kept if kind == "masked" else None)
     codes, errors = torch.zeros_like(values, dtype=torch.uint8), torch.full_like(values, float("nan"))
     library = compiled(tmp_path, table.shape[1], lanes, kind == "masked", kind == "descent", kind == "grid")
-    halves = torch.empty(3 * count, rows, dtype=torch.bfloat16)
+    halves = torch.zeros(3, count + 3, rows, dtype=torch.bfloat16)[:, 1 : count + 1]
     wide = torch.full((count, count + 5), float("nan"))[:, :count].copy_(inner)
     moved = values.clone()
     run(library, [moved, gradient, wide, table, book, codes, errors, kept.view(torch.uint8), halves], 15)
-    assert torch.equal(halves, joined(errors))
+    high, low = split(errors)
+    assert torch.equal(halves, torch.stack([high, low, high]))
     if kind == "descent":
         expected_codes, expected = torch.zeros_like(codes), torch.zeros_like(values)
         for j in range(count):

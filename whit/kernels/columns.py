@@ -75,8 +75,8 @@ def feedback_levels(
         codes: uint8 (columns, rows), gets the index of the level.
         errors: float32 (columns, rows), gets e.
         kept: bool (columns, rows), or None for all.
-        halves: bfloat16 (3 columns, rows), gets e as `whit.kernels.split_product.SplitFactor` multiplies it, or None;
-            only where `writes_halves` says so.
+        halves: bfloat16 (3, columns, rows), rows contiguous, gets e as [high, low, high], as
+            `whit.kernels.split_product.Panel` multiplies it, or None; only where `writes_halves` says so.
     """
     _launch((values, values, inner, table, book, codes, errors), kept, halves)
 
@@ -135,7 +135,8 @@ def _launch(
     if columns > MOST_COLUMNS:
         raise ValueError(f"a block has at most {MOST_COLUMNS} columns, got {columns}")
     mask = tensors[5] if kept is None else kept.view(torch.uint8)  # codes: there must be something
-    if not all(tensor.is_contiguous() for tensor in (*tensors[:2], *tensors[3:], mask)):
+    planes = () if halves is None else tuple(halves)
+    if not all(tensor.is_contiguous() for tensor in (*tensors[:2], *tensors[3:], mask, *planes)):
         raise ValueError("the column kernels need contiguous tensors")
     on_cuda = writes_halves(table.device)
     if not on_cuda or tensors[2].stride(1) != 1:  # only the CUDA kernel takes a part of a larger matrix
@@ -210,7 +211,8 @@ def _on_cuda(
     arguments: list[ctypes._SimpleCData[Any] | ctypes.Structure] = []
     arguments += [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
     arguments.append(ctypes.c_void_p(0 if halves is None else halves.data_ptr()))
-    arguments += [ctypes.c_int(value) for value in (rows, columns, tensors[2].stride(0))]
+    plane = 0 if halves is None else halves.stride(0)
+    arguments += [ctypes.c_int(value) for value in (rows, columns, tensors[2].stride(0), plane)]
     arguments.append(ctypes.c_float(top))
     with torch.cuda.device(number):
         round_columns = kernel(cuda_source(), "round_columns", options, number)

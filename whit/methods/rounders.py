@@ -49,12 +49,6 @@ class BlockRounder(ABC):
         """Whether some weights become zero whatever their value."""
         return False
 
-    def halves(self, block: Tensor) -> Tensor | None:
-        """Where the kernels can write the errors of a block (columns, rows) in bfloat16 too, or None."""
-        if not columns.writes_halves(block.device):
-            return None
-        return torch.empty(3 * len(block), block.shape[1], dtype=torch.bfloat16, device=block.device)
-
     def books(self, first: int, count: int) -> Tensor:
         """Numbers of the tables of `count` columns, int32."""
         if self.book is None:

@@ -6,8 +6,8 @@
 // that. One warp per scheduler runs most of the time, so what counts is a short chain from column to column and code that
 // fits into the instruction cache: hence SUB columns in a loop, not all of them unrolled. Compiled with
 //   LEVELS (entries of a table), GRID, DESCEND, MASKED, HALVES (0 or 1), THREADS (per block), LANES, SUB.
-// With HALVES the errors are also written as two bfloat16 numbers, e = high + low to 2^-17, in the rows [high, low, high]
-// of a matrix (3 * columns, rows): the right factor of the product that takes them off the columns to come.
+// With HALVES the errors are also written as two bfloat16 numbers, e = high + low to 2^-17, as three matrices [high, low,
+// high], `plane` numbers apart: the right factor of the product that takes them off the columns to come.
 #define MOST 128
 #define NEAR (32 / LANES)        // rows of a warp
 #define ROWS (THREADS / LANES)   // rows of a block
@@ -29,7 +29,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) round_columns(
     float* __restrict__ values, const float* __restrict__ gradient, const float* __restrict__ inner,
     const float* __restrict__ table, const int* __restrict__ book, unsigned char* __restrict__ codes,
     float* __restrict__ errors, const unsigned char* __restrict__ kept, unsigned short* __restrict__ halves, int rows,
-    int columns, int stride, float top) {
+    int columns, int stride, int plane, float top) {
     __shared__ __align__(16) float panels[2][MOST * SUB];
     __shared__ float done[MOST * PITCH];
     __shared__ float inverse[MOST];
@@ -162,9 +162,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) round_columns(
             if (DESCEND) values[offset] = now;
             if (HALVES) {
                 const unsigned short high = bfloat16(own);
-                const int next = columns * rows;
-                halves[offset] = halves[offset + 2 * next] = high;
-                halves[offset + next] = bfloat16(own - __uint_as_float((unsigned)high << 16));
+                halves[offset] = halves[offset + 2 * plane] = high;
+                halves[offset + plane] = bfloat16(own - __uint_as_float((unsigned)high << 16));
             }
         }
         if (more) keep_panel(first + SUB);
