@@ -20,13 +20,7 @@ on_devices = pytest.mark.parametrize(
 )
 
 
-@pytest.fixture(autouse=True)
-def every_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tests run the kernels that are not used by default, too."""
-    monkeypatch.setenv("WHIT_UNPROVEN_KERNELS", "1")
-
-
-SIZES = [(1, 1), (7, 33), (64, 40), (128, 65)]
+SIZES = [(1, 1), (7, 33), (64, 40), (128, 65), (77, 8500), (128, 17000)]
 
 
 def block(count: int, rows: int, device: str, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -79,7 +73,8 @@ def test_descent_is_the_plain_loop(count: int, rows: int, device: str) -> None:
     table = torch.randn(3, 4, rows, generator=torch.Generator().manual_seed(1)).sort(1).values.to(device)
     rounder = LevelRounder(table, book)
     codes, change = torch.zeros_like(values, dtype=torch.uint8), torch.full_like(values, float("nan"))
-    columns.descend_levels(values, gradient, inner, table, book, codes, change)
+    moved = values.clone()
+    columns.descend_levels(moved, gradient, inner, table, book, codes, change)
     expected_codes, expected = torch.zeros_like(codes), torch.zeros_like(values)
     for j in range(count):
         slope = gradient[j] - (expected[:j] * inner[:j, j, None]).sum(0)
@@ -88,6 +83,7 @@ def test_descent_is_the_plain_loop(count: int, rows: int, device: str) -> None:
     same = (codes == expected_codes).all(0)
     assert same.float().mean() > 0.95
     torch.testing.assert_close(change[:, same], expected[:, same], atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(moved, values + change)
 
 
 @on_devices
@@ -101,8 +97,9 @@ def test_a_weight_that_is_not_kept_becomes_zero(descend: bool, device: str) -> N
     gradient = torch.randn(50, 37, generator=generator).to(device)
     codes, errors = torch.zeros_like(values, dtype=torch.uint8), torch.full_like(values, float("nan"))
     if descend:
-        rounder.descend_block(0, values, gradient, inner, codes, errors)
-        rounded = values + errors
+        rounded = values.clone()
+        rounder.descend_block(0, rounded, gradient, inner, codes, errors)
+        torch.testing.assert_close(rounded, values + errors)
     else:
         rounder.round_block(0, values, inner, codes, errors)
         fed_back = torch.stack([values[j] - (errors[:j] * inner[:j, j, None]).sum(0) for j in range(50)])
@@ -184,14 +181,12 @@ def test_without_numba_a_cpu_has_no_kernel(monkeypatch: pytest.MonkeyPatch) -> N
     assert not columns.available(torch.device("cpu"))
 
 
-def test_what_has_not_run_on_a_gpu_is_not_used_there_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(columns, "nvrtc_found", lambda: True)
-    monkeypatch.setattr(columns, "_triton_found", lambda: True)
+def test_without_nvrtc_masks_take_the_plain_loop_and_all_else_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = torch.device("cuda")
-    assert columns.available(gpu, masked=True) and columns.writes_halves(gpu, grid=True)
-    monkeypatch.delenv("WHIT_UNPROVEN_KERNELS")
-    assert columns.available(gpu) and not columns.available(gpu, masked=True)
-    assert columns.writes_halves(gpu) and not columns.writes_halves(gpu, grid=True)
-    assert columns.available(gpu, grid=True)
+    monkeypatch.setattr(columns, "_triton_found", lambda: True)
+    monkeypatch.setattr(columns, "nvrtc_found", lambda: True)
+    assert columns.available(gpu, masked=True) and columns.writes_halves(gpu)
+    monkeypatch.setattr(columns, "nvrtc_found", lambda: False)
+    assert columns.available(gpu) and not columns.available(gpu, masked=True) and not columns.writes_halves(gpu)
     monkeypatch.setattr(columns, "_triton_found", lambda: False)
-    assert columns.available(gpu) and not columns.available(gpu, grid=True)
+    assert not columns.available(gpu)

@@ -1,4 +1,4 @@
-"""The CUDA C++ of the column kernels, run on the CPU: one thread per block, so that barriers have nothing to do."""
+"""The CUDA C++ of the column kernels, run by the emulator of CUDA on the CPU."""
 
 from __future__ import annotations
 
@@ -13,42 +13,38 @@ from torch import Tensor
 
 from tests.kernels.test_columns import block, plain_feedback
 from whit.kernels.columns import cuda_options, cuda_source
-from whit.kernels.split_product import joined
+from whit.kernels.split_product import split
 from whit.methods.rounders import GridRounder, LevelRounder
 
 COMPILER = shutil.which("g++")
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs g++")
+HERE = Path(__file__).parent
 PRELUDE = """
-#include <cmath>
-#include <cstring>
+#define BF16 1
+#include "emulator.h"
 #define __restrict__ __restrict
-#define __global__
-#define __device__
 #define __shared__ static
-#define __align__(x) __attribute__((aligned(x)))
-#define __launch_bounds__(x)
-static void __syncthreads() {}
-static unsigned __float_as_uint(float x) { unsigned out; memcpy(&out, &x, 4); return out; }
-static float __uint_as_float(unsigned x) { float out; memcpy(&out, &x, 4); return out; }
-struct Index { int x; };
-static Index threadIdx = {0}, blockIdx = {0};
+#include <functional>
+static std::function<void()> call;
 """
 DRIVER = """
-extern "C" void run(const float* a, const float* b, const float* c, const float* d, const int* e, unsigned char* f,
-                    float* g, const unsigned char* h, unsigned short* i, int rows, int columns, int stride, float top) {
-    for (blockIdx.x = 0; blockIdx.x < rows; blockIdx.x++)
-        round_columns(a, b, c, d, e, f, g, h, i, rows, columns, stride, top);
+extern "C" void run(float* a, const float* b, const float* c, const float* d, const int* e, unsigned char* f,
+                    float* g, const unsigned char* h, unsigned short* i, int rows, int columns, int stride,
+                    int plane, float top) {
+    call = [=]() { round_columns(a, b, c, d, e, f, g, h, i, rows, columns, stride, plane, top); };
+    kernel_body = []() { call(); };
+    run_blocks((rows * LANES + THREADS - 1) / THREADS, THREADS, 16, rows % 2, 1);
 }
 """
 
 
-def compiled(folder: Path, levels: int, masked: bool, descend: bool, grid: bool) -> ctypes.CDLL:
+def compiled(folder: Path, levels: int, lanes: int, masked: bool, descend: bool, grid: bool) -> ctypes.CDLL:
     """The kernel as a library for this machine."""
     assert COMPILER is not None
-    options = [item for item in cuda_options(levels, masked, True, descend, grid) if not item.startswith("-DTHREADS")]
+    options = cuda_options(levels, lanes, 64, masked, True, descend, grid)
     source = folder / "columns.cpp"
     source.write_text(PRELUDE + cuda_source() + DRIVER)
-    flags = ["-O1", "-w", "-shared", "-fPIC", "-DTHREADS=1", *options]
+    flags = ["-std=c++20", "-O1", "-w", "-shared", "-fPIC", f"-I{HERE / 'emulator'}", *options]
     subprocess.run([COMPILER, *flags, str(source), "-o", str(folder / "columns.so")], check=True, timeout=120)
     return ctypes.CDLL(str(folder / "columns.so"))
 
@@ -56,12 +52,12 @@ def compiled(folder: Path, levels: int, masked: bool, descend: bool, grid: bool)
 def run(library: ctypes.CDLL, tensors: list[Tensor], top: int) -> None:
     columns, rows = tensors[0].shape
     pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
-    library.run(*pointers, rows, columns, tensors[2].stride(0), ctypes.c_float(top))
+    library.run(*pointers, rows, columns, tensors[2].stride(0), tensors[8].stride(0), ctypes.c_float(top))
 
 
-@pytest.mark.parametrize(("count", "rows"), [(1, 1), (33, 7), (128, 20)])
+@pytest.mark.parametrize(("count", "rows", "lanes"), [(1, 1, 1), (33, 70, 4), (128, 40, 2), (77, 65, 1)])
 @pytest.mark.parametrize("kind", ["levels", "grid", "masked", "descent"])
-def test_the_kernel_is_the_plain_loop(kind: str, count: int, rows: int, tmp_path: Path) -> None:
+def test_the_kernel_is_the_plain_loop(kind: str, count: int, rows: int, lanes: int, tmp_path: Path) -> None:
     values, inner, book = block(count, rows, "cpu")
     generator = torch.Generator().manual_seed(1)
     gradient = torch.randn(count, rows, generator=generator)
@@ -75,17 +71,20 @@ def test_the_kernel_is_the_plain_loop(kind: str, count: int, rows: int, tmp_path
         table = torch.randn(3, 4, rows, generator=generator).sort(1).values.contiguous()
         rounder = LevelRounder(table, book, kept if kind == "masked" else None)
     codes, errors = torch.zeros_like(values, dtype=torch.uint8), torch.full_like(values, float("nan"))
-    library = compiled(tmp_path, table.shape[1], kind == "masked", kind == "descent", kind == "grid")
-    halves = torch.empty(3 * count, rows, dtype=torch.bfloat16)
+    library = compiled(tmp_path, table.shape[1], lanes, kind == "masked", kind == "descent", kind == "grid")
+    halves = torch.zeros(3, count + 3, rows, dtype=torch.bfloat16)[:, 1 : count + 1]
     wide = torch.full((count, count + 5), float("nan"))[:, :count].copy_(inner)
-    run(library, [values, gradient, wide, table, book, codes, errors, kept.view(torch.uint8), halves], 15)
-    assert torch.equal(halves, joined(errors))
+    moved = values.clone()
+    run(library, [moved, gradient, wide, table, book, codes, errors, kept.view(torch.uint8), halves], 15)
+    high, low = split(errors)
+    assert torch.equal(halves, torch.stack([high, low, high]))
     if kind == "descent":
         expected_codes, expected = torch.zeros_like(codes), torch.zeros_like(values)
         for j in range(count):
             slope = gradient[j] - (expected[:j] * inner[:j, j, None]).sum(0)
             expected_codes[j], rounded = rounder(j, values[j] + slope / inner[j, j])
             expected[j] = rounded - values[j]
+        torch.testing.assert_close(moved, values + errors)
     else:
         expected_codes, expected = plain_feedback(rounder, values, inner)
     same = (codes == expected_codes).all(0)

@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from whit.kernels.split_product import SplitFactor, add_product, joined, product, split
+from whit.kernels.split_product import Panel, SplitFactor, add_product, product, split
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
 def matrix(rows: int = 40, inner: int = 70, seed: int = 0) -> torch.Tensor:
@@ -20,7 +22,6 @@ def test_the_parts_add_up_to_sixteen_bits() -> None:
     assert [part.dtype for part in parts] == [torch.bfloat16] * 2
     total = sum(part.double() for part in parts)
     assert float(((total - matrix()) / matrix()).abs().max()) < 2**-16
-    assert torch.equal(joined(matrix()), torch.cat([*parts, parts[0]]))
 
 
 def test_a_cpu_multiplies_as_ever() -> None:
@@ -32,14 +33,37 @@ def test_a_cpu_multiplies_as_ever() -> None:
     SplitFactor(a).subtract(target, right)
     assert torch.equal(target, torch.addmm(start, a, right, alpha=-1))
     target = start[10:50].clone()
-    SplitFactor(a).subtract_rows(target, slice(0, 20), slice(10, 50), right[:20], None)
+    panel = SplitFactor(a).panel(0, 20, 30)
+    panel.put(0, right[:20])
+    panel.take_off(target, slice(10, 50))
     assert torch.equal(target, torch.addmm(start[10:50], a[:20, 10:50].T, right[:20], alpha=-1))
     places = torch.tensor([3, 60, 7])
     assert torch.equal(SplitFactor(a).part(places).times(signs()[:3]), a[places][:, places] @ signs()[:3])
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
+def test_a_panel_takes_off_what_is_known(device: str) -> None:
+    a, right, start = matrix(72, 72).to(device), matrix(72, 32, seed=2).to(device), matrix(72, 32, seed=3).to(device)
+    panel = Panel(split(a[8:40]) if device == "cuda" else [a[8:40]], 8, 32)
+    panel.put(8, right[:16])
+    known = a[8:24].double().T @ right[:16].double()
+    bound = a[8:24].double().abs().T @ right[:16].double().abs() + start.abs()
+    off = panel.taken_off(start[24:40], slice(24, 40)) - (start - known)[24:40]
+    assert float((off.abs() / bound[24:40]).max()) < 2**-15
+    panel.put(24, right[16:32])
+    known = a[8:40].double().T @ right[:32].double()
+    bound = a[8:40].double().abs().T @ right[:32].double().abs() + start.abs()
+    target = start.clone()
+    panel.take_off(target, slice(None))
+    assert float(((target - (start - known)).abs() / bound).max()) < 2**-15
+    halves = panel.halves(24, 40)
+    if device == "cuda":
+        assert halves is not None and torch.equal(halves[0], split(right[16:32])[0]) and halves.shape == (3, 16, 32)
+    else:
+        assert halves is None
+
+
+@needs_cuda
 def test_tensor_cores_give_the_product_to_sixteen_bits() -> None:
     a, right, start = matrix(72, 72), matrix(72, 32, seed=2), matrix(72, 32, seed=3)
     size = a.abs().double() @ right.abs().double()
@@ -54,12 +78,6 @@ def test_tensor_cores_give_the_product_to_sixteen_bits() -> None:
     target = start.cuda()
     factor.subtract(target, right.cuda())
     assert off(target, start - expected) < 2**-15
-    for halves in (None, joined(right.cuda()[:16])):
-        target = start.cuda()
-        factor.subtract_rows(target, slice(0, 16), slice(None), right.cuda()[:16], halves)
-        part = a[:16].T.double() @ right[:16].double()
-        bound = a[:16].T.abs().double() @ right[:16].abs().double() + start.abs()
-        assert float(((target.cpu() - (start - part)).abs() / bound).max()) < 2**-15
     pattern = signs(72, 32)
     bound = a.abs().double() @ pattern.abs().double() + 1e-30
     assert float(((factor.times(pattern.cuda()).cpu() - a.double() @ pattern.double()).abs() / bound).max()) < 2**-15

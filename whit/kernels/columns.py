@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
-import os
 from functools import lru_cache
 from importlib.resources import files
 from typing import Any
@@ -31,8 +30,9 @@ from whit.kernels.cpu.compiling import numba_works, shared_out
 
 ROWS_PER_PROGRAM = 32
 MOST_COLUMNS = 128
-# Threads of a CUDA block, one per row: what they share fits into 48 KB, and 4096 rows occupy 128 multiprocessors.
-CUDA_THREADS = 32
+# Up to so many rows so many threads share a row and make a CUDA block: few rows occupy the device only so.
+CUDA_SHAPES = ((8448, 4, 128), (16896, 2, 64))
+CUDA_WIDE_SHAPE = (1, 64)
 
 
 @lru_cache(maxsize=1)
@@ -40,30 +40,19 @@ def _triton_found() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def asked_for_unproven() -> bool:
-    """Whether CUDA kernels may be used that have only been run in an emulator yet: `WHIT_UNPROVEN_KERNELS=1`."""
-    return os.environ.get("WHIT_UNPROVEN_KERNELS") == "1"
-
-
-def available(device: torch.device, *, masked: bool = False, grid: bool = False) -> bool:
+def available(device: torch.device, *, masked: bool = False) -> bool:
     """Whether the kernels can run there: a CUDA device with NVRTC or Triton, or a CPU and numba.
 
-    With a mask of kept weights they have not run on a GPU yet, for integer grids only in Triton: what has not is not
-    used there unless asked for.
+    The Triton version is not used with a mask of kept weights.
     """
     if device.type == "cpu":
         return numba_works()
-    if masked and not asked_for_unproven():
-        return False
-    return device.type == "cuda" and (_triton_found() or writes_halves(device, grid=grid))
+    return writes_halves(device) or (device.type == "cuda" and not masked and _triton_found())
 
 
-def writes_halves(device: torch.device, *, grid: bool = False) -> bool:
-    """Whether the kernels there also write errors as bfloat16 numbers: those in CUDA C++ do.
-
-    For integer grids these have not run on a GPU yet.
-    """
-    return device.type == "cuda" and nvrtc_found() and (not grid or asked_for_unproven())
+def writes_halves(device: torch.device) -> bool:
+    """Whether the kernels there also write errors as bfloat16 numbers: those in CUDA C++ do."""
+    return device.type == "cuda" and nvrtc_found()
 
 
 def feedback_levels(
@@ -86,8 +75,8 @@ def feedback_levels(
         codes: uint8 (columns, rows), gets the index of the level.
         errors: float32 (columns, rows), gets e.
         kept: bool (columns, rows), or None for all.
-        halves: bfloat16 (3 columns, rows), gets e as `whit.kernels.split_product.SplitFactor` multiplies it, or None;
-            only where `writes_halves` says so.
+        halves: bfloat16 (3, columns, rows), rows contiguous, gets e as [high, low, high], as
+            `whit.kernels.split_product.Panel` multiplies it, or None; only where `writes_halves` says so.
     """
     _launch((values, values, inner, table, book, codes, errors), kept, halves)
 
@@ -120,10 +109,13 @@ def descend_levels(
     """One pass of coordinate descent over a block of columns: `codes` and `change` (q - v) are written.
 
     Args:
-        values: float32 (columns, rows), what the codes stand for before. gradient: H (w - q), same shape.
+        values: float32 (columns, rows), what the codes stand for before; becomes what they stand for afterwards.
+        gradient: H (w - q), same shape.
         inner: block of H, float32 (columns, columns). Others as in `feedback_levels`.
     """
     _launch((values, gradient, inner, table, book, codes, change), kept, halves, descend=True)
+    if not writes_halves(values.device):
+        values += change
 
 
 def _launch(
@@ -143,9 +135,10 @@ def _launch(
     if columns > MOST_COLUMNS:
         raise ValueError(f"a block has at most {MOST_COLUMNS} columns, got {columns}")
     mask = tensors[5] if kept is None else kept.view(torch.uint8)  # codes: there must be something
-    if not all(tensor.is_contiguous() for tensor in (*tensors[:2], *tensors[3:], mask)):
+    planes = () if halves is None else tuple(halves)
+    if not all(tensor.is_contiguous() for tensor in (*tensors[:2], *tensors[3:], mask, *planes)):
         raise ValueError("the column kernels need contiguous tensors")
-    on_cuda = writes_halves(table.device, grid=grid)
+    on_cuda = writes_halves(table.device)
     if not on_cuda or tensors[2].stride(1) != 1:  # only the CUDA kernel takes a part of a larger matrix
         tensors = (*tensors[:2], tensors[2].contiguous(), *tensors[3:])
     if table.device.type == "cpu":
@@ -196,10 +189,12 @@ def cuda_source() -> str:
     return (files("whit.kernels") / "cuda" / "columns.cu").read_text(encoding="utf-8")
 
 
-def cuda_options(levels: int, masked: bool, halves: bool, descend: bool, grid: bool) -> tuple[str, ...]:
-    """Definitions that choose one of the loops; `levels` are entries of a table."""
+def cuda_options(
+    levels: int, lanes: int, threads: int, masked: bool, halves: bool, descend: bool, grid: bool
+) -> tuple[str, ...]:
+    """Definitions that choose one of the loops; `levels` are entries of a table, `lanes` threads that share a row."""
     chosen = {"LEVELS": levels, "MASKED": masked, "HALVES": halves, "DESCEND": descend, "GRID": grid}
-    chosen["THREADS"] = CUDA_THREADS
+    chosen |= {"LANES": lanes, "THREADS": threads, "SUB": 8 if levels <= 4 else 4}
     return tuple(f"-D{name}={int(value)}" for name, value in chosen.items())
 
 
@@ -211,15 +206,17 @@ def _on_cuda(
     columns, rows = tensors[0].shape
     device = tensors[0].device
     number = torch.cuda.current_device() if device.index is None else device.index
-    options = cuda_options(tensors[3].shape[1], masked, halves is not None, descend, grid)
+    lanes, threads = next((shape for most, *shape in CUDA_SHAPES if rows <= most), CUDA_WIDE_SHAPE)
+    options = cuda_options(tensors[3].shape[1], lanes, threads, masked, halves is not None, descend, grid)
     arguments: list[ctypes._SimpleCData[Any] | ctypes.Structure] = []
     arguments += [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
     arguments.append(ctypes.c_void_p(0 if halves is None else halves.data_ptr()))
-    arguments += [ctypes.c_int(value) for value in (rows, columns, tensors[2].stride(0))]
+    plane = 0 if halves is None else halves.stride(0)
+    arguments += [ctypes.c_int(value) for value in (rows, columns, tensors[2].stride(0), plane)]
     arguments.append(ctypes.c_float(top))
     with torch.cuda.device(number):
         round_columns = kernel(cuda_source(), "round_columns", options, number)
-        round_columns.launch(-(-rows // CUDA_THREADS), CUDA_THREADS, 0, arguments)
+        round_columns.launch(-(-rows * lanes // threads), threads, 0, arguments)
 
 
 def _on_cpu(tensors: tuple[Tensor, ...], masked: bool, descend: bool, grid: bool, top: int) -> None:

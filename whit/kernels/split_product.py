@@ -9,6 +9,8 @@ feedback of rounding errors, gradients, normal equations of scalars that are sto
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -75,23 +77,63 @@ class SplitFactor:
         for a, b in ((1, high), (0, low), (0, high)):  # the smallest first
             _add(target, self._halves[a], b, -1.0, 1.0)
 
-    def subtract_rows(self, target: Tensor, rows: slice, columns: slice, right: Tensor, halves: Tensor | None) -> None:
-        """target <- target - A[rows, columns]^T right, in place.
+    @property
+    def panel_columns(self) -> int:
+        """Rows of A that one panel should hold: more where each pass over the target is dear."""
+        return 512 if self._halves else 128
 
-        Args:
-            halves: `right` as `joined` has it, if somebody made that already.
-        """
-        if not self._halves:
-            target.addmm_(self._matrix[rows, columns].T, right, alpha=-1)
-            return
-        high, low = (half[rows, columns] for half in self._halves)
-        _add(target, torch.cat([high, high, low]).T, joined(right) if halves is None else halves, -1.0, 1.0)
+    def panel(self, start: int, stop: int, rows: int) -> Panel:
+        """Rows start..stop of A, to be multiplied with what becomes known of as many rows (stop - start, `rows`)."""
+        parts = [half[start:stop] for half in self._halves] or [self._matrix[start:stop]]
+        return Panel(parts, start, rows)
 
 
-def joined(right: Tensor) -> Tensor:
-    """The rows of a float32 matrix as bfloat16, [high, low, high]: the right factor that [high, high, low] asks for."""
-    high, low = split(right)
-    return torch.cat([high, low, high])
+class Panel:
+    """A^T R for some rows of A, where R becomes known block by block; what is not known yet is zero.
+
+    On a CUDA device R is kept as three bfloat16 matrices, [high, low, high], for [high, high, low] of A.
+
+    Args:
+        parts: rows of A, float32, or as `split` has them.
+        start: number of the first of them.
+        rows: width of R.
+
+    Attributes:
+        start, stop: the rows of A.
+    """
+
+    def __init__(self, parts: Sequence[Tensor], start: int, rows: int) -> None:
+        self.start, self.stop = start, start + len(parts[0])
+        self._left = torch.cat([parts[0], parts[0], parts[1]]) if len(parts) > 1 else parts[0]
+        self._right = self._left.new_zeros(len(self._left), rows)
+
+    def halves(self, start: int, stop: int) -> Tensor | None:
+        """Where rows start..stop of R belong as [high, low, high], (3, stop - start, rows); None if R is float32."""
+        if self._right.dtype == torch.float32:
+            return None
+        return self._right.view(3, self.stop - self.start, -1)[:, start - self.start : stop - self.start]
+
+    def put(self, start: int, known: Tensor) -> None:
+        """Rows of R from `start` on, float32."""
+        halves = self.halves(start, start + len(known))
+        if halves is None:
+            self._right[start - self.start : start - self.start + len(known)] = known
+        else:
+            high, low = split(known)
+            halves.copy_(torch.stack([high, low, high]))
+
+    def taken_off(self, target: Tensor, columns: slice) -> Tensor:
+        """target - A[rows, columns]^T R, memory of its own: (columns, rows)."""
+        if self._right.dtype == torch.float32:
+            return torch.addmm(target, self._left[:, columns].T, self._right, alpha=-1)
+        return torch.addmm(target, self._left[:, columns].T, self._right, out_dtype=torch.float32, alpha=-1)
+
+    def take_off(self, target: Tensor, columns: slice) -> None:
+        """target <- target - A[rows, columns]^T R, in place."""
+        if self._right.dtype == torch.float32:
+            target.addmm_(self._left[:, columns].T, self._right, alpha=-1)
+        else:
+            _add(target, self._left[:, columns].T, self._right, -1.0, 1.0)
 
 
 def split(matrix: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from whit.kernels import columns as columns_kernel
 from whit.kernels.split_product import SplitFactor, add_product
 from whit.methods.feedback import Rounder
 from whit.methods.rounders import LevelRounder
@@ -44,26 +45,30 @@ def descend_columns(
     fast = rounder if isinstance(rounder, LevelRounder) and rounder.fast(values) else None
     diagonal = [] if fast else torch.diagonal(moment).tolist()
     columns = len(values)
-    for start in range(0, columns, LAZY_COLUMNS):
-        stop = min(start + LAZY_COLUMNS, columns)
-        inner, part = moment[start:stop, start:stop], slice(start, stop)
-        change = torch.empty_like(values[part])
-        if fast is not None:
-            halves = fast.halves(change)
-            fast.descend_block(start, values[part], gradient[part], inner, codes[part], change, halves)
-            values[part] += change
-            factor.subtract_rows(gradient, part, slice(None), change, halves)
-            continue
-        for j in range(stop - start):
-            column = start + j
-            slope = gradient[column]
-            if j:
-                slope = torch.addmv(slope, change[:j].T, inner[j, :j], alpha=-1)
-            best = torch.add(values[column], slope, alpha=1 / diagonal[column])
-            codes[column], rounded = rounder(column, best)
-            torch.sub(rounded, values[column], out=change[j])
-            values[column] = rounded
-        factor.subtract_rows(gradient, part, slice(None), change, None)
+    for first in range(0, columns, factor.panel_columns):
+        panel = factor.panel(first, min(first + factor.panel_columns, columns), values.shape[1])
+        for start in range(panel.start, panel.stop, LAZY_COLUMNS):
+            stop = min(start + LAZY_COLUMNS, panel.stop)
+            inner, part = moment[start:stop, start:stop], slice(start, stop)
+            slope = panel.taken_off(gradient[part], part) if start > first else gradient[part]
+            change = torch.empty_like(values[part])
+            if fast is not None:
+                halves = panel.halves(start, stop) if columns_kernel.writes_halves(values.device) else None
+                fast.descend_block(start, values[part], slope, inner, codes[part], change, halves)
+                if halves is None:
+                    panel.put(start, change)
+                continue
+            for j in range(stop - start):
+                column = start + j
+                here = slope[j]
+                if j:
+                    here = torch.addmv(here, change[:j].T, inner[j, :j], alpha=-1)
+                best = torch.add(values[column], here, alpha=1 / diagonal[column])
+                codes[column], rounded = rounder(column, best)
+                torch.sub(rounded, values[column], out=change[j])
+                values[column] = rounded
+            panel.put(start, change)
+        panel.take_off(gradient, slice(None))
 
 
 class BlockFactors:

@@ -21,7 +21,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from whit.kernels.split_product import SplitFactor
+from whit.kernels.columns import writes_halves
+from whit.kernels.split_product import Panel, SplitFactor
 from whit.methods.rounders import BlockRounder, join_rounders
 
 LAZY_BLOCK = 128
@@ -70,9 +71,9 @@ def round_with_feedback(
             block = pending.current(start, stop) if start > first else group_values[: stop - start]
             done = errors[start:stop]
             if isinstance(rounder, BlockRounder) and rounder.fast(weight):
-                inner, halves = upper[start:stop, start:stop], rounder.halves(done)
+                inner, halves = upper[start:stop, start:stop], pending.halves(start, stop)
                 rounder.round_block(start, block.contiguous(), inner, codes[start:stop], done, halves)
-                pending.finish(start, stop, halves)
+                pending.finish(start, stop, halves is not None)
                 continue
             inner = upper[start:stop, start:stop].T.contiguous()
             diagonal = diagonal or torch.diagonal(upper).tolist()
@@ -124,21 +125,49 @@ class _Pending:
     """
 
     def __init__(self, values: Tensor, errors: Tensor, upper: Tensor) -> None:
-        self._looks_right = values.is_cuda
-        self._values = values.clone() if self._looks_right else values
+        self._values = values.clone() if values.is_cuda else values
         self._errors = errors
         self._upper = upper
-        self._factor = SplitFactor(upper) if self._looks_right else None
+        self._factor = SplitFactor(upper) if values.is_cuda else None
+        self._panel: Panel | None = None  # of finished columns whose errors are known only to those within it
 
     def current(self, start: int, stop: int) -> Tensor:
         """Columns start..stop, as rows (stop - start, rows), after the feedback of all finished columns."""
-        if start == 0 or self._looks_right:
+        if self._factor is None:
+            if start == 0:
+                return self._values[start:stop]
+            left = self._upper[:start, start:stop].T
+            return torch.addmm(self._values[start:stop], left, self._errors[:start], alpha=-1)
+        if self._panel is not None and stop > self._panel.stop:
+            self._pass_on(start)
+        if self._panel is None:
+            self._panel = self._factor.panel(start, self._end(start), self._values.shape[1])
+        if start == self._panel.start:
             return self._values[start:stop]
-        left = self._upper[:start, start:stop].T
-        return torch.addmm(self._values[start:stop], left, self._errors[:start], alpha=-1)
+        return self._panel.taken_off(self._values[start:stop], slice(start, stop))
 
-    def finish(self, start: int, stop: int, halves: Tensor | None = None) -> None:
-        """The errors of columns start..stop, before which all are finished, are known (in bfloat16 too, or not)."""
-        if self._factor is not None and stop < len(self._values):
-            rest, right = self._values[stop:], self._errors[start:stop]
-            self._factor.subtract_rows(rest, slice(start, stop), slice(stop, None), right, halves)
+    def halves(self, start: int, stop: int) -> Tensor | None:
+        """Where the kernels write the errors of these columns in bfloat16, or None."""
+        if self._panel is None or not writes_halves(self._values.device):
+            return None
+        return self._panel.halves(start, stop)
+
+    def finish(self, start: int, stop: int, written: bool = False) -> None:
+        """The errors of columns start..stop, before which all are finished, are known (in `halves` too, or not)."""
+        if self._panel is None:
+            return
+        if not written:
+            self._panel.put(start, self._errors[start:stop])
+        if stop == self._panel.stop:
+            self._pass_on(stop)
+
+    def _pass_on(self, stop: int) -> None:
+        """Take the errors of the panel, which ends before column `stop` or there, off all columns from it on."""
+        assert self._panel is not None
+        if stop < len(self._values):
+            self._panel.take_off(self._values[stop:], slice(stop, None))
+        self._panel = None
+
+    def _end(self, start: int) -> int:
+        assert self._factor is not None
+        return min(start + self._factor.panel_columns, len(self._values))

@@ -42,19 +42,12 @@ class BlockRounder(ABC):
 
     def fast(self, weight: Tensor) -> bool:
         """Whether `round_block` can be used for this weight."""
-        grid = isinstance(self, GridRounder)
-        return columns.available(weight.device, masked=self.masked, grid=grid) and weight.dtype == torch.float32
+        return columns.available(weight.device, masked=self.masked) and weight.dtype == torch.float32
 
     @property
     def masked(self) -> bool:
         """Whether some weights become zero whatever their value."""
         return False
-
-    def halves(self, block: Tensor) -> Tensor | None:
-        """Where the kernels can write the errors of a block (columns, rows) in bfloat16 too, or None."""
-        if not columns.writes_halves(block.device, grid=isinstance(self, GridRounder)):
-            return None
-        return torch.empty(3 * len(block), block.shape[1], dtype=torch.bfloat16, device=block.device)
 
     def books(self, first: int, count: int) -> Tensor:
         """Numbers of the tables of `count` columns, int32."""
