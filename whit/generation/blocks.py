@@ -147,8 +147,7 @@ def gated_decoder(model: nn.Module, *, join: bool = True, branches: bool = True)
     Raises:
         UnsuitedError: it is made of other parts.
     """
-    config: Any = getattr(model, "config", None)
-    _refuse_windows(config)
+    _refuse_windows(text_config(model))
     answer: Any = model
     owner = answer.get_decoder() if hasattr(model, "get_decoder") else None
     children = dict(owner.named_children()) if isinstance(owner, nn.Module) else {}
@@ -185,6 +184,12 @@ def agrees(mine: Tensor, theirs: Tensor, before: Tensor | None = None, *, coarse
     added = wide if before is None else wide - before.double()
     limit = COARSE if coarse or theirs.dtype.itemsize <= 2 else FINE
     return bool(excess.norm() <= limit * added.norm())  # False for NaN
+
+
+def text_config(model: nn.Module) -> Any:
+    """What the configuration says of the text model, which in models that also see or hear lies inside it."""
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def _block(module: nn.Module, size: int, join: bool, branches: bool) -> GatedBlock:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from whit.errors import DataError, KnobError
-from whit.generation.blocks import UnsuitedError, gated_decoder
+from whit.generation.blocks import UnsuitedError, gated_decoder, text_config
 from whit.generation.fused import FusedStep, check_against
 from whit.generation.loop import Chooser, Step, decode
 from whit.generation.static import StaticStep
@@ -190,7 +190,7 @@ def _by_library(model: nn.Module, request: Request, reasons: tuple[str, ...]) ->
     from transformers import GenerationConfig
 
     # Named, because what is left open here is filled in from the settings that many checkpoints bring.
-    never = int(getattr(getattr(model, "config", None), "vocab_size", 0))
+    never = int(getattr(text_config(model), "vocab_size", 0))
     settings = GenerationConfig(
         max_new_tokens=request.new_tokens,
         do_sample=False,
@@ -205,15 +205,12 @@ def _by_library(model: nn.Module, request: Request, reasons: tuple[str, ...]) ->
     return Continuation(ids, "library", False, reasons)
 
 
-def _positions(config: object) -> object:
-    return getattr(config, "max_position_embeddings", None)
-
-
 def _check_length(model: nn.Module, input_ids: Tensor, new_tokens: int) -> None:
-    prompt, config = input_ids.shape[1], getattr(model, "config", None)
+    prompt = input_ids.shape[1]
     if prompt < 1:
         raise DataError("the prompt has no token: give some text to continue")
-    positions = None if getattr(config, "is_encoder_decoder", False) else _positions(config)
+    both = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    positions = None if both else getattr(text_config(model), "max_position_embeddings", None)
     if not isinstance(positions, int) or prompt + new_tokens <= positions:
         return
     if prompt >= positions:
