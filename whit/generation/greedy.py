@@ -89,7 +89,7 @@ def continue_greedily(
 
     Args:
         model: a causal language model of transformers, packed or not, with all tensors on one device.
-        input_ids: int64 (sequences, prompt). attention_mask: the same shape, 0 for padding on the left.
+        input_ids: int64 (sequences, prompt). attention_mask: the same shape, any dtype, 0 for padding on the left.
         new_tokens: at most so many; fewer where every sequence ends with one of `stop_tokens`.
         way: one of the ways above, refused where it is impossible; "auto": fused where possible, else library.
         graph: record a CUDA graph; default: on a GPU.
@@ -97,15 +97,17 @@ def continue_greedily(
             faster and changes no value. branches: run others beside each other. Both for the fused way.
 
     Raises:
-        DataError: the prompt is empty, or prompt and new tokens together are longer than the model's positions.
+        DataError: the prompt is empty or of another shape than its mask, or prompt and new tokens together are longer
+            than the model's positions.
         KnobError: `way` is unknown or impossible for this model.
     """
     if way not in WAYS:
         raise KnobError(f"way must be one of {', '.join(WAYS)}, got {way!r}")
     if new_tokens < 1:
         raise KnobError(f"new tokens must be at least 1, got {new_tokens}")
+    _check_shapes(input_ids, attention_mask)
     _check_length(model, input_ids, new_tokens)
-    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    mask = torch.ones_like(input_ids) if attention_mask is None else (attention_mask != 0).to(torch.int64)
     stops = tuple(stop_tokens)
     pad = pad_token if pad_token is not None else stops[0] if stops else 0
     request = Request({"input_ids": input_ids, "attention_mask": mask}, new_tokens, stops, pad)
@@ -203,6 +205,14 @@ def _by_library(model: nn.Module, request: Request, reasons: tuple[str, ...]) ->
     with torch.inference_mode():
         ids = generate(**request.inputs, generation_config=settings)
     return Continuation(ids, "library", False, reasons)
+
+
+def _check_shapes(input_ids: Tensor, attention_mask: Tensor | None) -> None:
+    shape = tuple(input_ids.shape)
+    if len(shape) != 2 or shape[0] < 1:
+        raise DataError(f"prompts must have the shape (sequences, tokens) with at least one sequence, got {shape}")
+    if attention_mask is not None and tuple(attention_mask.shape) != shape:
+        raise DataError(f"the attention mask has the shape {tuple(attention_mask.shape)}, the prompts have {shape}")
 
 
 def _check_length(model: nn.Module, input_ids: Tensor, new_tokens: int) -> None:
