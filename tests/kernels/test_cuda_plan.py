@@ -182,6 +182,31 @@ def test_a_cache_that_cannot_be_written_costs_only_time(monkeypatch, tmp_path):
     assert nvrtc.cached_cubin("one", []) == b"code"
 
 
+def test_a_damaged_file_of_code_is_compiled_again(monkeypatch):
+    made = []
+    monkeypatch.setattr(nvrtc, "compile_cubin", lambda source, options: made.append(source) or b"code of " * 9)
+    code = nvrtc.cached_cubin("one", [])
+    (path,) = nvrtc.cache_folder().iterdir()
+    whole = path.read_bytes()
+    for damaged in (b"", whole[:20], whole[:-1], whole + b"x", whole[:40] + b"?" + whole[41:]):
+        path.write_bytes(damaged)
+        made.clear()
+        assert nvrtc.cached_cubin("one", []) == code
+        assert made == ["one"]
+        assert path.read_bytes() == whole
+    assert [item.name for item in nvrtc.cache_folder().iterdir()] == [path.name]
+
+
+def test_a_user_without_a_home_compiles_each_time(monkeypatch):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(nvrtc.Path, "home", no_home)
+    monkeypatch.setattr(nvrtc, "compile_cubin", lambda source, options: b"code")
+    assert nvrtc.cached_cubin("one", []) == b"code"
+
+
 def test_devices_without_binary_tensor_cores_get_limbs():
     layout = layout_of(LevelTable(2, 128), 4096)
     keep_tuned("No Such GPU", {tuning_key(layout, 512, 4096, 1): Shape(256, 256, 2, True)})
