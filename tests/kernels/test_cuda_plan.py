@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 
+from whit.formats.base import Packed
 from whit.formats.dense import Dense
 from whit.formats.grouped_integer import GroupedInteger
 from whit.formats.level_table import LevelTable
@@ -241,3 +242,43 @@ def test_a_machine_without_nvrtc_is_told_what_to_install(monkeypatch):
     monkeypatch.setattr(nvrtc.ctypes, "CDLL", missing)
     with pytest.raises(nvrtc.CompilationError, match=r"no NVRTC library .*\(install a CUDA build of torch"):
         nvrtc.compiler_library()
+
+
+def table():
+    form = LevelTable(2, 128)
+    tensors = {name: torch.empty(spec.shape, dtype=spec.dtype) for name, spec in form.specs(512, 4096).items()}
+    return Packed(form, 512, 4096, tensors)
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt, torch.OutOfMemoryError, nvrtc.CompilationError])
+def test_tuning_that_ends_early_leaves_the_launch_as_it_was(hopper, monkeypatch, failure):
+    packed = table()
+    layout = layout_of(packed.format, 4096)
+    monkeypatch.setattr(cuda_linear, "usable", lambda x, packed: layout)
+    x = torch.empty(1, 4096, device="meta")
+    key, before = tuning_key(layout, 512, 4096, 1), gemv_shapes(layout)[3]
+    cuda_linear.use_shape("No Such GPU", key, before)
+
+    def seconds():
+        assert tuned_shapes("No Such GPU")[key] in gemv_shapes(layout, clusters=True)
+        raise failure("early")
+
+    with pytest.raises(failure):
+        cuda_linear.tune(x, packed, seconds)
+    assert tuned_shapes("No Such GPU")[key] == before
+
+
+def test_tuning_passes_over_launches_that_cannot_be_compiled(hopper, monkeypatch):
+    packed = table()
+    layout = layout_of(packed.format, 4096)
+    monkeypatch.setattr(cuda_linear, "usable", lambda x, packed: layout)
+    wanted, tried = gemv_shapes(layout)[2], []
+
+    def seconds():
+        tried.append(tuned_shapes("No Such GPU")[tuning_key(layout, 512, 4096, 1)])
+        if len(tried) % 2:
+            return 1.0 if tried[-1] == wanted else 2.0
+        raise nvrtc.CompilationError("not here")
+
+    assert cuda_linear.tune(torch.empty(1, 4096, device="meta"), packed, seconds)[1] == wanted
+    assert len(tried) == len(gemv_shapes(layout, clusters=True))

@@ -15,6 +15,7 @@ from whit.formats.grouped_integer import GroupedInteger
 from whit.formats.level_table import LevelTable
 from whit.generation.weights import multiplied_weights
 from whit.kernels import packed_linear, tuning
+from whit.kernels.nvrtc import CompilationError
 from whit.kernels.timing import copies_for
 from whit.kernels.tuning import Tuner, distinct, tune_products, tuner_of
 from whit.models.packed import PackedEmbedding, PackedLinear, tied_linear
@@ -58,6 +59,15 @@ def test_what_does_not_fit_into_memory_is_named_and_left(monkeypatch: pytest.Mon
     monkeypatch.setattr(tuning, "_tune_one", full)
     with pytest.warns(UserWarning, match="not tuned for 16 vectors: .* of 32 x 256 does not fit"):
         assert list(tune_products([random_packed(LevelTable(2, 128), 32, 256)], [1, 16], torch.bfloat16)) == []
+
+
+def test_a_product_that_no_launch_can_be_compiled_for_is_named_and_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(packed: Packed, vectors: int, dtype: torch.dtype) -> None:
+        raise CompilationError("no launch can be compiled here")
+
+    monkeypatch.setattr(tuning, "_tune_one", broken)
+    with pytest.warns(UserWarning, match="not tuned for 1 vectors: no launch can be compiled here"):
+        assert list(tune_products([random_packed(LevelTable(2, 128), 32, 256)], [1], torch.bfloat16)) == []
 
 
 def test_joined_weights_of_a_model_come_first() -> None:

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from functools import lru_cache
 
 import torch
@@ -169,7 +170,9 @@ def tune(x: Tensor, packed: Packed, seconds: Callable[[], float]) -> tuple[str, 
         The key of `cuda_plan.tuning_key` and the launch, for `cuda_plan.keep_tuned`.
 
     Raises:
-        ValueError: no kernel multiplies these.
+        ValueError: no kernel multiplies these. CompilationError: no launch can be compiled.
+
+    Whatever is raised, the launch before stays in use.
     """
     layout, index = usable(x, packed), x.device.index
     tokens = 0 if layout is None else size_class(layout, _vectors(x))
@@ -180,20 +183,19 @@ def tune(x: Tensor, packed: Packed, seconds: Callable[[], float]) -> tuple[str, 
     key = tuning_key(layout, packed.rows, packed.columns, tokens)
     times: dict[Tuned, float] = {}
     before = tuned_shapes(device).get(key)
-    for candidate in possible:
-        use_shape(device, key, candidate)
-        choice.cache_clear()
-        try:
-            times[candidate] = seconds()
-        except CompilationError:
-            continue  # this compiler or device cannot do it; another launch will
-        except torch.OutOfMemoryError:
-            use_shape(device, key, before)
+    best = before
+    try:
+        for candidate in possible:
+            use_shape(device, key, candidate)
             choice.cache_clear()
-            raise
-    best = min(times, key=times.__getitem__)
-    use_shape(device, key, best)
-    choice.cache_clear()
+            with suppress(CompilationError):  # this compiler or device cannot do it; another launch will
+                times[candidate] = seconds()
+        if not times:
+            raise CompilationError(f"no launch for {_vectors(x)} vectors and {packed.format} can be compiled here")
+        best = min(times, key=times.__getitem__)
+    finally:
+        use_shape(device, key, best)
+        choice.cache_clear()
     return key, best
 
 
