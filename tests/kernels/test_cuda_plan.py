@@ -68,7 +68,8 @@ def test_a_damaged_file_of_shapes_is_ignored(content):
 @pytest.fixture
 def hopper(monkeypatch):
     """What `cuda_ops` asks of a device."""
-    monkeypatch.setattr(cuda_ops, "device_limits", lambda index: ("No Such GPU", *H200))
+    for module in (cuda_ops, cuda_linear):
+        monkeypatch.setattr(module, "device_limits", lambda index: ("No Such GPU", *H200))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
     cuda_ops.choice.cache_clear()
     yield
@@ -281,4 +282,4 @@ def test_tuning_passes_over_launches_that_cannot_be_compiled(hopper, monkeypatch
         raise nvrtc.CompilationError("not here")
 
     assert cuda_linear.tune(torch.empty(1, 4096, device="meta"), packed, seconds)[1] == wanted
-    assert len(tried) == len(gemv_shapes(layout, clusters=True))
+    assert tried == cuda_linear.candidates(layout, 512, 4096, 1, 0)

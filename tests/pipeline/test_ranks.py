@@ -126,7 +126,7 @@ def test_losing_touch_points_at_the_process_that_ended(monkeypatch: pytest.Monke
         monkeypatch.setattr(torch.distributed, name, gone)
     ranks = Ranks(0, 2)
     for talk in (lambda: ranks.gather(1), lambda: ranks.broadcast(torch.ones(3), 1)):
-        with pytest.raises(WhitError, match="process 0 of 2 lost touch .* run the same command again"):
+        with pytest.raises(WhitError, match=r"process 0 of 2 lost touch .* run the same command again"):
             talk()
 
 
