@@ -155,3 +155,14 @@ def test_prompts_of_no_shape_are_refused() -> None:
     for wrong in (mask[:, :5], mask[:1], mask[0]):
         with pytest.raises(DataError, match=r"mask has the shape \(.*\), the prompts have \(2, 7\)"):
             continue_greedily(model, ids, wrong, new_tokens=2)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_model_made_in_inference_mode_is_decoded_too(packed: bool) -> None:
+    ids, mask = prompts("cpu")
+    with torch.inference_mode():
+        model = model_on("cpu")
+        if packed:
+            pack(model)
+        wanted = continue_greedily(model, ids, mask, new_tokens=NEW, way="library").tokens
+        assert torch.equal(continue_greedily(model, ids, mask, new_tokens=NEW, way="fused", join=True).tokens, wanted)

@@ -167,6 +167,8 @@ def _join_dense(modules: list[nn.Linear]) -> Tensor | None:
     weights = [module.weight.detach() for module in modules]
     if len({(weight.dtype, weight.device, weight.shape[1]) for weight in weights}) > 1:
         return None
+    if any(weight.is_inference() for weight in weights):  # torch lets nobody give them other memory
+        return None
     whole = torch.cat(weights)
     for module, part in zip(modules, torch.split(whole, [len(weight) for weight in weights]), strict=True):
         module.weight.data = part
