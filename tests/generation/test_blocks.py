@@ -168,3 +168,21 @@ def test_no_token_ends_a_text_unless_asked_for() -> None:
     for way in ("library", "fused"):
         found = continue_greedily(model, IDS, new_tokens=4, way=way).tokens
         assert found[0].tolist() == [*range(5), 0, 0, 0, 0]
+
+
+def test_blocks_with_heads_of_their_own_are_refused() -> None:
+    model = loud(llama())
+    attention = model.model.layers[1].self_attn
+    attention.k_proj, attention.v_proj = (nn.Linear(48, 48, bias=False) for _ in range(2))
+    attention.num_key_value_groups = 1
+    assert library(model).shape == (1, 13)
+    with pytest.raises(KnobError, match="heads of its blocks differ"):
+        fused(model)
+
+
+def test_autocast_is_left_to_the_library() -> None:
+    model = loud(llama())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert library(model).shape == (1, 13)
+        with pytest.raises(KnobError, match="not fused: autocast"):
+            fused(model)

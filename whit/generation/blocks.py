@@ -165,7 +165,11 @@ def gated_decoder(model: nn.Module, *, join: bool = True, branches: bool = True)
     if not isinstance(size, int) or size % 2:
         raise UnsuitedError("its blocks have no attention with heads of an even size")
     blocks = [_block(module, size, join, branches) for module in modules]
-    heads, key_heads = (int(item.out_features) // size for item in (attention.q_proj, attention.k_proj))
+    shapes = {tuple(int(item.out_features) for item in block.attention.modules) for block in blocks}  # type: ignore[arg-type]
+    query, key, value = next(iter(shapes))
+    if len(shapes) > 1 or key != value:
+        raise UnsuitedError("the heads of its blocks differ in number")
+    heads, key_heads = query // size, key // size
     last = _norm(children["norm"])
     coarse = any(packed.format.changes_inputs for packed in packed_modules(model).values())
     return GatedDecoder(children["embed_tokens"], blocks, modules, coarse, last, head, rotary, heads, key_heads, size)

@@ -165,6 +165,8 @@ def prepare(model: nn.Module, request: Request, way: str, *, join: bool = False,
 
 def _fused(model: nn.Module, request: Request, *, join: bool, branches: bool) -> tuple[Step, Tensor]:
     _refuse_others(model, request)
+    if torch.is_autocast_enabled(request.inputs["input_ids"].device.type):
+        raise UnsuitedError("autocast changes the types of its parts")
     decoder = gated_decoder(model, join=join, branches=branches)
     ids, mask = request.inputs["input_ids"], request.inputs["attention_mask"]
     check_against(model, decoder, ids[0, mask[0] != 0] if bool(mask[0].any()) else ids[0])
