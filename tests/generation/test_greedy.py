@@ -166,3 +166,27 @@ def test_a_model_made_in_inference_mode_is_decoded_too(packed: bool) -> None:
             pack(model)
         wanted = continue_greedily(model, ids, mask, new_tokens=NEW, way="library").tokens
         assert torch.equal(continue_greedily(model, ids, mask, new_tokens=NEW, way="fused", join=True).tokens, wanted)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"no_repeat_ngram_size": 1},
+        {"suppress_tokens": [33, 59]},
+        {"bad_words_ids": [[33]]},
+        {"forced_eos_token_id": 5},
+        {"encoder_repetition_penalty": 5.0},
+        {"guidance_scale": 2.0},
+        {"do_sample": True, "temperature": 9.0},
+        {"return_dict_in_generate": True},
+    ],
+    ids=lambda setting: next(iter(setting)),
+)
+def test_settings_of_a_checkpoint_do_not_change_what_is_most_probable(setting: dict[str, object]) -> None:
+    model = model_on("cpu")
+    ids, mask = prompts("cpu")
+    wanted = continue_greedily(model, ids, mask, new_tokens=NEW, way="fused").tokens
+    own = model.generation_config
+    own.update(**setting)
+    assert torch.equal(continue_greedily(model, ids, mask, new_tokens=NEW, way="library").tokens, wanted)
+    assert model.generation_config is own

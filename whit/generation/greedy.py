@@ -193,19 +193,25 @@ def _refuse_others(model: nn.Module, request: Request) -> None:
 def _by_library(model: nn.Module, request: Request, reasons: tuple[str, ...]) -> Continuation:
     from transformers import GenerationConfig
 
-    # Named, because what is left open here is filled in from the settings that many checkpoints bring.
+    answer: Any = model
+    own = getattr(model, "generation_config", None)
     never = int(getattr(text_config(model), "vocab_size", 0))
+    # What is left open here would be filled in from the settings that many checkpoints bring: sampling, penalties,
+    # tokens suppressed or forced. Only where an answer starts is theirs to say.
     settings = GenerationConfig(
         max_new_tokens=request.new_tokens,
         do_sample=False,
-        num_beams=1,
-        repetition_penalty=1.0,
         eos_token_id=list(request.stops) or [never],
         pad_token_id=request.pad,
+        bos_token_id=getattr(own, "bos_token_id", None),
+        decoder_start_token_id=getattr(own, "decoder_start_token_id", None),
     )
-    generate: Any = model.generate
-    with torch.inference_mode():
-        ids = generate(**request.inputs, generation_config=settings)
+    answer.generation_config = GenerationConfig()
+    try:
+        with torch.inference_mode():
+            ids = answer.generate(**request.inputs, generation_config=settings)
+    finally:
+        answer.generation_config = own
     return Continuation(ids, "library", False, reasons)
 
 
