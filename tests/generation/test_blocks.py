@@ -7,10 +7,20 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen2Config, Qwen2ForCausalLM
+from transformers import (
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from tests import tiny
-from whit.errors import KnobError
+from whit.errors import DataError, KnobError
 from whit.generation import continue_greedily
 from whit.generation.blocks import agrees
 
@@ -129,3 +139,50 @@ def test_agreement_allows_rounding_and_no_more() -> None:
     assert not agrees(close, before + added, before)
     assert agrees(close, before + added, before, coarse=True)
     assert not agrees(before + 1.1 * added, before + added, before, coarse=True)
+
+
+def sees_and_reads(window: int | None = None) -> Any:
+    """Of which the text model, and what its configuration says, lie inside."""
+    torch.manual_seed(1)
+    vision = CLIPVisionConfig(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=8, patch_size=4
+    )
+    text = MistralConfig(**SMALL | {"max_position_embeddings": 128}, sliding_window=window)
+    return LlavaForConditionalGeneration(LlavaConfig(vision_config=vision, text_config=text, image_token_index=96))
+
+
+def test_windows_of_a_text_model_within_another_are_refused() -> None:
+    assert torch.equal(fused(loud(sees_and_reads())), library(loud(sees_and_reads())))
+    with pytest.raises(KnobError, match="window only"):
+        fused(sees_and_reads(window=45))  # more than the tokens of the trial
+
+
+def test_positions_of_a_text_model_within_another_count() -> None:
+    with pytest.raises(DataError, match="120 prompt tokens and 9 new ones are more than the model's 128 positions"):
+        continue_greedily(sees_and_reads().eval(), torch.ones(1, 120, dtype=torch.int64), new_tokens=9)
+
+
+def test_no_token_ends_a_text_unless_asked_for() -> None:
+    model = sees_and_reads().eval()
+    nn.init.zeros_(model.lm_head.weight)  # all tokens alike: the first is taken
+    for way in ("library", "fused"):
+        found = continue_greedily(model, IDS, new_tokens=4, way=way).tokens
+        assert found[0].tolist() == [*range(5), 0, 0, 0, 0]
+
+
+def test_blocks_with_heads_of_their_own_are_refused() -> None:
+    model = loud(llama())
+    attention = model.model.layers[1].self_attn
+    attention.k_proj, attention.v_proj = (nn.Linear(48, 48, bias=False) for _ in range(2))
+    attention.num_key_value_groups = 1
+    assert library(model).shape == (1, 13)
+    with pytest.raises(KnobError, match="heads of its blocks differ"):
+        fused(model)
+
+
+def test_autocast_is_left_to_the_library() -> None:
+    model = loud(llama())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert library(model).shape == (1, 13)
+        with pytest.raises(KnobError, match="not fused: autocast"):
+            fused(model)

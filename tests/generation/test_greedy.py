@@ -133,3 +133,60 @@ def test_padding_after_the_text_is_left_to_the_library() -> None:
     for way in ("fused", "static"):
         with pytest.raises(KnobError, match="padding stands elsewhere"):
             continue_greedily(model_on("cpu"), ids, mask.flip(-1), new_tokens=2, way=way)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int32, torch.float32])
+@pytest.mark.parametrize("way", ["fused", "static"])
+def test_masks_of_any_type_mean_the_same(way: str, dtype: torch.dtype) -> None:
+    model = model_on("cpu")
+    ids, mask = prompts("cpu")
+    wanted = continue_greedily(model, ids, mask, new_tokens=5, way="library").tokens
+    assert torch.equal(continue_greedily(model, ids, mask.to(dtype), new_tokens=5, way=way).tokens, wanted)
+    with pytest.raises(KnobError, match="padding stands elsewhere"):
+        continue_greedily(model, ids, mask.flip(-1).to(dtype), new_tokens=5, way=way)
+
+
+def test_prompts_of_no_shape_are_refused() -> None:
+    model = model_on("cpu")
+    ids, mask = prompts("cpu")
+    for wrong in (ids[0], ids[None], ids[:0]):
+        with pytest.raises(DataError, match=r"\(sequences, tokens\) with at least one sequence, got \("):
+            continue_greedily(model, wrong, new_tokens=2)
+    for wrong in (mask[:, :5], mask[:1], mask[0]):
+        with pytest.raises(DataError, match=r"mask has the shape \(.*\), the prompts have \(2, 7\)"):
+            continue_greedily(model, ids, wrong, new_tokens=2)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_model_made_in_inference_mode_is_decoded_too(packed: bool) -> None:
+    ids, mask = prompts("cpu")
+    with torch.inference_mode():
+        model = model_on("cpu")
+        if packed:
+            pack(model)
+        wanted = continue_greedily(model, ids, mask, new_tokens=NEW, way="library").tokens
+        assert torch.equal(continue_greedily(model, ids, mask, new_tokens=NEW, way="fused", join=True).tokens, wanted)
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        {"no_repeat_ngram_size": 1},
+        {"suppress_tokens": [33, 59]},
+        {"bad_words_ids": [[33]]},
+        {"forced_eos_token_id": 5},
+        {"encoder_repetition_penalty": 5.0},
+        {"guidance_scale": 2.0},
+        {"do_sample": True, "temperature": 9.0},
+        {"return_dict_in_generate": True},
+    ],
+    ids=lambda setting: next(iter(setting)),
+)
+def test_settings_of_a_checkpoint_do_not_change_what_is_most_probable(setting: dict[str, object]) -> None:
+    model = model_on("cpu")
+    ids, mask = prompts("cpu")
+    wanted = continue_greedily(model, ids, mask, new_tokens=NEW, way="fused").tokens
+    own = model.generation_config
+    own.update(**setting)
+    assert torch.equal(continue_greedily(model, ids, mask, new_tokens=NEW, way="library").tokens, wanted)
+    assert model.generation_config is own

@@ -147,3 +147,33 @@ def test_layers_that_someone_watches_are_called(dense: bool) -> None:
     layers[0].register_forward_pre_hook(lambda *given: seen.append(1))
     Products(layers)(torch.randn(3, COLUMNS))
     assert seen == [1]
+
+
+def test_joining_again_copies_nothing() -> None:
+    layers = [PackedLinear(LevelTable(bits=2, block_size=16), rows, COLUMNS, None) for rows in (24, 8)]
+    for layer in layers:
+        layer.set_packed(packed(layer.format, layer.rows, layer.rows))
+    wanted = [layer.weight for layer in layers]
+    first, again = (Products(layers).joined for _ in range(2))
+    assert first is not None and again is not None
+    assert {name: item.data_ptr() for name, item in first.tensors.items()} == {
+        name: item.data_ptr() for name, item in again.tensors.items()
+    }
+    assert torch.equal(again.unpack(), torch.cat(wanted))
+    assert all(torch.equal(layer.weight, weight) for layer, weight in zip(layers, wanted, strict=True))
+    other_order = Products(layers[::-1]).joined
+    assert other_order is not None and torch.equal(other_order.unpack(), torch.cat(wanted[::-1]))
+
+
+def test_joining_dense_layers_again_copies_nothing() -> None:
+    layers = [nn.Linear(COLUMNS, rows, bias=False) for rows in (24, 8)]
+    x = torch.randn(1, COLUMNS)
+    wanted = [layer(x) for layer in layers]
+    Products(layers)
+    before = [layer.weight.data_ptr() for layer in layers]
+    found = Products(layers)(x)
+    assert [layer.weight.data_ptr() for layer in layers] == before
+    assert all(torch.allclose(mine, theirs) for mine, theirs in zip(found, wanted, strict=True))
+    layers[1].weight.data = layers[1].weight.data.clone()  # one was moved: they lie apart
+    found = Products(layers)(x)
+    assert all(torch.allclose(mine, theirs) for mine, theirs in zip(found, wanted, strict=True))

@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 
+from whit.formats.base import Packed
 from whit.formats.dense import Dense
 from whit.formats.grouped_integer import GroupedInteger
 from whit.formats.level_table import LevelTable
@@ -67,7 +68,8 @@ def test_a_damaged_file_of_shapes_is_ignored(content):
 @pytest.fixture
 def hopper(monkeypatch):
     """What `cuda_ops` asks of a device."""
-    monkeypatch.setattr(cuda_ops, "device_limits", lambda index: ("No Such GPU", *H200))
+    for module in (cuda_ops, cuda_linear):
+        monkeypatch.setattr(module, "device_limits", lambda index: ("No Such GPU", *H200))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
     cuda_ops.choice.cache_clear()
     yield
@@ -182,6 +184,31 @@ def test_a_cache_that_cannot_be_written_costs_only_time(monkeypatch, tmp_path):
     assert nvrtc.cached_cubin("one", []) == b"code"
 
 
+def test_a_damaged_file_of_code_is_compiled_again(monkeypatch):
+    made = []
+    monkeypatch.setattr(nvrtc, "compile_cubin", lambda source, options: made.append(source) or b"code of " * 9)
+    code = nvrtc.cached_cubin("one", [])
+    (path,) = nvrtc.cache_folder().iterdir()
+    whole = path.read_bytes()
+    for damaged in (b"", whole[:20], whole[:-1], whole + b"x", whole[:40] + b"?" + whole[41:]):
+        path.write_bytes(damaged)
+        made.clear()
+        assert nvrtc.cached_cubin("one", []) == code
+        assert made == ["one"]
+        assert path.read_bytes() == whole
+    assert [item.name for item in nvrtc.cache_folder().iterdir()] == [path.name]
+
+
+def test_a_user_without_a_home_compiles_each_time(monkeypatch):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(nvrtc.Path, "home", no_home)
+    monkeypatch.setattr(nvrtc, "compile_cubin", lambda source, options: b"code")
+    assert nvrtc.cached_cubin("one", []) == b"code"
+
+
 def test_devices_without_binary_tensor_cores_get_limbs():
     layout = layout_of(LevelTable(2, 128), 4096)
     keep_tuned("No Such GPU", {tuning_key(layout, 512, 4096, 1): Shape(256, 256, 2, True)})
@@ -216,3 +243,43 @@ def test_a_machine_without_nvrtc_is_told_what_to_install(monkeypatch):
     monkeypatch.setattr(nvrtc.ctypes, "CDLL", missing)
     with pytest.raises(nvrtc.CompilationError, match=r"no NVRTC library .*\(install a CUDA build of torch"):
         nvrtc.compiler_library()
+
+
+def table():
+    form = LevelTable(2, 128)
+    tensors = {name: torch.empty(spec.shape, dtype=spec.dtype) for name, spec in form.specs(512, 4096).items()}
+    return Packed(form, 512, 4096, tensors)
+
+
+@pytest.mark.parametrize("failure", [KeyboardInterrupt, torch.OutOfMemoryError, nvrtc.CompilationError])
+def test_tuning_that_ends_early_leaves_the_launch_as_it_was(hopper, monkeypatch, failure):
+    packed = table()
+    layout = layout_of(packed.format, 4096)
+    monkeypatch.setattr(cuda_linear, "usable", lambda x, packed: layout)
+    x = torch.empty(1, 4096, device="meta")
+    key, before = tuning_key(layout, 512, 4096, 1), gemv_shapes(layout)[3]
+    cuda_linear.use_shape("No Such GPU", key, before)
+
+    def seconds():
+        assert tuned_shapes("No Such GPU")[key] in gemv_shapes(layout, clusters=True)
+        raise failure("early")
+
+    with pytest.raises(failure):
+        cuda_linear.tune(x, packed, seconds)
+    assert tuned_shapes("No Such GPU")[key] == before
+
+
+def test_tuning_passes_over_launches_that_cannot_be_compiled(hopper, monkeypatch):
+    packed = table()
+    layout = layout_of(packed.format, 4096)
+    monkeypatch.setattr(cuda_linear, "usable", lambda x, packed: layout)
+    wanted, tried = gemv_shapes(layout)[2], []
+
+    def seconds():
+        tried.append(tuned_shapes("No Such GPU")[tuning_key(layout, 512, 4096, 1)])
+        if len(tried) % 2:
+            return 1.0 if tried[-1] == wanted else 2.0
+        raise nvrtc.CompilationError("not here")
+
+    assert cuda_linear.tune(torch.empty(1, 4096, device="meta"), packed, seconds)[1] == wanted
+    assert tried == cuda_linear.candidates(layout, 512, 4096, 1, 0)

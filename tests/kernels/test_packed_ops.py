@@ -45,6 +45,15 @@ def test_linear_is_the_product_with_the_unpacked_weight(make, shape, dtype, with
     assert torch.equal(out, expected)
 
 
+@pytest.mark.parametrize("shape", [(2, 32), (128,), (4, 16), ()])
+def test_inputs_of_another_width_are_refused_by_every_version(shape):
+    packed = integer_weight(32, 64, GroupedInteger(8, 32, True))  # a layout that has a compiled version on a CPU
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    assert choose(x, packed) is PLAIN
+    with pytest.raises(RuntimeError):
+        packed_linear(x, packed)
+
+
 def test_gradients_reach_the_inputs():
     packed = integer_weight()
     x = torch.randn(4, 20, generator=torch.Generator().manual_seed(1), requires_grad=True)

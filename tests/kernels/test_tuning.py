@@ -15,9 +15,10 @@ from whit.formats.grouped_integer import GroupedInteger
 from whit.formats.level_table import LevelTable
 from whit.generation.weights import multiplied_weights
 from whit.kernels import packed_linear, tuning
+from whit.kernels.nvrtc import CompilationError
 from whit.kernels.timing import copies_for
 from whit.kernels.tuning import Tuner, distinct, tune_products, tuner_of
-from whit.models.packed import PackedLinear
+from whit.models.packed import PackedEmbedding, PackedLinear, tied_linear
 
 
 def test_each_format_and_shape_counts_once() -> None:
@@ -60,6 +61,15 @@ def test_what_does_not_fit_into_memory_is_named_and_left(monkeypatch: pytest.Mon
         assert list(tune_products([random_packed(LevelTable(2, 128), 32, 256)], [1, 16], torch.bfloat16)) == []
 
 
+def test_a_product_that_no_launch_can_be_compiled_for_is_named_and_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(packed: Packed, vectors: int, dtype: torch.dtype) -> None:
+        raise CompilationError("no launch can be compiled here")
+
+    monkeypatch.setattr(tuning, "_tune_one", broken)
+    with pytest.warns(UserWarning, match="not tuned for 1 vectors: no launch can be compiled here"):
+        assert list(tune_products([random_packed(LevelTable(2, 128), 32, 256)], [1], torch.bfloat16)) == []
+
+
 def test_joined_weights_of_a_model_come_first() -> None:
     model = tiny.llama()
     for block in model.model.layers:
@@ -75,6 +85,12 @@ def test_joined_weights_of_a_model_come_first() -> None:
     assert found[0].rows == sum(item.rows for item in (attention.q_proj, attention.k_proj, attention.v_proj))
     assert found[1].rows == feed.gate_proj.rows + feed.up_proj.rows
     assert len(found) == 9 * len(model.model.layers)
+
+
+def test_an_output_head_multiplies_by_the_embedding_that_it_shares() -> None:
+    embedding = PackedEmbedding(GroupedInteger(8, 0, True), 97, 48, torch.float32)
+    model = torch.nn.ModuleDict({"embedding": embedding, "head": tied_linear(embedding, torch.nn.Linear(48, 97))})
+    assert [packed.rows for packed in multiplied_weights(model)] == [97]
 
 
 def test_a_model_of_other_parts_gives_its_layers() -> None:

@@ -12,6 +12,7 @@ import torch
 
 from tests.pipeline.conftest import make_case
 from whit.cli import main
+from whit.errors import WhitError
 from whit.methods.statistics import Statistic
 from whit.pipeline.gather import InputAccumulator
 from whit.pipeline.ranks import ALONE, Ranks, spread
@@ -115,6 +116,18 @@ def test_alone_there_is_nobody_to_tell() -> None:
     assert ALONE.gather({"a": 1}) == [{"a": 1}] and tensor.tolist() == [0, 1, 2] and ALONE.first
     with pytest.raises(ZeroDivisionError), ALONE.together():
         raise ZeroDivisionError
+
+
+def test_losing_touch_points_at_the_process_that_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(*arguments: object) -> None:
+        raise RuntimeError("Connection reset by peer")
+
+    for name in ("all_gather", "broadcast"):
+        monkeypatch.setattr(torch.distributed, name, gone)
+    ranks = Ranks(0, 2)
+    for talk in (lambda: ranks.gather(1), lambda: ranks.broadcast(torch.ones(3), 1)):
+        with pytest.raises(WhitError, match=r"process 0 of 2 lost touch .* run the same command again"):
+            talk()
 
 
 NEEDS = frozenset({Statistic.SECOND_MOMENT, Statistic.SQUARE_SUMS, Statistic.RANGE, Statistic.SAMPLE})

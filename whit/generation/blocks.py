@@ -147,8 +147,7 @@ def gated_decoder(model: nn.Module, *, join: bool = True, branches: bool = True)
     Raises:
         UnsuitedError: it is made of other parts.
     """
-    config: Any = getattr(model, "config", None)
-    _refuse_windows(config)
+    _refuse_windows(text_config(model))
     answer: Any = model
     owner = answer.get_decoder() if hasattr(model, "get_decoder") else None
     children = dict(owner.named_children()) if isinstance(owner, nn.Module) else {}
@@ -166,7 +165,11 @@ def gated_decoder(model: nn.Module, *, join: bool = True, branches: bool = True)
     if not isinstance(size, int) or size % 2:
         raise UnsuitedError("its blocks have no attention with heads of an even size")
     blocks = [_block(module, size, join, branches) for module in modules]
-    heads, key_heads = (int(item.out_features) // size for item in (attention.q_proj, attention.k_proj))
+    shapes = {tuple(int(item.out_features) for item in block.attention.modules) for block in blocks}  # type: ignore[arg-type]
+    query, key, value = next(iter(shapes))
+    if len(shapes) > 1 or key != value:
+        raise UnsuitedError("the heads of its blocks differ in number")
+    heads, key_heads = query // size, key // size
     last = _norm(children["norm"])
     coarse = any(packed.format.changes_inputs for packed in packed_modules(model).values())
     return GatedDecoder(children["embed_tokens"], blocks, modules, coarse, last, head, rotary, heads, key_heads, size)
@@ -185,6 +188,12 @@ def agrees(mine: Tensor, theirs: Tensor, before: Tensor | None = None, *, coarse
     added = wide if before is None else wide - before.double()
     limit = COARSE if coarse or theirs.dtype.itemsize <= 2 else FINE
     return bool(excess.norm() <= limit * added.norm())  # False for NaN
+
+
+def text_config(model: nn.Module) -> Any:
+    """What the configuration says of the text model, which in models that also see or hear lies inside it."""
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def _block(module: nn.Module, size: int, join: bool, branches: bool) -> GatedBlock:

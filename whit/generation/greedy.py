@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from whit.errors import DataError, KnobError
-from whit.generation.blocks import UnsuitedError, gated_decoder
+from whit.generation.blocks import UnsuitedError, gated_decoder, text_config
 from whit.generation.fused import FusedStep, check_against
 from whit.generation.loop import Chooser, Step, decode
 from whit.generation.static import StaticStep
@@ -89,7 +89,7 @@ def continue_greedily(
 
     Args:
         model: a causal language model of transformers, packed or not, with all tensors on one device.
-        input_ids: int64 (sequences, prompt). attention_mask: the same shape, 0 for padding on the left.
+        input_ids: int64 (sequences, prompt). attention_mask: the same shape, any dtype, 0 for padding on the left.
         new_tokens: at most so many; fewer where every sequence ends with one of `stop_tokens`.
         way: one of the ways above, refused where it is impossible; "auto": fused where possible, else library.
         graph: record a CUDA graph; default: on a GPU.
@@ -97,15 +97,17 @@ def continue_greedily(
             faster and changes no value. branches: run others beside each other. Both for the fused way.
 
     Raises:
-        DataError: the prompt is empty, or prompt and new tokens together are longer than the model's positions.
+        DataError: the prompt is empty or of another shape than its mask, or prompt and new tokens together are longer
+            than the model's positions.
         KnobError: `way` is unknown or impossible for this model.
     """
     if way not in WAYS:
         raise KnobError(f"way must be one of {', '.join(WAYS)}, got {way!r}")
     if new_tokens < 1:
         raise KnobError(f"new tokens must be at least 1, got {new_tokens}")
+    _check_shapes(input_ids, attention_mask)
     _check_length(model, input_ids, new_tokens)
-    mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    mask = torch.ones_like(input_ids) if attention_mask is None else (attention_mask != 0).to(torch.int64)
     stops = tuple(stop_tokens)
     pad = pad_token if pad_token is not None else stops[0] if stops else 0
     request = Request({"input_ids": input_ids, "attention_mask": mask}, new_tokens, stops, pad)
@@ -163,6 +165,8 @@ def prepare(model: nn.Module, request: Request, way: str, *, join: bool = False,
 
 def _fused(model: nn.Module, request: Request, *, join: bool, branches: bool) -> tuple[Step, Tensor]:
     _refuse_others(model, request)
+    if torch.is_autocast_enabled(request.inputs["input_ids"].device.type):
+        raise UnsuitedError("autocast changes the types of its parts")
     decoder = gated_decoder(model, join=join, branches=branches)
     ids, mask = request.inputs["input_ids"], request.inputs["attention_mask"]
     check_against(model, decoder, ids[0, mask[0] != 0] if bool(mask[0].any()) else ids[0])
@@ -189,31 +193,42 @@ def _refuse_others(model: nn.Module, request: Request) -> None:
 def _by_library(model: nn.Module, request: Request, reasons: tuple[str, ...]) -> Continuation:
     from transformers import GenerationConfig
 
-    # Named, because what is left open here is filled in from the settings that many checkpoints bring.
-    never = int(getattr(getattr(model, "config", None), "vocab_size", 0))
+    answer: Any = model
+    own = getattr(model, "generation_config", None)
+    never = int(getattr(text_config(model), "vocab_size", 0))
+    # What is left open here would be filled in from the settings that many checkpoints bring: sampling, penalties,
+    # tokens suppressed or forced. Only where an answer starts is theirs to say.
     settings = GenerationConfig(
         max_new_tokens=request.new_tokens,
         do_sample=False,
-        num_beams=1,
-        repetition_penalty=1.0,
         eos_token_id=list(request.stops) or [never],
         pad_token_id=request.pad,
+        bos_token_id=getattr(own, "bos_token_id", None),
+        decoder_start_token_id=getattr(own, "decoder_start_token_id", None),
     )
-    generate: Any = model.generate
-    with torch.inference_mode():
-        ids = generate(**request.inputs, generation_config=settings)
+    answer.generation_config = GenerationConfig()
+    try:
+        with torch.inference_mode():
+            ids = answer.generate(**request.inputs, generation_config=settings)
+    finally:
+        answer.generation_config = own
     return Continuation(ids, "library", False, reasons)
 
 
-def _positions(config: object) -> object:
-    return getattr(config, "max_position_embeddings", None)
+def _check_shapes(input_ids: Tensor, attention_mask: Tensor | None) -> None:
+    shape = tuple(input_ids.shape)
+    if len(shape) != 2 or shape[0] < 1:
+        raise DataError(f"prompts must have the shape (sequences, tokens) with at least one sequence, got {shape}")
+    if attention_mask is not None and tuple(attention_mask.shape) != shape:
+        raise DataError(f"the attention mask has the shape {tuple(attention_mask.shape)}, the prompts have {shape}")
 
 
 def _check_length(model: nn.Module, input_ids: Tensor, new_tokens: int) -> None:
-    prompt, config = input_ids.shape[1], getattr(model, "config", None)
+    prompt = input_ids.shape[1]
     if prompt < 1:
         raise DataError("the prompt has no token: give some text to continue")
-    positions = None if getattr(config, "is_encoder_decoder", False) else _positions(config)
+    both = getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    positions = None if both else getattr(text_config(model), "max_position_embeddings", None)
     if not isinstance(positions, int) or prompt + new_tokens <= positions:
         return
     if prompt >= positions:

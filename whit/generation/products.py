@@ -37,10 +37,21 @@ def join_rows(parts: Sequence[Packed]) -> Packed | None:
         if fixed and spec.shape == each[0].shape and all(torch.equal(each[0], tensor) for tensor in each[1:]):
             tensors[name] = each[0]
         elif not fixed and spec.shape == grown and _whole(layout.specs, name, parts):
-            tensors[name] = torch.cat(each)
+            tensors[name] = _one_after_another(each)
         else:
             return None
     return Packed(layout, rows, columns, tensors)
+
+
+def _one_after_another(parts: Sequence[Tensor]) -> Tensor:
+    """The rows of all parts; without a copy where they lie so already, as after joining once before."""
+    first, place = parts[0], parts[0].storage_offset()
+    for part in parts:
+        same = part.untyped_storage().data_ptr() == first.untyped_storage().data_ptr()
+        if not (same and part.is_contiguous() and part.storage_offset() == place):
+            return torch.cat(list(parts))
+        place += part.numel()
+    return first.as_strided((sum(len(part) for part in parts), *first.shape[1:]), first.stride())
 
 
 def _whole(specs: object, name: str, parts: Sequence[Packed]) -> bool:
@@ -167,7 +178,9 @@ def _join_dense(modules: list[nn.Linear]) -> Tensor | None:
     weights = [module.weight.detach() for module in modules]
     if len({(weight.dtype, weight.device, weight.shape[1]) for weight in weights}) > 1:
         return None
-    whole = torch.cat(weights)
+    if any(weight.is_inference() for weight in weights):  # torch lets nobody give them other memory
+        return None
+    whole = _one_after_another(weights)
     for module, part in zip(modules, torch.split(whole, [len(weight) for weight in weights]), strict=True):
         module.weight.data = part
     return whole

@@ -87,6 +87,8 @@ def supports(x: Tensor, packed: Packed) -> bool:
     """Few vectors on a CPU with AVX-512, a layout in whole chunks of columns, and no gradient wanted."""
     if x.device.type != "cpu" or x.dtype not in DTYPES or x.numel() > MOST_VECTORS * packed.columns:
         return False
+    if x.shape[-1:] != (packed.columns,):  # the plain meaning refuses them, a compiled loop would read on
+        return False
     if (x.requires_grad and torch.is_grad_enabled()) or torch.compiler.is_compiling():
         return False
     return _plan(packed.format, packed.columns) is not None and _has_vectors() and _compiler_works()

@@ -10,8 +10,8 @@ implementations (torch.compile) and neither synchronise nor allocate anything bu
 decoded, that weight for the time of the product.
 
 Bounds, with u the unit roundoff of the type of x (2^-11, 2^-8), against the product in exact arithmetic:
-    gemv           |error| <= u |y| + 2^-16 sum_blocks max|x_b| sum_j |w_ij| + 2^-20 sum_j |w_ij x_j|
-    otherwise      |error| <= u |y| + (u + 2^-20) sum_j |w_ij x_j|      (the u is the plain meaning's own rounding of w)
+    gemv           |error| <= u |y| + 2^-16 sum_blocks max|x_b| sum_j |w_ij| + 2^-18 sum_j |w_ij x_j|
+    otherwise      |error| <= u |y| + (u + 2^-18) sum_j |w_ij x_j|      (the u is the plain meaning's own rounding of w)
     after decoding, one u more of the same sum: the library's product may round parts of it
 """
 
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from functools import lru_cache
 
 import torch
@@ -169,7 +170,9 @@ def tune(x: Tensor, packed: Packed, seconds: Callable[[], float]) -> tuple[str, 
         The key of `cuda_plan.tuning_key` and the launch, for `cuda_plan.keep_tuned`.
 
     Raises:
-        ValueError: no kernel multiplies these.
+        ValueError: no kernel multiplies these. CompilationError: no launch can be compiled.
+
+    Whatever is raised, the launch before stays in use.
     """
     layout, index = usable(x, packed), x.device.index
     tokens = 0 if layout is None else size_class(layout, _vectors(x))
@@ -180,20 +183,19 @@ def tune(x: Tensor, packed: Packed, seconds: Callable[[], float]) -> tuple[str, 
     key = tuning_key(layout, packed.rows, packed.columns, tokens)
     times: dict[Tuned, float] = {}
     before = tuned_shapes(device).get(key)
-    for candidate in possible:
-        use_shape(device, key, candidate)
-        choice.cache_clear()
-        try:
-            times[candidate] = seconds()
-        except CompilationError:
-            continue  # this compiler or device cannot do it; another launch will
-        except torch.OutOfMemoryError:
-            use_shape(device, key, before)
+    best = before
+    try:
+        for candidate in possible:
+            use_shape(device, key, candidate)
             choice.cache_clear()
-            raise
-    best = min(times, key=times.__getitem__)
-    use_shape(device, key, best)
-    choice.cache_clear()
+            with suppress(CompilationError):  # this compiler or device cannot do it; another launch will
+                times[candidate] = seconds()
+        if not times:
+            raise CompilationError(f"no launch for {_vectors(x)} vectors and {packed.format} can be compiled here")
+        best = min(times, key=times.__getitem__)
+    finally:
+        use_shape(device, key, best)
+        choice.cache_clear()
     return key, best
 
 

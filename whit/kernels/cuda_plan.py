@@ -8,16 +8,17 @@ fixed list that fits is taken. Shapes change speed alone: the sums of a row are 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from whit.kernels.cuda_layout import Layout
 from whit.kernels.cuda_wide import Decode, WideShape, warpgroup_product
+from whit.kernels.found import keep_shapes, read_shapes, shape_from
 from whit.kernels.nvrtc import cache_folder
 
 
@@ -223,34 +224,31 @@ def tuning_key(layout: Layout, rows: int, columns: int, tokens: int) -> str:
 
 def tuning_file(device: str) -> Path:
     """Where shapes found on this machine are kept."""
-    return cache_folder() / f"tuned-{device.replace(' ', '-')}.json"
+    return cache_folder() / _own_file(device)
 
 
-def _tuned_from(fields: dict[str, int]) -> Tuned:
-    kind: type[Tuned] = Decode if "decode" in fields else WideShape if "splits" in fields else Shape
-    return kind(**fields)  # type: ignore[arg-type]
+def _own_file(device: str) -> str:
+    return f"tuned-{device.replace(' ', '-')}.json"
+
+
+def _tuned_from(values: dict[str, Any]) -> Tuned:
+    kind: type[Tuned] = Decode if "decode" in values else WideShape if "splits" in values else Shape
+    return shape_from(kind, values)
 
 
 @lru_cache(maxsize=8)
 def tuned_shapes(device: str) -> dict[str, Tuned]:
     """Shapes found for a kind of device: the shipped ones, and over them those of this machine."""
-    shipped = files("whit.kernels") / "tuned" / f"{device.replace(' ', '-')}.json"
-    found: dict[str, Tuned] = {}
-    for source in (shipped, tuning_file(device)):
-        try:
-            content = json.loads(source.read_text(encoding="utf-8"))
-            found |= {key: _tuned_from(fields) for key, fields in content.items()}
-        except (OSError, ValueError, TypeError, AttributeError):
-            continue  # absent or of another version: shapes only change speed
-    return found
+    return read_shapes(f"{device.replace(' ', '-')}.json", _own_file(device), _tuned_from)
 
 
 def keep_tuned(device: str, shapes: Mapping[str, Tuned]) -> None:
-    """Add found shapes to this machine's file."""
-    path = tuning_file(device)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    merged = {key: asdict(shape) for key, shape in sorted((tuned_shapes(device) | dict(shapes)).items())}
-    path.write_text(json.dumps(merged, indent=0) + "\n", encoding="utf-8")
+    """Add found shapes to this machine's file.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    keep_shapes(_own_file(device), shapes, _tuned_from)
     tuned_shapes.cache_clear()
 
 
@@ -277,11 +275,11 @@ def choose(
 ) -> Launch:
     """The launch of `gemv` or `small`: the found shape if there is one and it fits, otherwise `plan`'s."""
     found = tuned_shapes(device).get(tuning_key(layout, rows, columns, tokens))
-    if isinstance(found, Shape) and (clusters or found.share == 1):
-        shape = replace(found, bitwise=found.bitwise and layout.bitwise and binary)
-        try:
-            return plan(layout, rows, columns, tokens, processors, memory, [shape])
-        except ValueError:
-            pass
     shapes = gemv_shapes(layout, binary) if tokens == 1 else small_shapes(layout)
+    if isinstance(found, Shape):
+        shape = replace(found, bitwise=found.bitwise and layout.bitwise and binary)
+        known = gemv_shapes(layout, binary, clusters) if tokens == 1 else shapes
+        if shape in known:  # the kernel is written for these, not for whatever a file may say
+            with suppress(ValueError):
+                return plan(layout, rows, columns, tokens, processors, memory, [shape])
     return plan(layout, rows, columns, tokens, processors, memory, shapes)

@@ -8,21 +8,23 @@ alone.
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import warnings
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
-from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from whit.formats.base import Packed
+from whit.kernels.found import keep_shapes, read_shapes, shape_from
 from whit.kernels.nvrtc import cache_folder
 
 HALVES = (torch.float16, torch.bfloat16)
+SMALLEST_SIDE, LARGEST_SIDE = 16, 512
+"""Of a tile that tensor cores multiply."""
 
 
 @dataclass(frozen=True)
@@ -100,28 +102,36 @@ def starts_early(device: torch.device) -> bool:
 
 def tuning_file(device: str) -> Path:
     """Where launch shapes of Triton kernels that were found on this machine are kept."""
-    return cache_folder() / f"tiles-{device.replace(' ', '-')}.json"
+    return cache_folder() / _own_file(device)
+
+
+def _own_file(device: str) -> str:
+    return f"tiles-{device.replace(' ', '-')}.json"
+
+
+def _tile_from(values: dict[str, Any]) -> Tile:
+    tile = shape_from(Tile, values)
+    sides = (tile.m, tile.n, tile.k or 1, tile.warps)
+    if any(size < 1 or size & (size - 1) for size in sides) or max(sides[:3]) > LARGEST_SIDE:
+        raise ValueError("sides of a tile, and warps, are powers of two")
+    if tile.warps > 32 or not (1 <= tile.stages <= 8 and 1 <= tile.group <= 64 and 0 <= tile.tail <= 8):
+        raise ValueError("more than a multiprocessor has")
+    return tile
 
 
 @lru_cache(maxsize=8)
 def tuned_tiles(device: str) -> dict[str, Tile]:
     """Launch shapes found for a kind of device: the shipped ones, and over them those of this machine."""
-    shipped = files("whit.kernels") / "tuned" / tuning_file(device).name
-    found: dict[str, Tile] = {}
-    for source in (shipped, tuning_file(device)):
-        try:
-            found |= {key: Tile(**fields) for key, fields in json.loads(source.read_text(encoding="utf-8")).items()}
-        except (OSError, ValueError, TypeError, AttributeError):
-            continue  # absent or of another version: shapes only change speed
-    return found
+    return read_shapes(_own_file(device), _own_file(device), _tile_from)
 
 
 def keep_tuned(device: str, tiles: dict[str, Tile]) -> None:
-    """Add found shapes to this machine's file."""
-    path = tuning_file(device)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    merged = {key: asdict(tile) for key, tile in sorted((tuned_tiles(device) | tiles).items())}
-    path.write_text(json.dumps(merged, indent=0) + "\n", encoding="utf-8")
+    """Add found shapes to this machine's file.
+
+    Raises:
+        OutputError: it cannot be written.
+    """
+    keep_shapes(_own_file(device), tiles, _tile_from)
     tuned_tiles.cache_clear()
 
 
@@ -177,7 +187,10 @@ def choose_tile(kind: str, tokens: int, rows: int, columns: int, device: torch.d
     descriptor = columns % 16 == 0 and device.type == "cuda" and capability(device) >= (9, 0)
     found = tuned_tiles(device_name(device)).get(tile_key(kind, tokens, rows, columns))
     if found is not None and (descriptor or not found.descriptor):
-        return found
+        if tokens == 1:
+            return found
+        if min(found.m, found.n, found.k) >= SMALLEST_SIDE:
+            return fitted(found, 1, shared_memory(device))
     tile = default_tile(tokens, rows, columns, descriptor, processors(device))
     if interpreted():
         return Tile(min(tile.m, 32), min(tile.n, 32), tile.k if tokens == 1 else 64, 4, 1, 2, tail=4)

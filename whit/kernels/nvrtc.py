@@ -1,7 +1,7 @@
 """Compile CUDA C++ at first use with NVRTC (it comes with PyTorch's CUDA builds; no toolkit is needed) and launch it.
 
-Compiled kernels are kept in `$XDG_CACHE_HOME/whit/kernels` (default `~/.cache`), named by a hash of source, options and
-compiler version, so that only the first process on a machine waits.
+Compiled kernels are kept in `$XDG_CACHE_HOME/whit/kernels` (default `~/.cache`; `$WHIT_CACHE/kernels` if that is set),
+named by a hash of source, options and the CUDA version of PyTorch, so that only the first process on a machine waits.
 """
 
 from __future__ import annotations
@@ -9,14 +9,15 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
-import tempfile
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
 
+from whit.cache import cache_directory, whole_file
 from whit.errors import WhitError
 
 _MAX_DYNAMIC_SHARED_MEMORY = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
@@ -120,26 +121,37 @@ def compile_cubin(source: str, options: Sequence[str]) -> bytes:
 
 
 def cache_folder() -> Path:
-    """Where compiled kernels are kept."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "whit" / "kernels"
+    """Where compiled kernels are kept.
+
+    Raises:
+        FileNotFoundError: as `whit.cache.cache_directory`.
+    """
+    return cache_directory() / "kernels"
 
 
 def cached_cubin(source: str, options: Sequence[str]) -> bytes:
-    """`compile_cubin`, kept on disk; a folder that cannot be written only costs the next process a compilation."""
+    """`compile_cubin`, kept on disk with its hash; a folder that cannot be written only costs the next process time."""
     key = hashlib.sha256("\0".join([source, *options, str(torch.version.cuda)]).encode()).hexdigest()[:32]
-    path = cache_folder() / f"{key}.cubin"
     try:
-        return path.read_bytes()
+        path = cache_folder() / f"{key}.cubin"
     except OSError:
+        return compile_cubin(source, options)
+    code = _kept(path)
+    if code is None:
         code = compile_cubin(source, options)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as part:
-            part.write(code)
-        Path(part.name).replace(path)  # never a half-written file under the final name
-    except OSError:
-        pass
+        with suppress(OSError), whole_file(path) as file:
+            file.write(hashlib.sha256(code).digest() + code)
     return code
+
+
+def _kept(path: Path) -> bytes | None:
+    """The code in a file, None if there is none or the file is damaged: the driver would read beyond its end."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return None
+    size = hashlib.sha256().digest_size
+    return content[size:] if content[:size] == hashlib.sha256(content[size:]).digest() else None
 
 
 @lru_cache(maxsize=1024)

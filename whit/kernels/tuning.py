@@ -16,6 +16,7 @@ from torch import Tensor
 
 from whit.formats.base import Format, Packed
 from whit.kernels.linear import explain, packed_linear
+from whit.kernels.nvrtc import CompilationError
 from whit.kernels.timing import copies_for, seconds_per_call
 
 Seconds = Callable[[], float]
@@ -96,6 +97,9 @@ def tune_products(weights: Sequence[Packed], vectors: Sequence[int], dtype: torc
                     "--vectors)",
                     stacklevel=2,
                 )
+                continue
+            except CompilationError as error:
+                warnings.warn(f"not tuned for {count} vectors: {error}", stacklevel=2)
                 continue
             if found is not None:
                 yield found

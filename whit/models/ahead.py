@@ -68,7 +68,10 @@ class ReadAhead:
         future = self._coming.pop(name, None)
         if future is None or future.cancelled():
             return self._inner.load(name)
-        value = future.result()
+        try:
+            value = future.result()
+        except torch.OutOfMemoryError:  # there was no room beside the block before, which is gone by now
+            return self._inner.load(name)
         # It was allocated for the reading stream: its memory must not be used again before this stream is done with it.
         value.record_stream(torch.cuda.current_stream(self._device))
         return value

@@ -6,14 +6,13 @@ Packages are located, never imported: importing one would run its code and pull 
 from __future__ import annotations
 
 import importlib.util
-import os
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from whit.cache import cache_directory, whole_file
 from whit.errors import MissingDependencyError, ModelError
 from whit.models.source import InMemorySource, hash_file
 
@@ -154,26 +153,16 @@ def _find(part: Part) -> Path | None:
     return None
 
 
-def cache_directory() -> Path:
-    """Where whit keeps files it made: $WHIT_CACHE, else `whit` in the user's cache folder."""
-    if "WHIT_CACHE" in os.environ:
-        return Path(os.environ["WHIT_CACHE"])
-    base = os.environ.get("XDG_CACHE_HOME") or os.environ.get("LOCALAPPDATA")
-    return (Path(base) if base else Path.home() / ".cache") / "whit"
-
-
 def _joined(entry: CatalogEntry, parts: Sequence[Path]) -> Path:
     """Concatenate parts into the cache; the file appears under its name only when it is whole."""
     target = cache_directory() / f"{entry.name}-{entry.sha256}{Path(parts[0].stem).suffix}"
     if target.is_file() and target.stat().st_size == sum(part.stat().st_size for part in parts):
         return target
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=target.parent, delete=False) as out:
+    with whole_file(target) as out:
         for part in parts:
             with part.open("rb") as file:
                 while block := file.read(1 << 22):
                     out.write(block)
-    Path(out.name).replace(target)
     return target
 
 

@@ -50,13 +50,14 @@ class Ranks:
         if self.count == 1:
             return [value]
         text = json.dumps(value).encode()
-        sizes = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.count)]
-        distributed.all_gather(sizes, torch.tensor([len(text)], device=self.device))
-        longest = int(torch.cat(sizes).max())
-        padded = torch.frombuffer(bytearray(text.ljust(longest)), dtype=torch.uint8).to(self.device)
-        parts = [torch.empty_like(padded) for _ in range(self.count)]
-        distributed.all_gather(parts, padded)
-        return [json.loads(bytes(part.tolist())) for part in parts]
+        with self._in_touch():
+            sizes = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.count)]
+            distributed.all_gather(sizes, torch.tensor([len(text)], device=self.device))
+            longest = int(torch.cat(sizes).max())
+            padded = torch.frombuffer(bytearray(text.ljust(longest)), dtype=torch.uint8).to(self.device)
+            parts = [torch.empty_like(padded) for _ in range(self.count)]
+            distributed.all_gather(parts, padded)
+            return [json.loads(bytes(part.tolist())) for part in parts]
 
     def wait(self) -> None:
         """Until every process is here."""
@@ -65,7 +66,21 @@ class Ranks:
     def broadcast(self, tensor: Tensor, source: int) -> None:
         """Copy a contiguous tensor on `device` from one process to all others, in place."""
         if self.count > 1 and tensor.numel():
-            distributed.broadcast(tensor.view(-1).view(torch.uint8), source)
+            with self._in_touch():
+                distributed.broadcast(tensor.view(-1).view(torch.uint8), source)
+
+    @contextmanager
+    def _in_touch(self) -> Iterator[None]:
+        """What the library says of a process that is gone names sockets; what ended it is said by that process."""
+        try:
+            yield
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            raise WhitError(
+                f"process {self.rank} of {self.count} lost touch with the others: see the error of the one that ended "
+                "first, and run the same command again to continue"
+            ) from error
 
     @contextmanager
     def together(self) -> Iterator[None]:
