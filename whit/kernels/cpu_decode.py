@@ -13,7 +13,6 @@ float16, whose plain meaning rounds the weight first, 2^-8 and 2^-11 more. The o
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -25,22 +24,20 @@ from whit.formats.binary_residual import BinaryResidual
 from whit.formats.grouped_integer import GroupedInteger
 from whit.formats.level_table import LevelTable
 from whit.kernels.cpu.compiling import numba_works, shared_out
+from whit.kernels.cpu.program import Step, run
 from whit.kernels.linear import Implementation, register_implementation
 
 NAME = "registers (numba)"
 CHUNK = 16
 MOST_VECTORS = 16
+PLANE_CHUNK = 64
 TABLE_BITS = 4
 BYTE_BITS = 8
 NOTHING = ""
 WEIGHTS_TO_SHARE = 2**22  # a smaller layer is done before a second thread has woken up
 ROWS_PER_PART = 16
+WEIGHTS_IN_PART = 2**16  # some ten microseconds: a hundred times what it takes to agree on who does it
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-
-@lru_cache(maxsize=1)
-def _has_vectors() -> bool:
-    return torch.backends.cpu.get_cpu_capability() == "AVX512"
 
 
 @lru_cache(maxsize=1)
@@ -56,31 +53,75 @@ def _compiler_works() -> bool:
 
 @dataclass(frozen=True)
 class _Plan:
-    """How a layout is computed: name of the compiled function, tensors it reads in order, and its own arguments."""
+    """How a layout is computed.
+
+    Attributes:
+        function: the step. tensors: names of what it reads, in order. arguments: its last ones.
+        laid_out: the step that puts the inputs in the order wanted, with the tensor it reads, and the bytes it
+            writes (once, for each vector); None if the order is the usual one.
+    """
 
     function: str
     tensors: tuple[str, ...]
     arguments: tuple[int, ...]
+    laid_out: tuple[str, str, int, int] | None = None
 
 
 @lru_cache(maxsize=1024)
 def _plan(layout: Format, columns: int) -> _Plan | None:
     """The plan of a layout, None if its groups of columns are no whole chunks or its codes are not covered."""
     size = layout.group_size if isinstance(layout, GroupedInteger) else getattr(layout, "block_size", 1)
-    if columns % CHUNK or size % CHUNK or not columns:
-        return None
     size = size or columns
+    if not columns:
+        return None
     if isinstance(layout, BinaryResidual):
-        return _Plan("plane_rows", ("signs", "second", "scalars", "salient"), (int(layout.means), size))
+        if size % BYTE_BITS and size < columns:
+            return None
+        whole, rest = divmod(columns, size)
+        chunks = whole * -(-size // PLANE_CHUNK) + -(-rest // PLANE_CHUNK)
+        order = ("plane_products.lay_out", "salient", chunks * PLANE_CHUNK, 4 * chunks * PLANE_CHUNK)
+        stored = ("signs", "second", "scalars")
+        return _Plan("plane_products.plane_rows", stored, (int(layout.means), size), order)
+    if columns % CHUNK or size % CHUNK:
+        return None
     if isinstance(layout, LevelTable) and layout.bits <= TABLE_BITS:
-        return _Plan("level_rows", ("codes", "levels"), (layout.bits, size))
+        return _Plan("decode.level_rows", ("codes", "levels"), (layout.bits, size))
     if isinstance(layout, GroupedInteger):
         stored = ("codes", "scales", NOTHING if layout.symmetric else "zeros")
         if layout.bits == BYTE_BITS:
-            return _Plan("byte_rows", stored, (size,))
+            return _Plan("decode.byte_rows", stored, (size,))
         if layout.bits <= TABLE_BITS:
-            return _Plan("integer_rows", stored, (layout.bits, size))
+            return _Plan("decode.integer_rows", stored, (layout.bits, size))
     return None
+
+
+@dataclass(frozen=True)
+class Steps:
+    """A packed product as steps of a program: what comes before, if anything, and the product itself."""
+
+    before: Step | None
+    product: Step
+
+
+def steps_of(packed: Packed, x: Tensor, y: Tensor, bias: Tensor | None) -> Steps | None:
+    """y = x W^T + b over fixed tensors, None if the layout is not covered; the steps keep alive what they need.
+
+    Args:
+        x: float32 (n, columns). y: float32 (n, rows), written. bias: float32 (rows,). All contiguous.
+    """
+    plan = _plan(packed.format, packed.columns)
+    if plan is None or not _compiler_works():
+        return None
+    stored = [None if name is NOTHING else packed.tensors[name].contiguous() for name in plan.tensors]
+    count, before, inputs = x.numel() // packed.columns, None, x
+    if plan.laid_out is not None:
+        function, name, once, each = plan.laid_out
+        inputs = torch.empty(once + count * each, dtype=torch.uint8)
+        marks = packed.tensors[name].contiguous()
+        before = Step(function, (x, count, packed.columns, marks, plan.arguments[-1], inputs))
+    arguments = (inputs, count, packed.columns, y, packed.rows, bias, *stored, *plan.arguments)
+    length = max(1, WEIGHTS_IN_PART // (packed.columns * max(1, count)))
+    return Steps(before, Step(plan.function, arguments, packed.rows, length))
 
 
 def supports(x: Tensor, packed: Packed) -> bool:
@@ -91,42 +132,28 @@ def supports(x: Tensor, packed: Packed) -> bool:
         return False
     if (x.requires_grad and torch.is_grad_enabled()) or torch.compiler.is_compiling():
         return False
-    return _plan(packed.format, packed.columns) is not None and _has_vectors() and _compiler_works()
+    return _plan(packed.format, packed.columns) is not None and _compiler_works()
 
 
 def decoded_linear(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
     """y = x W^T + b for few vectors x (..., columns), in their dtype."""
     rows, columns = packed.rows, packed.columns
-    plan = _plan(packed.format, columns)
-    assert plan is not None
     # A vector of float32, the usual case, is taken as it is: each call of torch costs as much as 10,000 weights.
     inputs = (x if x.dtype == torch.float32 else x.float()).contiguous()
     count = inputs.numel() // columns
     out = torch.empty(*x.shape[:-1], rows)
     if count and rows:
-        stored = [None if name is NOTHING else packed.tensors[name].contiguous() for name in plan.tensors]
-        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in stored]
-        kernel = _compiled(plan.function)
-        if isinstance(packed.format, BinaryResidual):
-            marks = torch.empty(columns, dtype=torch.int32)
-            _compiled("spread_marks")(addresses[-1], columns, marks.data_ptr())
-            addresses[-1] = marks.data_ptr()
-        places = (inputs.data_ptr(), count, columns, *addresses, *plan.arguments, out.data_ptr(), rows)
+        steps = steps_of(packed, inputs, out, None)
+        assert steps is not None
+        if steps.before is not None:
+            run(steps.before, 0, 1)
         if count * rows * columns < WEIGHTS_TO_SHARE or torch.get_num_threads() == 1:
-            kernel(*places, 0, rows)
+            run(steps.product, 0, rows)
         else:
-            shared_out(lambda first, last: kernel(*places, first, last), rows, ROWS_PER_PART)
+            shared_out(lambda first, last: run(steps.product, first, last), rows, ROWS_PER_PART)
     if bias is not None:
         out += bias.detach()
     return out if x.dtype == torch.float32 else out.to(x.dtype)
-
-
-@lru_cache(maxsize=8)
-def _compiled(function: str) -> Callable[..., None]:
-    from whit.kernels.cpu import decode  # imports numba, which takes a second
-
-    compiled: Callable[..., None] = getattr(decode, function)
-    return compiled
 
 
 for _format in (GroupedInteger, LevelTable, BinaryResidual):
