@@ -120,8 +120,20 @@ def steps_of(packed: Packed, x: Tensor, y: Tensor, bias: Tensor | None) -> Steps
         marks = packed.tensors[name].contiguous()
         before = Step(function, (x, count, packed.columns, marks, plan.arguments[-1], inputs))
     arguments = (inputs, count, packed.columns, y, packed.rows, bias, *stored, *plan.arguments)
-    length = max(1, WEIGHTS_IN_PART // (packed.columns * max(1, count)))
-    return Steps(before, Step(plan.function, arguments, packed.rows, length))
+    return Steps(before, Step(plan.function, arguments, packed.rows, _rows_in_part(packed.columns)))
+
+
+def dense_steps(weight: Tensor, x: Tensor, y: Tensor, bias: Tensor | None) -> Steps | None:
+    """The same for a weight of float32 (rows, columns), None if it is not contiguous."""
+    if not weight.is_contiguous() or not _compiler_works():
+        return None
+    rows, columns = weight.shape
+    arguments = (x, x.numel() // columns, columns, y, rows, bias, weight)
+    return Steps(None, Step("decode.dense_rows", arguments, rows, _rows_in_part(columns)))
+
+
+def _rows_in_part(columns: int) -> int:
+    return max(1, WEIGHTS_IN_PART // columns)
 
 
 def supports(x: Tensor, packed: Packed) -> bool:
