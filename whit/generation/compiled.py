@@ -18,6 +18,19 @@ from whit.kernels.decode_ops import KeyValues
 from whit.models.packed import PackedLinear, TiedPackedLinear
 
 
+def refuse_to_compile(model: nn.Module, ids: Tensor) -> None:
+    """What can be said before anything is computed, for prompts (sequences, tokens).
+
+    Raises:
+        UnsuitedError: numba is missing, or it is not one sequence in float32 on a CPU.
+    """
+    if not numba_works():
+        raise UnsuitedError("numba is missing")
+    kinds = {(item.device.type, item.dtype) for item in model.parameters()}
+    if len(ids) != 1 or kinds != {("cpu", torch.float32)}:
+        raise UnsuitedError("it is compiled for one sequence in float32 on a CPU")
+
+
 class CompiledStep:
     """As `FusedStep`, for one sequence in float32 after its prompt has been read.
 
@@ -25,37 +38,30 @@ class CompiledStep:
         step: the fused form, with the prompt in its caches.
 
     Raises:
-        UnsuitedError: numba is missing, a layer has no compiled product, or there are several sequences.
+        UnsuitedError: a layer has no compiled product.
     """
 
     def __init__(self, step: FusedStep) -> None:
         decoder, place = step.decoder, step.place
-        if not numba_works():
-            raise UnsuitedError("numba is missing")
-        if len(place.start) != 1 or decoder.last.weight.dtype != torch.float32:
-            raise UnsuitedError("it is compiled for one sequence in float32")
         self._fused = step
         self._place = torch.stack([place.position, place.start[0]])
         self._states = torch.zeros(1, len(decoder.last.weight))
         self._program = Program(self._phases(decoder))
-        self._proven = False
 
     def logits(self, ids: Tensor) -> Tensor:
-        """ids (1, 1) -> (1, vocabulary), valid until the next call.
-
-        The first call computes the same by the fused form too.
-
-        Raises:
-            UnsuitedError: at the first call, if the results differ by more than their roundings.
-        """
+        """ids (1, 1) -> (1, vocabulary), valid until the next call."""
         self._states.copy_(self._fused.decoder.embedding(ids[:, 0]))
         self._program.run()
-        if not self._proven:
-            wanted = self._fused.logits(ids)
-            if not agrees(self._out, wanted, coarse=self._fused.decoder.coarse):
-                raise UnsuitedError("the compiled program computes something else")
-            self._proven = True
         return self._out
+
+    def prove(self, ids: Tensor) -> None:
+        """Compute one token, ids (1, 1), in both forms; it may be any, since the next one takes its place.
+
+        Raises:
+            UnsuitedError: the results differ by more than their roundings.
+        """
+        if not agrees(self.logits(ids), self._fused.logits(ids), coarse=self._fused.decoder.coarse):
+            raise UnsuitedError("the compiled program computes something else")
 
     def advance(self) -> None:
         """The next token stands one place further."""
