@@ -11,8 +11,6 @@ from whit.kernels import cpu_decode, explain, packed_linear
 from whit.kernels.cpu_decode import MOST_VECTORS, NAME
 
 pytest.importorskip("numba")
-if torch.backends.cpu.get_cpu_capability() != "AVX512":
-    pytest.skip("needs AVX-512", allow_module_level=True)
 
 LAYOUTS = [
     *(GroupedInteger(bits, 32, symmetric) for bits in (1, 2, 3, 4, 8) for symmetric in (True, False)),

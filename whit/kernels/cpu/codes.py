@@ -75,21 +75,24 @@ def code_loader(bits, first):
 
 
 def level_loader(means):
-    """A function that loads the scalars of `whit.formats.binary_residual` and returns its eight levels, twice."""
+    """A function that loads the scalars of `whit.formats.binary_residual` and returns its eight levels, twice.
+
+    Their order is that of mark + 2 * first + 4 * second (bits of a weight).
+    """
 
     @intrinsic
     def load_levels(context, address):
         def build(context, builder, signature, arguments):
             count = 7 if means else 4
             scalars = load_halves(builder, arguments[0], count)
-            scales = [1, 1, 3, 3, 5, 5, 5, 5] if means else [0, 0, 1, 1, 2, 2, 2, 2]
+            scales = [1, 5, 1, 5, 3, 5, 3, 5] if means else [0, 2, 0, 2, 1, 2, 1, 2]
             first = shuffle(builder, scalars, scales * 2)
             last = shuffle(builder, scalars, [count - 1] * LANES)
-            signs = numbers([-1.0, 1.0] * 8, FLOATS)
-            last_signs = numbers([0.0, 0.0, 0.0, 0.0, -1.0, -1.0, 1.0, 1.0] * 2, FLOATS)
+            signs = numbers([-1.0, -1.0, 1.0, 1.0] * 4, FLOATS)
+            last_signs = numbers([0.0, -1.0, 0.0, -1.0, 0.0, 1.0, 0.0, 1.0] * 2, FLOATS)
             level = builder.fmul(first, signs)
             if means:
-                level = builder.fadd(shuffle(builder, scalars, [0, 0, 2, 2, 4, 4, 4, 4] * 2), level)
+                level = builder.fadd(shuffle(builder, scalars, [0, 4, 0, 4, 2, 4, 2, 4] * 2), level)
             return builder.fadd(level, builder.fmul(last, last_signs))
 
         return floats(types.int64), build

@@ -233,6 +233,7 @@ def dense_rows(at, start, stop):
     x, count, columns, y, rows, bias = common(at)
     weight = word(at, OWN)
     for row in range(start, stop):
+        ask_for(weight + 4 * columns * row, 4 * columns)
         for vector in range(count):
             place = x + 4 * columns * vector
             stored = weight + 4 * columns * row

@@ -54,11 +54,11 @@ def load_word(context, address):
 
 @intrinsic
 def places(context, first, second, marks):
-    """marks + first + 2 * second for sixty-four columns: bits of two words, and bytes at an address."""
+    """mark + 2 * first + 4 * second for sixty-four columns: bits of two words, and bytes at an address."""
 
     def build(context, builder, signature, arguments):
         total = load(builder, arguments[2], BYTES)
-        for bits, step in zip(arguments[:2], (1, 2), strict=True):
+        for bits, step in zip(arguments[:2], (2, 4), strict=True):
             more = builder.add(total, numbers([step] * WIDTH, BYTES))
             total = builder.select(builder.bitcast(bits, BITS), more, total)
         return builder.bitcast(total, INTEGERS)
@@ -114,7 +114,7 @@ def lay_out(at, start, stop):
                 column = first + WIDTH * chunk + j
                 inside = WIDTH * chunk + j < width
                 mark = (load_byte(salient + (column >> 3)) >> (column & 7)) & 1 if inside else 0
-                store_byte(out + WIDTH * place + j, 4 * mark)
+                store_byte(out + WIDTH * place + j, mark)
                 lane = (j & 3) * LANES + (j >> 2)
                 for vector in range(count):
                     value = load_float(x + 4 * (columns * vector + column)) if inside else 0.0
