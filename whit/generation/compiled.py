@@ -108,18 +108,19 @@ class CompiledStep:
 
 def _products(modules: list[nn.Module], inputs: Tensor) -> tuple[list[Tensor], list[Steps]]:
     """The outputs of layers with one input, and the steps that compute them."""
-    pairs = [_product(module, inputs) for module in modules]
+    ordered: dict[int, Tensor] = {}
+    pairs = [_product(module, inputs, ordered) for module in modules]
     return [out for out, _ in pairs], [steps for _, steps in pairs]
 
 
-def _product(module: nn.Module, inputs: Tensor) -> tuple[Tensor, Steps]:
+def _product(module: nn.Module, inputs: Tensor, ordered: dict[int, Tensor]) -> tuple[Tensor, Steps]:
     bias = getattr(module, "bias", None)
     bias = None if bias is None else bias.detach().float().contiguous()
     steps: Steps | None = None
     if type(module) in (PackedLinear, TiedPackedLinear):
         packed = module.source.packed if isinstance(module, TiedPackedLinear) else module.packed
         out = torch.empty(1, packed.rows)
-        steps = steps_of(packed, inputs, out, bias)
+        steps = steps_of(packed, inputs, out, bias, ordered)
     elif type(module) is nn.Linear and module.weight.dtype == torch.float32:
         out = torch.empty(1, module.out_features)
         steps = dense_steps(module.weight.detach(), inputs, out, bias)

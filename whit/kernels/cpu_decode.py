@@ -57,14 +57,19 @@ class _Plan:
 
     Attributes:
         function: the step. tensors: names of what it reads, in order. arguments: its last ones.
-        laid_out: the step that puts the inputs in the order wanted, with the tensor it reads, and the bytes it
-            writes (once, for each vector); None if the order is the usual one.
+        size: columns of a group. ordered: whether it takes the order of inputs of `plane_products`, and the marks so.
     """
 
     function: str
     tensors: tuple[str, ...]
     arguments: tuple[int, ...]
-    laid_out: tuple[str, str, int, int] | None = None
+    size: int
+    ordered: bool = False
+
+    def room(self, columns: int) -> int:
+        """Columns with every group filled up to whole chunks, where the order asks for that."""
+        whole, rest = divmod(columns, self.size)
+        return PLANE_CHUNK * (whole * -(-self.size // PLANE_CHUNK) + -(-rest // PLANE_CHUNK))
 
 
 @lru_cache(maxsize=1024)
@@ -77,21 +82,18 @@ def _plan(layout: Format, columns: int) -> _Plan | None:
     if isinstance(layout, BinaryResidual):
         if size % BYTE_BITS and size < columns:
             return None
-        whole, rest = divmod(columns, size)
-        chunks = whole * -(-size // PLANE_CHUNK) + -(-rest // PLANE_CHUNK)
-        order = ("plane_products.lay_out", "salient", chunks * PLANE_CHUNK, 4 * chunks * PLANE_CHUNK)
-        stored = ("signs", "second", "scalars")
-        return _Plan("plane_products.plane_rows", stored, (int(layout.means), size), order)
+        stored = ("signs", "second", "scalars", "salient")
+        return _Plan("plane_products.plane_rows", stored, (int(layout.means), size), size, ordered=True)
     if columns % CHUNK or size % CHUNK:
         return None
     if isinstance(layout, LevelTable) and layout.bits <= TABLE_BITS:
-        return _Plan("decode.level_rows", ("codes", "levels"), (layout.bits, size))
+        return _Plan("decode.level_rows", ("codes", "levels"), (layout.bits, size), size)
     if isinstance(layout, GroupedInteger):
         stored = ("codes", "scales", NOTHING if layout.symmetric else "zeros")
         if layout.bits == BYTE_BITS:
-            return _Plan("decode.byte_rows", stored, (size,))
+            return _Plan("decode.byte_rows", stored, (size,), size)
         if layout.bits <= TABLE_BITS:
-            return _Plan("decode.integer_rows", stored, (layout.bits, size))
+            return _Plan("decode.integer_rows", stored, (layout.bits, size), size)
     return None
 
 
@@ -103,24 +105,34 @@ class Steps:
     product: Step
 
 
-def steps_of(packed: Packed, x: Tensor, y: Tensor, bias: Tensor | None) -> Steps | None:
+def steps_of(
+    packed: Packed, x: Tensor, y: Tensor, bias: Tensor | None, ordered: dict[int, Tensor] | None = None
+) -> Steps | None:
     """y = x W^T + b over fixed tensors, None if the layout is not covered; the steps keep alive what they need.
 
     Args:
         x: float32 (n, columns). y: float32 (n, rows), written. bias: float32 (rows,). All contiguous.
+        ordered: where products of one x find and leave x in other orders, so that it is ordered once.
     """
     plan = _plan(packed.format, packed.columns)
     if plan is None or not _compiler_works():
         return None
     stored = [None if name is NOTHING else packed.tensors[name].contiguous() for name in plan.tensors]
-    count, before, inputs = x.numel() // packed.columns, None, x
-    if plan.laid_out is not None:
-        function, name, once, each = plan.laid_out
-        inputs = torch.empty(once + count * each, dtype=torch.uint8)
-        marks = packed.tensors[name].contiguous()
-        before = Step(function, (x, count, packed.columns, marks, plan.arguments[-1], inputs))
-    arguments = (inputs, count, packed.columns, y, packed.rows, bias, *stored, *plan.arguments)
-    return Steps(before, Step(plan.function, arguments, packed.rows, _rows_in_part(packed.columns)))
+    rows, columns, count = packed.rows, packed.columns, x.numel() // packed.columns
+    before, inputs = None, x
+    if plan.ordered:
+        room = plan.room(columns)
+        marks = torch.empty(room, dtype=torch.uint8)
+        run(Step("plane_products.spread_marks", (stored[-1], columns, plan.size, marks)))
+        stored[-1] = marks
+        known = None if ordered is None else ordered.get(plan.size)
+        inputs = torch.empty(count, room) if known is None else known
+        if known is None:
+            before = Step("plane_products.order_inputs", (x, count, columns, plan.size, inputs))
+        if ordered is not None:
+            ordered[plan.size] = inputs
+    arguments = (inputs, count, columns, y, rows, bias, *stored, *plan.arguments)
+    return Steps(before, Step(plan.function, arguments, rows, _rows_in_part(columns)))
 
 
 def dense_steps(weight: Tensor, x: Tensor, y: Tensor, bias: Tensor | None) -> Steps | None:
@@ -158,7 +170,7 @@ def decoded_linear(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
         steps = steps_of(packed, inputs, out, None)
         assert steps is not None
         if steps.before is not None:
-            run(steps.before, 0, 1)
+            run(steps.before)
         if count * rows * columns < WEIGHTS_TO_SHARE or torch.get_num_threads() == 1:
             run(steps.product, 0, rows)
         else:

@@ -18,6 +18,8 @@ from numba.core.extending import intrinsic
 from whit.kernels.cpu.codes import level_loader
 from whit.kernels.cpu.decode import INLINE, OWN, ask_for, common, finish
 from whit.kernels.cpu.vectors import (
+    F32,
+    FLOATS,
     I8,
     I64,
     INTEGERS,
@@ -32,6 +34,7 @@ from whit.kernels.cpu.vectors import (
     multiply_add,
     numbers,
     plus,
+    shuffle,
     store_float,
     sum_of,
 )
@@ -100,25 +103,49 @@ def _chunks(columns, size):
     return whole * (-(-size // WIDTH)) + -(-(columns - whole * size) // WIDTH)
 
 
-def lay_out(at, start, stop):
-    """Bytes of marks and inputs in the order above: x, count, columns, marks (one bit each), block, where to."""
-    x, count, columns = word(at, 0), word(at, 1), word(at, 2)
-    salient, size, out = word(at, 3), word(at, 4), word(at, 5)
-    chunks = _chunks(columns, size)
+def spread_marks(at, start, stop):
+    """A byte for each column, 1 where marked, blocks filled up with 0: marks (one bit each), columns, block, where to."""
+    salient, columns, size, out = word(at, 0), word(at, 1), word(at, 2), word(at, 3)
     for block in range(-(-columns // size)):
-        first = block * size
-        width = min(size, columns - first)
-        for chunk in range(-(-width // WIDTH)):
-            place = block * (-(-size // WIDTH)) + chunk
-            for j in range(WIDTH):
-                column = first + WIDTH * chunk + j
-                inside = WIDTH * chunk + j < width
-                mark = (load_byte(salient + (column >> 3)) >> (column & 7)) & 1 if inside else 0
-                store_byte(out + WIDTH * place + j, mark)
-                lane = (j & 3) * LANES + (j >> 2)
-                for vector in range(count):
-                    value = load_float(x + 4 * (columns * vector + column)) if inside else 0.0
-                    store_float(out + WIDTH * (chunks + 4 * (chunks * vector + place)) + 4 * lane, value)
+        width = min(size, columns - block * size)
+        for index in range(-(-width // WIDTH) * WIDTH):
+            column = block * size + index
+            mark = (load_byte(salient + (column >> 3)) >> (column & 7)) & 1 if index < width else 0
+            store_byte(out, mark)
+            out += 1
+
+
+@intrinsic
+def _order(context, values, out):
+    """Sixty-four float32 from one address to another, in the order above."""
+
+    def build(context, builder, signature, arguments):
+        whole = load(builder, arguments[0], ir.VectorType(F32, WIDTH))
+        for part in range(4):
+            place = builder.add(arguments[1], ir.Constant(I64, WIDTH * part))
+            register = shuffle(builder, whole, range(part, WIDTH, 4))
+            builder.store(register, builder.inttoptr(place, FLOATS.as_pointer()), align=4)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), build
+
+
+def order_inputs(at, start, stop):
+    """Inputs in the order above, blocks filled up with 0: x, count, columns, block, where to."""
+    x, count, columns, size, out = word(at, 0), word(at, 1), word(at, 2), word(at, 3), word(at, 4)
+    for vector in range(count):
+        for block in range(-(-columns // size)):
+            width = min(size, columns - block * size)
+            place = x + 4 * (columns * vector + block * size)
+            for _ in range(width // WIDTH):
+                _order(place, out)
+                place += 4 * WIDTH
+                out += 4 * WIDTH
+            if width % WIDTH:
+                for j in range(WIDTH):
+                    value = load_float(place + 4 * j) if j < width % WIDTH else 0.0
+                    store_float(out + 4 * ((j & 3) * LANES + (j >> 2)), value)
+                out += 4 * WIDTH
 
 
 @njit(**INLINE)
@@ -141,10 +168,13 @@ def _chunk(first, second, mark, place, table, total):
 
 
 def plane_rows(at, start, stop):
-    """`BinaryResidual`: signs, second, scalars, with means, columns of a block; x is what `lay_out` wrote."""
-    laid, count, columns, y, rows, bias = common(at)
-    signs, second, scalars = word(at, OWN), word(at, OWN + 1), word(at, OWN + 2)
-    means, size = word(at, OWN + 3), word(at, OWN + 4)
+    """`BinaryResidual`: signs, second, scalars, marks of `spread_marks`, with means, columns of a block.
+
+    x is what `order_inputs` wrote.
+    """
+    x, count, columns, y, rows, bias = common(at)
+    signs, second, scalars, marks = word(at, OWN), word(at, OWN + 1), word(at, OWN + 2), word(at, OWN + 3)
+    means, size = word(at, OWN + 4), word(at, OWN + 5)
     groups = -(-columns // size)
     last = columns - (groups - 1) * size
     chunks = _chunks(columns, size)
@@ -156,8 +186,8 @@ def plane_rows(at, start, stop):
         ask_for(second + row_bytes * row, row_bytes)
         for vector in range(count):
             total = (zero, zero, zero, zero)
-            place = laid + WIDTH * (chunks + 4 * chunks * vector)
-            mark = laid
+            place = x + 4 * WIDTH * chunks * vector
+            mark = marks
             for group in range(groups):
                 width = last if group == groups - 1 else size
                 one = signs + row_bytes * row + group * (size // 8)

@@ -44,7 +44,7 @@ class Phase:
     together: bool = False
 
 
-def run(step: Step, start: int, stop: int) -> None:
+def run(step: Step, start: int = 0, stop: int = 1) -> None:
     """A range of items of one step, by the caller. Other threads of Python go on meanwhile."""
     size = len(step.arguments)
     words = (ctypes.c_int64 * size)(*[_word(item) for item in step.arguments])
