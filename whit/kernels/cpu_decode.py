@@ -24,7 +24,7 @@ from whit.formats.binary_residual import BinaryResidual
 from whit.formats.grouped_integer import GroupedInteger
 from whit.formats.level_table import LevelTable
 from whit.kernels.cpu.compiling import numba_works, shared_out
-from whit.kernels.cpu.program import Step, run
+from whit.kernels.cpu.program import Step, call
 from whit.kernels.linear import Implementation, register_implementation
 
 NAME = "registers (numba)"
@@ -123,7 +123,8 @@ def steps_of(
     if plan.ordered:
         room = plan.room(columns)
         marks = torch.empty(room, dtype=torch.uint8)
-        run(Step("plane_products.spread_marks", (stored[-1], columns, plan.size, marks)))
+        words = (packed.tensors["salient"].contiguous().data_ptr(), columns, plan.size, marks.data_ptr())
+        call("plane_products.spread_marks", words, 0, 1)
         stored[-1] = marks
         known = None if ordered is None else ordered.get(plan.size)
         inputs = torch.empty(count, room) if known is None else known
@@ -166,15 +167,23 @@ def decoded_linear(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
     inputs = (x if x.dtype == torch.float32 else x.float()).contiguous()
     count = inputs.numel() // columns
     out = torch.empty(*x.shape[:-1], rows)
+    plan = _plan(packed.format, columns)
+    assert plan is not None
     if count and rows:
-        steps = steps_of(packed, inputs, out, None)
-        assert steps is not None
-        if steps.before is not None:
-            run(steps.before)
+        stored = [None if name is NOTHING else packed.tensors[name].contiguous() for name in plan.tensors]
+        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in stored]
+        place = inputs.data_ptr()
+        if plan.ordered:
+            room = plan.room(columns)
+            workspace = torch.empty(room * (1 + 4 * count), dtype=torch.uint8)
+            marks, ordered = workspace.data_ptr(), workspace.data_ptr() + room
+            call("plane_products.prepare", (place, count, columns, addresses[-1], plan.size, marks, ordered), 0, 1)
+            place, addresses[-1] = ordered, marks
+        words = (place, count, columns, out.data_ptr(), rows, 0, *addresses, *plan.arguments)
         if count * rows * columns < WEIGHTS_TO_SHARE or torch.get_num_threads() == 1:
-            run(steps.product, 0, rows)
+            call(plan.function, words, 0, rows)
         else:
-            shared_out(lambda first, last: run(steps.product, first, last), rows, ROWS_PER_PART)
+            shared_out(lambda first, last: call(plan.function, words, first, last), rows, ROWS_PER_PART)
     if bias is not None:
         out += bias.detach()
     return out if x.dtype == torch.float32 else out.to(x.dtype)

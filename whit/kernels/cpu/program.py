@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import struct
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -44,11 +45,14 @@ class Phase:
     together: bool = False
 
 
-def run(step: Step, start: int = 0, stop: int = 1) -> None:
-    """A range of items of one step, by the caller. Other threads of Python go on meanwhile."""
-    size = len(step.arguments)
-    words = (ctypes.c_int64 * size)(*[_word(item) for item in step.arguments])
-    _callable(step.function)(ctypes.addressof(words), start, stop)
+def call(function: str, words: Sequence[int], start: int, stop: int) -> None:
+    """A range of items of one step, by the caller. Other threads of Python go on meanwhile.
+
+    Args:
+        words: its arguments, addresses instead of tensors.
+    """
+    held = array("q", words)  # alive until the call returns
+    _callable(function)(held.buffer_info()[0], start, stop)
 
 
 @lru_cache(maxsize=64)
