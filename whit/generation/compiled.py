@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from whit.generation.blocks import GatedBlock, GatedDecoder, Norm, UnsuitedError, agrees
 from whit.generation.fused import FusedStep
+from whit.generation.products import hooked
 from whit.kernels.cpu.compiling import numba_works
 from whit.kernels.cpu.program import Phase, Program, Step
 from whit.kernels.cpu_decode import Steps, dense_steps, steps_of
@@ -114,10 +115,12 @@ def _products(modules: list[nn.Module], inputs: Tensor) -> tuple[list[Tensor], l
 
 
 def _product(module: nn.Module, inputs: Tensor, ordered: dict[int, Tensor]) -> tuple[Tensor, Steps]:
+    if hooked(module):
+        raise UnsuitedError(f"a {type(module).__name__} carries hooks")
     bias = getattr(module, "bias", None)
     bias = None if bias is None else bias.detach().float().contiguous()
     steps: Steps | None = None
-    if type(module) in (PackedLinear, TiedPackedLinear):
+    if isinstance(module, PackedLinear | TiedPackedLinear):
         packed = module.source.packed if isinstance(module, TiedPackedLinear) else module.packed
         out = torch.empty(1, packed.rows)
         steps = steps_of(packed, inputs, out, bias, ordered)

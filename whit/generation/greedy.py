@@ -22,13 +22,15 @@ from torch import Tensor, nn
 from whit.errors import DataError, KnobError
 from whit.generation.blocks import UnsuitedError, gated_decoder, text_config
 from whit.generation.compiled import CompiledStep, refuse_to_compile
-from whit.generation.fused import FusedStep, check_against
+from whit.generation.fused import LONGEST, FusedStep, check_against
 from whit.generation.loop import Chooser, Step, decode
 from whit.generation.static import StaticStep
 
 WAYS = ("auto", "fused", "compiled", "static", "library")
-FEW_TOKENS = 4
+FEW_TOKENS = 8
 """New tokens up to which a CPU leaves it to the library: showing that another way is right takes as long."""
+TRIAL = 4
+"""Tokens of the trial on a CPU, where nothing is compiled for the length of the prompt."""
 
 
 @dataclass(frozen=True)
@@ -166,20 +168,22 @@ def prepare(model: nn.Module, request: Request, way: str, *, join: bool = False,
     return Prepared(step, first, way, ())
 
 
-def _fused(model: nn.Module, request: Request, *, join: bool, branches: bool) -> tuple[FusedStep, Tensor]:
+def _fused(
+    model: nn.Module, request: Request, *, join: bool, branches: bool, trial: int = LONGEST
+) -> tuple[FusedStep, Tensor]:
     _refuse_others(model, request)
     if torch.is_autocast_enabled(request.inputs["input_ids"].device.type):
         raise UnsuitedError("autocast changes the types of its parts")
     decoder = gated_decoder(model, join=join, branches=branches)
     ids, mask = request.inputs["input_ids"], request.inputs["attention_mask"]
-    check_against(model, decoder, ids[0, mask[0] != 0] if bool(mask[0].any()) else ids[0])
+    check_against(model, decoder, ids[0, mask[0] != 0] if bool(mask[0].any()) else ids[0], trial)
     step = FusedStep(decoder, (mask == 0).sum(-1), request.length)
     return step, step.prefill(ids, mask)
 
 
 def _compiled(model: nn.Module, request: Request) -> tuple[Step, Tensor]:
     refuse_to_compile(model, request.inputs["input_ids"])
-    fused, first = _fused(model, request, join=False, branches=False)
+    fused, first = _fused(model, request, join=False, branches=False, trial=TRIAL)
     step = CompiledStep(fused)
     step.prove(first.argmax(-1, keepdim=True))
     return step, first

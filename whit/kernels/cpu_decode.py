@@ -82,8 +82,8 @@ def _plan(layout: Format, columns: int) -> _Plan | None:
     if isinstance(layout, BinaryResidual):
         if size % BYTE_BITS and size < columns:
             return None
-        stored = ("signs", "second", "scalars", "salient")
-        return _Plan("plane_products.plane_rows", stored, (int(layout.means), size), size, ordered=True)
+        planes = ("signs", "second", "scalars", "salient")
+        return _Plan("plane_products.plane_rows", planes, (int(layout.means), size), size, ordered=True)
     if columns % CHUNK or size % CHUNK:
         return None
     if isinstance(layout, LevelTable) and layout.bits <= TABLE_BITS:

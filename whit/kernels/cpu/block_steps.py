@@ -62,9 +62,7 @@ def normalise(at, start, stop):
     )
     if update:
         for index in range(columns):
-            store_float(
-                states + BYTES * index, load_float(states + BYTES * index) + load_float(update + BYTES * index)
-            )
+            store_float(states + BYTES * index, load_float(states + BYTES * index) + load_float(update + BYTES * index))
     mean = _dot(states, states, columns) / columns
     factor = 1 / math.sqrt(mean + epsilon)
     for index in range(columns):

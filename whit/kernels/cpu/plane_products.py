@@ -104,7 +104,7 @@ def _chunks(columns, size):
 
 
 def spread_marks(at, start, stop):
-    """A byte for each column, 1 where marked, blocks filled up with 0: marks (one bit each), columns, block, where to."""
+    """A byte for each column, 1 if marked, blocks filled up with 0: marks (a bit each), columns, block, where to."""
     _spread(word(at, 0), word(at, 1), word(at, 2), word(at, 3))
 
 

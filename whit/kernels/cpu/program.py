@@ -68,7 +68,8 @@ class Program:
         from whit.kernels.cpu import team  # imports numba, which takes a second
 
         self._kept = [phase for phase in phases if any(step.parts for step in phase.steps)]
-        rows, steps = [], []
+        rows: list[list[int]] = []
+        steps: list[list[int]] = []
         for phase in self._kept:
             parts = 1 if phase.together else sum(step.parts for step in phase.steps)
             rows.append([len(steps), len(phase.steps), parts, int(phase.together)])
