@@ -14,7 +14,7 @@ from whit.generation.fused import FusedStep
 from whit.generation.products import hooked
 from whit.kernels.cpu.compiling import numba_works
 from whit.kernels.cpu.program import Phase, Program, Step
-from whit.kernels.cpu_decode import Steps, dense_steps, steps_of
+from whit.kernels.cpu_decode import Prepared, Steps, dense_steps, steps_of
 from whit.kernels.decode_ops import KeyValues
 from whit.models.packed import PackedLinear, TiedPackedLinear
 
@@ -109,12 +109,12 @@ class CompiledStep:
 
 def _products(modules: list[nn.Module], inputs: Tensor) -> tuple[list[Tensor], list[Steps]]:
     """The outputs of layers with one input, and the steps that compute them."""
-    ordered: dict[int, Tensor] = {}
+    ordered: Prepared = {}
     pairs = [_product(module, inputs, ordered) for module in modules]
     return [out for out, _ in pairs], [steps for _, steps in pairs]
 
 
-def _product(module: nn.Module, inputs: Tensor, ordered: dict[int, Tensor]) -> tuple[Tensor, Steps]:
+def _product(module: nn.Module, inputs: Tensor, ordered: Prepared) -> tuple[Tensor, Steps]:
     if hooked(module):
         raise UnsuitedError(f"a {type(module).__name__} carries hooks")
     bias = getattr(module, "bias", None)

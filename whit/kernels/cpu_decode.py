@@ -23,6 +23,7 @@ from whit.formats.base import Format, Packed
 from whit.formats.binary_residual import BinaryResidual
 from whit.formats.grouped_integer import GroupedInteger
 from whit.formats.level_table import LevelTable
+from whit.formats.vector_codebook import VectorCodebook
 from whit.kernels.cpu.compiling import numba_works, shared_out
 from whit.kernels.cpu.program import Step, call
 from whit.kernels.linear import Implementation, register_implementation
@@ -31,6 +32,7 @@ NAME = "registers (numba)"
 CHUNK = 16
 MOST_VECTORS = 16
 PLANE_CHUNK = 64
+LINE = 64
 TABLE_BITS = 4
 BYTE_BITS = 8
 NOTHING = ""
@@ -38,6 +40,7 @@ WEIGHTS_TO_SHARE = 2**22  # a smaller layer is done before a second thread has w
 ROWS_PER_PART = 16
 WEIGHTS_IN_PART = 2**16  # some ten microseconds: a hundred times what it takes to agree on who does it
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+Prepared = dict[tuple[str, tuple[int, ...]], Tensor]
 
 
 @lru_cache(maxsize=1)
@@ -52,24 +55,33 @@ def _compiler_works() -> bool:
 
 
 @dataclass(frozen=True)
+class _Preparation:
+    """What is worked out before the rows, into memory that they read instead of a tensor and of the inputs.
+
+    Attributes:
+        fixed: the step for what depends on the weight alone, its arguments between tensor and output, and bytes.
+        inputs: the step for what depends on the inputs, its arguments before the fixed part, and bytes per vector.
+        shared: whether the second is the same for all weights with these arguments.
+    """
+
+    fixed: tuple[str, tuple[int, ...], int]
+    inputs: tuple[str, tuple[int, ...], int]
+    shared: bool
+
+
+@dataclass(frozen=True)
 class _Plan:
     """How a layout is computed.
 
     Attributes:
         function: the step. tensors: names of what it reads, in order. arguments: its last ones.
-        size: columns of a group. ordered: whether it takes the order of inputs of `plane_products`, and the marks so.
+        preparation: of the last of the tensors and of the inputs.
     """
 
     function: str
     tensors: tuple[str, ...]
     arguments: tuple[int, ...]
-    size: int
-    ordered: bool = False
-
-    def room(self, columns: int) -> int:
-        """Columns with every group filled up to whole chunks, where the order asks for that."""
-        whole, rest = divmod(columns, self.size)
-        return PLANE_CHUNK * (whole * -(-self.size // PLANE_CHUNK) + -(-rest // PLANE_CHUNK))
+    preparation: _Preparation | None = None
 
 
 @lru_cache(maxsize=1024)
@@ -80,21 +92,39 @@ def _plan(layout: Format, columns: int) -> _Plan | None:
     if not columns:
         return None
     if isinstance(layout, BinaryResidual):
-        if size % BYTE_BITS and size < columns:
-            return None
-        planes = ("signs", "second", "scalars", "salient")
-        return _Plan("plane_products.plane_rows", planes, (int(layout.means), size), size, ordered=True)
+        return None if size % BYTE_BITS and size < columns else _plane_plan(layout, columns, size)
+    if isinstance(layout, VectorCodebook):
+        return _codebook_plan(layout, columns)
     if columns % CHUNK or size % CHUNK:
         return None
     if isinstance(layout, LevelTable) and layout.bits <= TABLE_BITS:
-        return _Plan("decode.level_rows", ("codes", "levels"), (layout.bits, size), size)
+        return _Plan("decode.level_rows", ("codes", "levels"), (layout.bits, size))
     if isinstance(layout, GroupedInteger):
         stored = ("codes", "scales", NOTHING if layout.symmetric else "zeros")
         if layout.bits == BYTE_BITS:
-            return _Plan("decode.byte_rows", stored, (size,), size)
+            return _Plan("decode.byte_rows", stored, (size,))
         if layout.bits <= TABLE_BITS:
-            return _Plan("decode.integer_rows", stored, (layout.bits, size), size)
+            return _Plan("decode.integer_rows", stored, (layout.bits, size))
     return None
+
+
+def _plane_plan(layout: BinaryResidual, columns: int, size: int) -> _Plan:
+    whole, rest = divmod(columns, size)
+    room = PLANE_CHUNK * (whole * -(-size // PLANE_CHUNK) + -(-rest // PLANE_CHUNK))
+    marks = ("plane_products.spread_marks", (columns, size), room)
+    order = ("plane_products.order_inputs", (size,), 4 * room)
+    stored = ("signs", "second", "scalars", "salient")
+    return _Plan("plane_products.plane_rows", stored, (int(layout.means), size), _Preparation(marks, order, True))
+
+
+def _codebook_plan(layout: VectorCodebook, columns: int) -> _Plan:
+    codes, width = layout.codes, layout.width
+    words = 4 * width * -(-codes // 2 // CHUNK) * CHUNK
+    spread = ("codebook_products.spread_codewords", (codes, width, int(layout.ternary)), words)
+    tables = ("codebook_products.tables", (codes, width), 4 * (layout.groups(columns) * codes + 2 * CHUNK))
+    stored = ("codes", "scales", "codebook")
+    own = (codes, width, layout.code_bits)
+    return _Plan("codebook_products.codebook_rows", stored, own, _Preparation(spread, tables, False))
 
 
 @dataclass(frozen=True)
@@ -106,13 +136,13 @@ class Steps:
 
 
 def steps_of(
-    packed: Packed, x: Tensor, y: Tensor, bias: Tensor | None, ordered: dict[int, Tensor] | None = None
+    packed: Packed, x: Tensor, y: Tensor, bias: Tensor | None, ordered: Prepared | None = None
 ) -> Steps | None:
     """y = x W^T + b over fixed tensors, None if the layout is not covered; the steps keep alive what they need.
 
     Args:
         x: float32 (n, columns). y: float32 (n, rows), written. bias: float32 (rows,). All contiguous.
-        ordered: where products of one x find and leave x in other orders, so that it is ordered once.
+        ordered: where products of one x find and leave what was made of it.
     """
     plan = _plan(packed.format, packed.columns)
     if plan is None or not _compiler_works():
@@ -120,18 +150,17 @@ def steps_of(
     stored = [None if name is NOTHING else packed.tensors[name].contiguous() for name in plan.tensors]
     rows, columns, count = packed.rows, packed.columns, x.numel() // packed.columns
     before, inputs = None, x
-    if plan.ordered:
-        room = plan.room(columns)
-        marks = torch.empty(room, dtype=torch.uint8)
-        words = (packed.tensors["salient"].contiguous().data_ptr(), columns, plan.size, marks.data_ptr())
-        call("plane_products.spread_marks", words, 0, 1)
-        stored[-1] = marks
-        known = None if ordered is None else ordered.get(plan.size)
-        inputs = torch.empty(count, room) if known is None else known
+    if plan.preparation is not None:
+        (fixed, own, size), (function, more, room) = plan.preparation.fixed, plan.preparation.inputs
+        spread = torch.empty(size, dtype=torch.uint8)
+        call(fixed, (packed.tensors[plan.tensors[-1]].contiguous().data_ptr(), *own, spread.data_ptr()), 0, 1)
+        stored[-1] = spread
+        known = None if ordered is None else ordered.get((function, more))
+        inputs = torch.empty(count * room, dtype=torch.uint8) if known is None else known
         if known is None:
-            before = Step("plane_products.order_inputs", (x, count, columns, plan.size, inputs))
-        if ordered is not None:
-            ordered[plan.size] = inputs
+            before = Step(function, (x, count, columns, *more, spread, inputs))
+        if ordered is not None and plan.preparation.shared:
+            ordered[function, more] = inputs
     arguments = (inputs, count, columns, y, rows, bias, *stored, *plan.arguments)
     return Steps(before, Step(plan.function, arguments, rows, _rows_in_part(columns)))
 
@@ -173,12 +202,14 @@ def decoded_linear(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
         stored = [None if name is NOTHING else packed.tensors[name].contiguous() for name in plan.tensors]
         addresses = [0 if tensor is None else tensor.data_ptr() for tensor in stored]
         place = inputs.data_ptr()
-        if plan.ordered:
-            room = plan.room(columns)
-            workspace = torch.empty(room * (1 + 4 * count), dtype=torch.uint8)
-            marks, ordered = workspace.data_ptr(), workspace.data_ptr() + room
-            call("plane_products.prepare", (place, count, columns, addresses[-1], plan.size, marks, ordered), 0, 1)
-            place, addresses[-1] = ordered, marks
+        if plan.preparation is not None:
+            (fixed, own, size), (function, more, room) = plan.preparation.fixed, plan.preparation.inputs
+            workspace = torch.empty(-(-size // LINE) * LINE + count * room, dtype=torch.uint8)
+            spread = workspace.data_ptr()
+            made = spread + -(-size // LINE) * LINE
+            call(fixed, (addresses[-1], *own, spread), 0, 1)
+            call(function, (place, count, columns, *more, spread, made), 0, 1)
+            place, addresses[-1] = made, spread
         words = (place, count, columns, out.data_ptr(), rows, 0, *addresses, *plan.arguments)
         if count * rows * columns < WEIGHTS_TO_SHARE or torch.get_num_threads() == 1:
             call(plan.function, words, 0, rows)
@@ -189,5 +220,5 @@ def decoded_linear(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
     return out if x.dtype == torch.float32 else out.to(x.dtype)
 
 
-for _format in (GroupedInteger, LevelTable, BinaryResidual):
+for _format in (GroupedInteger, LevelTable, BinaryResidual, VectorCodebook):
     register_implementation(_format.name, Implementation(NAME, supports, decoded_linear))

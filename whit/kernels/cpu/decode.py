@@ -113,7 +113,8 @@ def _counting(bits):
 
 
 @njit(**INLINE)
-def _code(address, bits, index):
+def packed_code(address, bits, index):
+    """Code `index` of those packed from an address on."""
     place = index * bits
     value = load_byte(address + (place >> 3)) >> (place & 7)
     if (place & 7) + bits > 8:
@@ -178,7 +179,7 @@ def integer_rows(at, start, stop):
                 scale = load_half(scales + 2 * number)
                 zero = 0.5
                 if zeros:
-                    zero = float(_code(zeros, bits, number))
+                    zero = float(packed_code(zeros, bits, number))
                 elif bits > 1:
                     zero = float(1 << (bits - 1))
                 else:

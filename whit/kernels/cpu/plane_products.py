@@ -105,11 +105,7 @@ def _chunks(columns, size):
 
 def spread_marks(at, start, stop):
     """A byte for each column, 1 if marked, blocks filled up with 0: marks (a bit each), columns, block, where to."""
-    _spread(word(at, 0), word(at, 1), word(at, 2), word(at, 3))
-
-
-@njit(**INLINE)
-def _spread(salient, columns, size, out):
+    salient, columns, size, out = word(at, 0), word(at, 1), word(at, 2), word(at, 3)
     for block in range(-(-columns // size)):
         width = min(size, columns - block * size)
         for index in range(-(-width // WIDTH) * WIDTH):
@@ -135,12 +131,8 @@ def _order(context, values, out):
 
 
 def order_inputs(at, start, stop):
-    """Inputs in the order above, blocks filled up with 0: x, count, columns, block, where to."""
-    _order_all(word(at, 0), word(at, 1), word(at, 2), word(at, 3), word(at, 4))
-
-
-@njit(**INLINE)
-def _order_all(x, count, columns, size, out):
+    """Inputs in the order above, blocks filled up with 0: x, count, columns, block, marks (not read), where to."""
+    x, count, columns, size, out = word(at, 0), word(at, 1), word(at, 2), word(at, 3), word(at, 5)
     for vector in range(count):
         for block in range(-(-columns // size)):
             width = min(size, columns - block * size)
@@ -154,14 +146,6 @@ def _order_all(x, count, columns, size, out):
                     value = load_float(place + 4 * j) if j < width % WIDTH else 0.0
                     store_float(out + 4 * ((j & 3) * LANES + (j >> 2)), value)
                 out += 4 * WIDTH
-
-
-def prepare(at, start, stop):
-    """Both for one call: x, count, columns, marks (one bit each), block, where marks go, where inputs go."""
-    x, count, columns, salient = word(at, 0), word(at, 1), word(at, 2), word(at, 3)
-    size, marks, out = word(at, 4), word(at, 5), word(at, 6)
-    _spread(salient, columns, size, marks)
-    _order_all(x, count, columns, size, out)
 
 
 @njit(**INLINE)
