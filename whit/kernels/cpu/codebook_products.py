@@ -83,6 +83,22 @@ def tables(at, start, stop):
             table += 4 * codes
 
 
+@njit(**INLINE)
+def _look_up_row(table, packed, number, bits, groups):
+    first = second = third = fourth = ZERO
+    line = 4 * number
+    for group in range(0, groups - 3, 4):
+        first += load_float(table + 4 * packed_code(packed, bits, group))
+        second += load_float(table + line + 4 * packed_code(packed, bits, group + 1))
+        third += load_float(table + 2 * line + 4 * packed_code(packed, bits, group + 2))
+        fourth += load_float(table + 3 * line + 4 * packed_code(packed, bits, group + 3))
+        table += 4 * line
+    for group in range(groups // 4 * 4, groups):
+        first += load_float(table + 4 * packed_code(packed, bits, group))
+        table += line
+    return (first + second) + (third + fourth)
+
+
 def codebook_rows(at, start, stop):
     """`VectorCodebook`: codes, scales, number of codes, width, bits of a code; x is what `tables` wrote."""
     x, count, columns, y, rows, bias = common(at)
@@ -96,13 +112,8 @@ def codebook_rows(at, start, stop):
         scale = load_half(scales + 2 * row)
         for vector in range(count):
             table = x + 4 * (groups * number + SPARE) * vector
-            first = second = third = fourth = ZERO
-            for group in range(0, groups - 3, 4):
-                place = table + 4 * number * group
-                first += load_float(place + 4 * packed_code(packed, bits, group))
-                second += load_float(place + 4 * (number + packed_code(packed, bits, group + 1)))
-                third += load_float(place + 4 * (2 * number + packed_code(packed, bits, group + 2)))
-                fourth += load_float(place + 4 * (3 * number + packed_code(packed, bits, group + 3)))
-            for group in range(groups // 4 * 4, groups):
-                first += load_float(table + 4 * (number * group + packed_code(packed, bits, group)))
-            finish(((first + second) + (third + fourth)) * scale, y, rows, bias, vector, row)
+            if bits == 8:
+                total = _look_up_row(table, packed, number, 8, groups)
+            else:
+                total = _look_up_row(table, packed, number, bits, groups)
+            finish(total * scale, y, rows, bias, vector, row)
