@@ -33,6 +33,7 @@ CHUNK = 16
 MOST_VECTORS = 16
 PLANE_CHUNK = 64
 LINE = 64
+NO_STEP: tuple[str, tuple[int, ...], int] = ("", (), 0)
 TABLE_BITS = 4
 BYTE_BITS = 8
 NOTHING = ""
@@ -59,12 +60,13 @@ class _Preparation:
     """What is worked out before the rows, into memory that they read instead of a tensor and of the inputs.
 
     Attributes:
-        fixed: the step for what depends on the weight alone, its arguments between tensor and output, and bytes.
+        fixed: the step for what depends on the weight alone, its arguments between tensor and output, and bytes; or
+            None.
         inputs: the step for what depends on the inputs, its arguments before the fixed part, and bytes per vector.
         shared: whether the second is the same for all weights with these arguments.
     """
 
-    fixed: tuple[str, tuple[int, ...], int]
+    fixed: tuple[str, tuple[int, ...], int] | None
     inputs: tuple[str, tuple[int, ...], int]
     shared: bool
 
@@ -75,7 +77,7 @@ class _Plan:
 
     Attributes:
         function: the step. tensors: names of what it reads, in order. arguments: its last ones.
-        preparation: of the last of the tensors and of the inputs.
+        preparation: of the last of the tensors, if that has a fixed part, and of the inputs.
     """
 
     function: str
@@ -98,14 +100,19 @@ def _plan(layout: Format, columns: int) -> _Plan | None:
     if columns % CHUNK or size % CHUNK:
         return None
     if isinstance(layout, LevelTable) and layout.bits <= TABLE_BITS:
-        return _Plan("decode.level_rows", ("codes", "levels"), (layout.bits, size))
+        return _Plan("decode.level_rows", ("codes", "levels"), (layout.bits, size), _interleaved(layout.bits, columns))
     if isinstance(layout, GroupedInteger):
         stored = ("codes", "scales", NOTHING if layout.symmetric else "zeros")
         if layout.bits == BYTE_BITS:
             return _Plan("decode.byte_rows", stored, (size,))
         if layout.bits <= TABLE_BITS:
-            return _Plan("decode.integer_rows", stored, (layout.bits, size))
+            return _Plan("decode.integer_rows", stored, (layout.bits, size), _interleaved(layout.bits, columns))
     return None
+
+
+def _interleaved(bits: int, columns: int) -> _Preparation | None:
+    """Codes of four bits meet their inputs in another order."""
+    return _Preparation(None, ("decode.interleave_inputs", (), 4 * columns), True) if bits == TABLE_BITS else None
 
 
 def _plane_plan(layout: BinaryResidual, columns: int, size: int) -> _Plan:
@@ -151,10 +158,13 @@ def steps_of(
     rows, columns, count = packed.rows, packed.columns, x.numel() // packed.columns
     before, inputs = None, x
     if plan.preparation is not None:
-        (fixed, own, size), (function, more, room) = plan.preparation.fixed, plan.preparation.inputs
-        spread = torch.empty(size, dtype=torch.uint8)
-        call(fixed, (packed.tensors[plan.tensors[-1]].contiguous().data_ptr(), *own, spread.data_ptr()), 0, 1)
-        stored[-1] = spread
+        function, more, room = plan.preparation.inputs
+        spread = None
+        if plan.preparation.fixed is not None:
+            fixed, own, size = plan.preparation.fixed
+            spread = torch.empty(size, dtype=torch.uint8)
+            call(fixed, (packed.tensors[plan.tensors[-1]].contiguous().data_ptr(), *own, spread.data_ptr()), 0, 1)
+            stored[-1] = spread
         known = None if ordered is None else ordered.get((function, more))
         inputs = torch.empty(count * room, dtype=torch.uint8) if known is None else known
         if known is None:
@@ -203,13 +213,15 @@ def decoded_linear(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
         addresses = [0 if tensor is None else tensor.data_ptr() for tensor in stored]
         place = inputs.data_ptr()
         if plan.preparation is not None:
-            (fixed, own, size), (function, more, room) = plan.preparation.fixed, plan.preparation.inputs
+            (fixed, own, size), (function, more, room) = plan.preparation.fixed or NO_STEP, plan.preparation.inputs
             workspace = torch.empty(-(-size // LINE) * LINE + count * room, dtype=torch.uint8)
             spread = workspace.data_ptr()
             made = spread + -(-size // LINE) * LINE
-            call(fixed, (addresses[-1], *own, spread), 0, 1)
+            if fixed:
+                call(fixed, (addresses[-1], *own, spread), 0, 1)
+                addresses[-1] = spread
             call(function, (place, count, columns, *more, spread, made), 0, 1)
-            place, addresses[-1] = made, spread
+            place = made
         words = (place, count, columns, out.data_ptr(), rows, 0, *addresses, *plan.arguments)
         if count * rows * columns < WEIGHTS_TO_SHARE or torch.get_num_threads() == 1:
             call(plan.function, words, 0, rows)

@@ -26,6 +26,10 @@ from whit.kernels.cpu.vectors import (
     splat,
 )
 
+INTERLEAVED_BITS = 4
+INTERLEAVED = [column // 2 + 8 * (column % 2) for column in range(LANES)]
+"""Columns of a chunk in the order in which their codes of four bits are loaded."""
+
 
 def table_loader(bits):
     """A function that loads 2**bits float16 levels from an address, repeated to sixteen float32."""
@@ -45,7 +49,8 @@ def table_loader(bits):
 def code_loader(bits, first):
     """A function that loads the chunk of codes `first` chunks after an address; above the code, lanes hold other bits.
 
-    With `first` = 1 and one bit per code, four bytes are read at the address: both chunks must be there.
+    With `first` = 1 and one bit per code, four bytes are read at the address: both chunks must be there. Codes of four
+    bits come in the order of `INTERLEAVED`: the low and the high word of a chunk in turn, so that both are one load.
     """
 
     @intrinsic
@@ -57,6 +62,11 @@ def code_loader(bits, first):
                 return splat(builder, value if kind is I32 else builder.zext(value, I32), INTEGERS)
 
             start = 2 * bits * first
+            if bits == INTERLEAVED_BITS:
+                place = builder.add(arguments[0], ir.Constant(I64, start))
+                pairs = splat(builder, load(builder, place, I64), ir.VectorType(I64, LANES // 2))
+                shifts = numbers([bits * (column % 8) for column in INTERLEAVED], INTEGERS)
+                return builder.lshr(builder.bitcast(pairs, INTEGERS), shifts)
             if bits == 1:
                 spread = word(0) if first else word(0, I16)
                 shifts = [lane + 16 * first for lane in range(LANES)]
@@ -98,3 +108,15 @@ def level_loader(means):
         return floats(types.int64), build
 
     return load_levels
+
+
+@intrinsic
+def interleave(context, values, out):
+    """Sixteen float32 from one address to another, in the order of `INTERLEAVED`."""
+
+    def build(context, builder, signature, arguments):
+        register = shuffle(builder, load(builder, arguments[0], FLOATS), INTERLEAVED)
+        builder.store(register, builder.inttoptr(arguments[1], FLOATS.as_pointer()), align=4)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), build

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from numba import njit
 
-from whit.kernels.cpu.codes import code_loader, table_loader
+from whit.kernels.cpu.codes import code_loader, interleave, table_loader
 from whit.kernels.cpu.vectors import (
     all_equal,
     counter,
@@ -127,6 +127,13 @@ def ask_for(address, size):
     """Ask for what is decoded soon: the hardware's own foresight ends at each page of memory."""
     for line in range(0, size, LINE):
         prefetch(address + AHEAD + line)
+
+
+def interleave_inputs(at, start, stop):
+    """Inputs in the order of codes of four bits: x, count, columns, (not read), where to."""
+    x, count, columns, out = word(at, 0), word(at, 1), word(at, 2), word(at, 4)
+    for index in range(0, 4 * count * columns, 4 * CHUNK):
+        interleave(x + index, out + index)
 
 
 def level_rows(at, start, stop):

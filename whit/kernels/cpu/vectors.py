@@ -271,7 +271,7 @@ def prefetch(context, address):
         pointer = builder.inttoptr(arguments[0], I8.as_pointer())
         kind = ir.FunctionType(ir.VoidType(), [pointer.type, I32, I32, I32])
         function = builder.module.declare_intrinsic("llvm.prefetch.p0", (), kind)
-        builder.call(function, [pointer, *(ir.Constant(I32, value) for value in (0, 3, 1))])
+        builder.call(function, [pointer, *(ir.Constant(I32, value) for value in (0, 2, 1))])
         return context.get_dummy_value()
 
     return types.void(types.int64), build
