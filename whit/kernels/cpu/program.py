@@ -14,6 +14,8 @@ from torch import Tensor
 
 from whit.kernels.cpu.compiling import address_of, pool
 
+MOST_THREADS = 16
+"""Threads that work on one program: more have too little to do, and look at the number of who is next all the time."""
 Argument = int | float | Tensor | None
 
 
@@ -89,8 +91,8 @@ class Program:
         places = (self._phases.data_ptr(), self._steps.data_ptr(), self._control.data_ptr(), count, first + count)
         # Late helpers of the run before may still look at the number: it only ever grows.
         self._begin(self._control.data_ptr(), first)
-        threads = torch.get_num_threads()
-        helpers = [pool(threads).submit(self._help, places) for _ in range(threads - 1)]
+        threads = min(torch.get_num_threads(), MOST_THREADS)
+        helpers = [pool(torch.get_num_threads()).submit(self._help, places) for _ in range(threads - 1)]
         self._work(*places)
         for helper in helpers:
             helper.cancel()
