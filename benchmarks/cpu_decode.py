@@ -3,13 +3,15 @@
     python benchmarks/cpu_decode.py --directories BILLM GPTQ RTN --output benchmarks/results/cpu_decode.json
 
 DIRECTORIES are outputs of `whit compress` of one model. Each variant lives in a fresh process and computes as
-`whit generate` does (float32 unless named otherwise). The processes take turns, one round after the other, while the
-others wait; each round times a short and a long greedy continuation (end-of-text ignored), and
-`seconds_per_token` is the difference of the two divided by the difference of their tokens: the decoding alone.
-Medians over rounds; ratios are medians of the ratios within a round. Processor seconds (`cpu_seconds_per_token`, all
-threads) are given beside wall time, for machines that others use too; on such a machine set OMP_WAIT_POLICY=passive,
-or torch's threads spend their time waiting for each other. `resident_bytes` is what the process holds after
-loading and one continuation beyond what it held before, libraries imported.
+`whit generate` does (float32 unless named otherwise). The original decodes as transformers does, with torch's products,
+and in float32 also as one compiled program, as compressed models do: what is left then is the smaller weight.
+
+The processes take turns, one round after the other, while the others wait; each round times a short and a long greedy
+continuation (end-of-text ignored), and `seconds_per_token` is the difference of the two divided by the difference of
+their tokens: the decoding alone. Medians over rounds; ratios are medians of the ratios within a round. Processor
+seconds (`cpu_seconds_per_token`, all threads) are given beside wall time, for machines that others use too; on such a
+machine set OMP_WAIT_POLICY=passive, or torch's threads spend their time waiting for each other. `resident_bytes` is
+what the process holds after loading and one continuation beyond what it held before, libraries imported.
 """
 
 from __future__ import annotations
@@ -42,8 +44,12 @@ from whit.models.skeleton import load_dense
 from whit.pipeline.memory import peak_host_bytes
 
 PROMPT = "The history of Rome began"
-SHORT, LONG = 2, 18
-ORIGINALS = {"original bfloat16": torch.bfloat16, "original float32": torch.float32}
+SHORT, LONG = 10, 42  # both long enough for every way of decoding
+ORIGINALS = {
+    "original bfloat16": (torch.bfloat16, "library"),
+    "original float32": (torch.float32, "library"),
+    "original float32, compiled": (torch.float32, "compiled"),
+}
 
 
 def serve(variant: str, model: str | None, threads: int) -> None:
@@ -53,16 +59,16 @@ def serve(variant: str, model: str | None, threads: int) -> None:
     before = psutil.Process().memory_info().rss
     start = time.perf_counter()
     if variant in ORIGINALS:
-        reference = resolve_model(model)
-        loaded: Any = load_dense(reference, ORIGINALS[variant], torch.device("cpu"))
+        reference, (dtype, way) = resolve_model(model), ORIGINALS[variant]
+        loaded: Any = load_dense(reference, dtype, torch.device("cpu"))
         tokenizer = reference.load_tokenizer()
     else:
-        loaded, tokenizer = load_directory(variant, dtype=torch.float32), load_tokenizer(variant)
+        loaded, tokenizer, way = load_directory(variant, dtype=torch.float32), load_tokenizer(variant), "auto"
     seconds = time.perf_counter() - start
     for holder in (loaded.generation_config, loaded.config):
         holder.eos_token_id = None
     start = time.perf_counter()
-    text = sample_text(loaded, tokenizer, PROMPT, LONG)
+    text = sample_text(loaded, tokenizer, PROMPT, LONG, way=way)
     first = time.perf_counter() - start
     gc.collect()
     tensors = {item.data_ptr(): item for item in [*loaded.parameters(), *loaded.buffers()] if item.numel()}
@@ -80,15 +86,15 @@ def serve(variant: str, model: str | None, threads: int) -> None:
         }
     )
     for _ in sys.stdin:
-        short, long = (timed(loaded, tokenizer, count) for count in (SHORT, LONG))
+        short, long = (timed(loaded, tokenizer, count, way) for count in (SHORT, LONG))
         wall, processor = ((more - less) / (LONG - SHORT) for less, more in zip(short, long, strict=True))
         answer({"wall": wall, "cpu": processor, "answer": long[0]})
 
 
-def timed(model: Any, tokenizer: Any, count: int) -> tuple[float, float]:
+def timed(model: Any, tokenizer: Any, count: int, way: str) -> tuple[float, float]:
     """Wall and processor seconds of one continuation."""
     wall, processor = time.perf_counter(), time.process_time()
-    sample_text(model, tokenizer, PROMPT, count)
+    sample_text(model, tokenizer, PROMPT, count, way=way)
     return time.perf_counter() - wall, time.process_time() - processor
 
 

@@ -4,6 +4,8 @@
 
 Times are processor microseconds of one thread (median), so that others on the machine do not count; "cold" takes
 another copy of the weight at each call until 160 MB were read, "hot" the same again. Weights are random bits (seed 0).
+Our products run as they do within a token: as steps of a program, what is made of the inputs included. The lower
+quartile is given beside the median: where a core is shared with another machine's work, the median moves.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ from whit.formats.base import Format, Packed
 from whit.formats.binary_residual import BinaryResidual
 from whit.formats.grouped_integer import GroupedInteger
 from whit.formats.level_table import LevelTable
-from whit.kernels.cpu_decode import decoded_linear
+from whit.formats.vector_codebook import VectorCodebook
+from whit.kernels.cpu.program import Phase, Program
+from whit.kernels.cpu_decode import steps_of
 
 COLD_BYTES = 160_000_000
 SHAPES = ((576, 576), (1536, 576), (576, 1536), (49152, 576), (4096, 4096))
@@ -40,13 +44,16 @@ LAYOUTS = {
     "levels 3, block 128": LevelTable(3, 128),
     "levels 2, block 128": LevelTable(2, 128),
     "levels 1, block 128": LevelTable(1, 128),
+    "BiLLM, whole rows": BinaryResidual(0, False),
     "BiLLM, block 128": BinaryResidual(128, False),
     "BiLLM, block 128, means": BinaryResidual(128, True),
+    "codebook 256 x 12, ternary": VectorCodebook(256, 12, True),
+    "codebook 256 x 8": VectorCodebook(256, 8, False),
 }
 
 
-def microseconds(call: Callable[[int], object], variants: int) -> float:
-    """Median processor time of a call that is given 0, 1, ..., again and again."""
+def microseconds(call: Callable[[int], object], variants: int) -> tuple[float, float]:
+    """Median and lower quartile of the processor time of a call that is given 0, 1, ..., again and again."""
     for index in range(3):
         call(index % variants)
     times = []
@@ -54,14 +61,14 @@ def microseconds(call: Callable[[int], object], variants: int) -> float:
         start = time.thread_time()
         call(index % variants)
         times.append(time.thread_time() - start)
-    return statistics.median(times) * 1e6
+    return statistics.median(times) * 1e6, statistics.quantiles(times, n=4)[0] * 1e6
 
 
 def row(copies: Sequence[Any], size: int, call: Callable[[Any], object]) -> dict[str, float]:
     """Bytes and times of one matrix in one form."""
-    cold = microseconds(lambda index: call(copies[index]), len(copies))
-    hot = microseconds(lambda index: call(copies[0]), 30)
-    return {"bytes": size, "cold_us": cold, "hot_us": hot, "cold_GB_per_s": size / cold / 1e3}
+    cold, low = microseconds(lambda index: call(copies[index]), len(copies))
+    hot, _ = microseconds(lambda index: call(copies[0]), 30)
+    return {"bytes": size, "cold_us": cold, "cold_quartile_us": low, "hot_us": hot, "cold_GB_per_s": size / low / 1e3}
 
 
 def copies_of(tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
@@ -76,12 +83,23 @@ def packed_row(layout: Format, rows: int, columns: int) -> dict[str, float]:
     tensors = {
         name: torch.randint(0, 256, spec.shape, dtype=torch.uint8, generator=generator)
         if spec.dtype == torch.uint8
+        else torch.randint(-127, 128, spec.shape, dtype=torch.int8, generator=generator)
+        if spec.dtype == torch.int8
         else torch.randn(spec.shape, generator=generator).to(spec.dtype)
         for name, spec in layout.specs(rows, columns).items()
     }
     copies = [Packed(layout, rows, columns, item) for item in copies_of(tensors)]
-    x = torch.randn(1, columns, generator=generator)
-    return row(copies, copies[0].stored_bytes(), lambda packed: decoded_linear(x, packed, None))
+    x, y = torch.randn(1, columns, generator=generator), torch.empty(1, rows)
+    return row([program(packed, x, y) for packed in copies], copies[0].stored_bytes(), lambda item: item.run())
+
+
+def program(packed: Packed, x: Tensor, y: Tensor) -> Program:
+    """One product as a program."""
+    steps = steps_of(packed, x, y, None)
+    if steps is None:
+        raise SystemExit("numba is missing")
+    before = [steps.before] if steps.before is not None else []
+    return Program([Phase(before, together=True), Phase([steps.product])])
 
 
 def torch_rows(rows: int, columns: int) -> dict[str, dict[str, float]]:
@@ -121,15 +139,16 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     source, target = torch.ones(2**26), torch.zeros(2**26)
-    copied = microseconds(lambda _: target.copy_(source), 1)
-    summed = microseconds(lambda _: source.sum(), 1)
+    copied, _ = microseconds(lambda _: target.copy_(source), 1)
+    summed, _ = microseconds(lambda _: source.sum(), 1)
     shapes: dict[str, dict[str, dict[str, float]]] = {}
     for rows, columns in SHAPES:
         found = torch_rows(rows, columns)
         found |= {name: packed_row(layout, rows, columns) for name, layout in LAYOUTS.items()}
         for item in found.values():
-            item["ratio to linear float32"] = found["linear float32"]["cold_us"] / item["cold_us"]
-            item["ratio to linear bfloat16"] = found["linear bfloat16"]["cold_us"] / item["cold_us"]
+            item["weights_per_ns"] = rows * columns / item["cold_quartile_us"] / 1e3
+            item["ratio to linear float32"] = found["linear float32"]["cold_quartile_us"] / item["cold_quartile_us"]
+            item["ratio to linear bfloat16"] = found["linear bfloat16"]["cold_quartile_us"] / item["cold_quartile_us"]
         shapes[f"{rows} x {columns}"] = found
     report = {
         "processor": Path("/proc/cpuinfo")

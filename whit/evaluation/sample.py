@@ -16,11 +16,13 @@ from whit.generation import continue_greedily
 NEW_TOKENS = 32
 
 
-def sample_text(model: nn.Module, tokenizer: Any, prompt: str, new_tokens: int, *, join: bool = False) -> str:
+def sample_text(
+    model: nn.Module, tokenizer: Any, prompt: str, new_tokens: int, *, way: str = "auto", join: bool = False
+) -> str:
     """Greedy continuation of a prompt by a causal language model: deterministic, special tokens left out.
 
     Args:
-        join: as in `whit.generation.continue_greedily`.
+        way, join: as in `whit.generation.continue_greedily`.
 
     Raises:
         ModelError: the model cannot generate text.
@@ -36,6 +38,7 @@ def sample_text(model: nn.Module, tokenizer: Any, prompt: str, new_tokens: int, 
         inputs.get("attention_mask"),
         new_tokens=new_tokens,
         stop_tokens=_stop_tokens(model),
+        way=way,
         join=join,
     )
     logging.getLogger(__name__).info("decoded %s", continued.explain())
@@ -100,7 +103,9 @@ def sample_record(
     shown = f"first sample of {data.provenance['name']}" if encoder_decoder else prompt
     try:
         if not encoder_decoder:
-            return {"prompt": shown, "text": sample_text(model, tokenizer, prompt, new_tokens)}
+            # A few dozen tokens are over before a CPU has compiled a program for more.
+            way = "library" if next(model.parameters()).device.type == "cpu" else "auto"
+            return {"prompt": shown, "text": sample_text(model, tokenizer, prompt, new_tokens, way=way)}
         batch = data.batches[0]
         out = {"prompt": shown, "text": transcribe(model, tokenizer, batch, new_tokens)}
         if "labels" in batch:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -77,20 +78,23 @@ def seen_by(attention_mask: Tensor) -> Tensor:
     return ((attention_mask[:, None, :] != 0) & before | own)[:, None]
 
 
-def check_against(model: nn.Module, decoder: GatedDecoder, prompt: Tensor) -> None:
+def check_against(model: nn.Module, decoder: GatedDecoder, prompt: Tensor, most: int = LONGEST) -> None:
     """Run a few tokens through the model itself and, on the same inputs, through both fused forms of every block.
 
     Args:
         prompt: int64 (tokens,), at least one.
+        most: tokens of the trial.
 
     Raises:
         UnsuitedError: a part computes something else.
     """
-    tokens = min(max(len(prompt), SHORTEST), LONGEST)
+    tokens = min(max(len(prompt), SHORTEST), most)
     ids = prompt.repeat(-(-tokens // len(prompt)))[None, :tokens]
     run: Any = model
     with _Watch(decoder.modules) as watch:
-        wanted = run(input_ids=ids, use_cache=False).logits
+        # What a few ids mean for the head shows on one of them; a head is as large as ten blocks of a small model.
+        kept = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(run.forward).parameters else {}
+        wanted = run(input_ids=ids, use_cache=False, **kept).logits[:, -1]
     if len(watch.seen) != len(decoder.modules):
         raise UnsuitedError("its blocks are not called once each")
     if not agrees(decoder.embedding(ids[0]), watch.seen[0][0]):
@@ -103,7 +107,7 @@ def check_against(model: nn.Module, decoder: GatedDecoder, prompt: Tensor) -> No
         pairs = ((states + update, after, before), (last + last_update, after[-1:], before[-1:]))
         if not all(agrees(*pair, coarse=decoder.coarse) for pair in pairs):
             raise UnsuitedError(f"block {number} computes something else than its parts suggest")
-    if not agrees(decoder.logits(watch.seen[-1][1], None), wanted[0], coarse=decoder.coarse):
+    if not agrees(decoder.logits(watch.seen[-1][1][-1:], None), wanted, coarse=decoder.coarse):
         raise UnsuitedError("something stands after its output head")
 
 

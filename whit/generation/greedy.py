@@ -1,7 +1,8 @@
 """Greedy continuation of token sequences by the fastest way that a model and a device allow.
 
     fused    blocks in few launches (`blocks.py`), recorded as a CUDA graph
-    library  transformers' `generate`: on a CPU, and for models whose blocks are others
+    compiled the same blocks on a CPU, a token as one compiled program (`compiled.py`)
+    library  transformers' `generate`: for models whose blocks are others, and where nothing is compiled
     static   the model's own forward over a cache of fixed size, recorded as a CUDA graph: if asked for, because a
              forward that keeps count on the host would be recorded wrongly
 
@@ -20,11 +21,16 @@ from torch import Tensor, nn
 
 from whit.errors import DataError, KnobError
 from whit.generation.blocks import UnsuitedError, gated_decoder, text_config
-from whit.generation.fused import FusedStep, check_against
+from whit.generation.compiled import CompiledStep, refuse_to_compile
+from whit.generation.fused import LONGEST, FusedStep, check_against
 from whit.generation.loop import Chooser, Step, decode
 from whit.generation.static import StaticStep
 
-WAYS = ("auto", "fused", "static", "library")
+WAYS = ("auto", "fused", "compiled", "static", "library")
+FEW_TOKENS = 8
+"""New tokens up to which a CPU leaves it to the library: showing that another way is right takes as long."""
+TRIAL = 4
+"""Tokens of the trial on a CPU, where nothing is compiled for the length of the prompt."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +39,7 @@ class Continuation:
 
     Attributes:
         tokens: int64 (sequences, prompt + new); after its end a sequence is filled with the padding token.
-        way: "fused", "static" or "library". graph: whether steps were replayed from a CUDA graph.
+        way: "fused", "compiled", "static" or "library". graph: whether steps were replayed from a CUDA graph.
         reasons: why faster ways were not taken.
     """
 
@@ -91,7 +97,8 @@ def continue_greedily(
         model: a causal language model of transformers, packed or not, with all tensors on one device.
         input_ids: int64 (sequences, prompt). attention_mask: the same shape, any dtype, 0 for padding on the left.
         new_tokens: at most so many; fewer where every sequence ends with one of `stop_tokens`.
-        way: one of the ways above, refused where it is impossible; "auto": fused where possible, else library.
+        way: one of the ways above, refused where it is impossible; "auto": fused on a GPU and compiled on a CPU where
+            possible, else library.
         graph: record a CUDA graph; default: on a GPU.
         join: let the model's modules with equal layouts and inputs share tensors from now on (`Products`), which is
             faster and changes no value. branches: run others beside each other. Both for the fused way.
@@ -113,7 +120,7 @@ def continue_greedily(
     request = Request({"input_ids": input_ids, "attention_mask": mask}, new_tokens, stops, pad)
     on_gpu = input_ids.device.type == "cuda"
     wanted = on_gpu if graph is None else graph and on_gpu
-    if way == "library" or (way == "auto" and not on_gpu):
+    if way == "library" or (way == "auto" and not on_gpu and new_tokens <= FEW_TOKENS):
         return _by_library(model, request, ())
     device = torch.cuda.device(input_ids.device) if on_gpu else nullcontext()
     with torch.inference_mode(), device:
@@ -146,32 +153,40 @@ class Prepared:
 
 
 def prepare(model: nn.Module, request: Request, way: str, *, join: bool = False, branches: bool = True) -> Prepared:
-    """Read the prompt and set up the way asked for; "auto" is the fused one."""
-    reasons: list[str] = []
-    for name in ("fused", "static"):
-        if name != ("fused" if way == "auto" else way):
-            continue
-        try:
-            if name == "fused":
-                step, first = _fused(model, request, join=join, branches=branches)
-            else:
-                step, first = _static(model, request)
-        except UnsuitedError as error:
-            reasons.append(f"not {name}: {error}")
-            continue
-        return Prepared(step, first, name, tuple(reasons))
-    return Prepared(None, None, "library", tuple(reasons))
+    """Read the prompt and set up the way asked for; "auto" is the fused one on a GPU, the compiled one elsewhere."""
+    if way == "auto":
+        way = "fused" if request.inputs["input_ids"].is_cuda else "compiled"
+    try:
+        if way == "static":
+            step, first = _static(model, request)
+        elif way == "compiled":
+            step, first = _compiled(model, request)
+        else:
+            step, first = _fused(model, request, join=join, branches=branches)
+    except UnsuitedError as error:
+        return Prepared(None, None, "library", (f"not {way}: {error}",))
+    return Prepared(step, first, way, ())
 
 
-def _fused(model: nn.Module, request: Request, *, join: bool, branches: bool) -> tuple[Step, Tensor]:
+def _fused(
+    model: nn.Module, request: Request, *, join: bool, branches: bool, trial: int = LONGEST
+) -> tuple[FusedStep, Tensor]:
     _refuse_others(model, request)
     if torch.is_autocast_enabled(request.inputs["input_ids"].device.type):
         raise UnsuitedError("autocast changes the types of its parts")
     decoder = gated_decoder(model, join=join, branches=branches)
     ids, mask = request.inputs["input_ids"], request.inputs["attention_mask"]
-    check_against(model, decoder, ids[0, mask[0] != 0] if bool(mask[0].any()) else ids[0])
+    check_against(model, decoder, ids[0, mask[0] != 0] if bool(mask[0].any()) else ids[0], trial)
     step = FusedStep(decoder, (mask == 0).sum(-1), request.length)
     return step, step.prefill(ids, mask)
+
+
+def _compiled(model: nn.Module, request: Request) -> tuple[Step, Tensor]:
+    refuse_to_compile(model, request.inputs["input_ids"])
+    fused, first = _fused(model, request, join=False, branches=False, trial=TRIAL)
+    step = CompiledStep(fused)
+    step.prove(first.argmax(-1, keepdim=True))
+    return step, first
 
 
 def _static(model: nn.Module, request: Request) -> tuple[Step, Tensor]:

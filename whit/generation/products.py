@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from whit.formats.base import Packed
 from whit.kernels import packed_linear
 from whit.kernels.linear import SeveralProducts, choose_several
-from whit.models.packed import PackedLinear
+from whit.models.packed import PackedLinear, TiedPackedLinear
 
 
 def join_rows(parts: Sequence[Packed]) -> Packed | None:
@@ -136,7 +136,7 @@ class Products:
     def _join(self) -> tuple[Packed | Tensor, Tensor | None] | None:
         if len({type(module) for module in self.modules}) > 1 or len(self.modules) < 2:
             return None
-        if any(_hooked(module) for module in self.modules):
+        if any(hooked(module) for module in self.modules):
             return None
         biases = [getattr(module, "bias", None) for module in self.modules]
         if any(bias is None for bias in biases) != all(bias is None for bias in biases):
@@ -151,12 +151,14 @@ class Products:
 
 
 def _plain_packed(module: nn.Module) -> TypeGuard[PackedLinear]:
-    return type(module) is PackedLinear and module.bias is None and not _hooked(module)
+    return type(module) is PackedLinear and module.bias is None and not hooked(module)
 
 
-def _hooked(module: nn.Module) -> bool:
+def hooked(module: nn.Module) -> bool:
     """Whether someone wants to see the module called (packed layers carry one hook that does nothing)."""
-    return bool(module._forward_hooks) or len(module._forward_pre_hooks) > isinstance(module, PackedLinear)
+    return bool(module._forward_hooks) or len(module._forward_pre_hooks) > isinstance(
+        module, PackedLinear | TiedPackedLinear
+    )
 
 
 def _join_packed(modules: list[PackedLinear]) -> Packed | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -40,6 +41,28 @@ def compiled(function: Callable[..., None]) -> Callable[..., None]:
     return made
 
 
+def address_of(name: str) -> int:
+    """The address of a step, "module.function" of this folder, compiled at its first use like other loops.
+
+    A step is called with the address of its arguments (64-bit words) and a range of items, and never raises.
+    """
+    return int(_step(name).address)
+
+
+@lru_cache(maxsize=64)
+def _step(name: str) -> Any:
+    from numba import cfunc, types
+
+    module, _, function = name.rpartition(".")
+    body = getattr(importlib.import_module(f"{__package__}.{module}"), function)
+    signature = types.void(types.int64, types.int64, types.int64)
+    options: dict[str, Any] = {"fastmath": {"contract"}, "error_model": "numpy"}
+    try:
+        return cfunc(signature, cache=True, **options)(body)
+    except RuntimeError:  # as above
+        return cfunc(signature, **options)(body)
+
+
 def shared_out(call: Callable[[int, int], None], count: int, step: int) -> None:
     """Run `call(first, last)` for parts of `count`, multiples of `step` long, on as many threads as torch uses.
 
@@ -51,7 +74,7 @@ def shared_out(call: Callable[[int, int], None], count: int, step: int) -> None:
     if len(parts) == 1:
         call(*parts[0])
         return
-    others = [(part, _pool(threads).submit(call, *part)) for part in parts[1:]]
+    others = [(part, pool(threads).submit(call, *part)) for part in parts[1:]]
     try:
         call(*parts[0])
         for part, other in others:
@@ -64,5 +87,6 @@ def shared_out(call: Callable[[int, int], None], count: int, step: int) -> None:
 
 
 @lru_cache(maxsize=1)
-def _pool(threads: int) -> ThreadPoolExecutor:
+def pool(threads: int) -> ThreadPoolExecutor:
+    """Threads that wait for work."""
     return ThreadPoolExecutor(threads, thread_name_prefix="whit-kernel")

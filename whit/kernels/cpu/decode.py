@@ -4,8 +4,9 @@ A row of a group of columns is a table of at most sixteen levels in one register
 a permutation gives sixteen weights, a fused multiply and add their products. Nothing is written but the sums. Groups
 and rows are whole chunks of sixteen columns, so nothing is read beyond the tensors.
 
-Every function adds rows `start` to `stop` of y = W x for `count` vectors: x float32 (count, columns), y float32
-(count, rows), each contiguous; arguments that are tensors are addresses. Layouts are those of `whit.formats`.
+Every step computes rows `start` to `stop` of y = W x + b for `count` vectors: x float32 (count, columns), y float32
+(count, rows), b float32 (rows,) or address 0, each contiguous. Its arguments are `whit.kernels.cpu.words`: x, count,
+columns, y, rows, b, then what its own text names; tensors are addresses. Layouts are those of `whit.formats`.
 """
 
 # mypy: ignore-errors
@@ -13,33 +14,45 @@ from __future__ import annotations
 
 from numba import njit
 
-from whit.kernels.cpu.compiling import compiled
+from whit.kernels.cpu.codes import code_loader, interleave, table_loader
 from whit.kernels.cpu.vectors import (
     all_equal,
-    code_loader,
     counter,
-    level_loader,
     load_byte,
     load_bytes,
+    load_float,
     load_floats,
     load_half,
     look_up,
     minus,
     multiply_add,
-    plane_loader,
     prefetch,
     store_float,
-    store_marks,
     sum_of,
-    table_loader,
     times,
 )
+from whit.kernels.cpu.words import word
 
 CHUNK = 16
 PAIR = 2 * CHUNK
 LINE = 64
 AHEAD = 4096
 INLINE = {"forceinline": True, "error_model": "numpy"}
+OWN = 6  # place of the first argument of its own
+
+
+@njit(**INLINE)
+def common(at):
+    """The arguments that all products have."""
+    return word(at, 0), word(at, 1), word(at, 2), word(at, 3), word(at, 4), word(at, 5)
+
+
+@njit(**INLINE)
+def finish(total, y, rows, bias, vector, row):
+    """Store one output."""
+    if bias:
+        total += load_float(bias + 4 * row)
+    store_float(y + 4 * (rows * vector + row), total)
 
 
 def _group_loop(bits):
@@ -100,7 +113,8 @@ def _counting(bits):
 
 
 @njit(**INLINE)
-def _code(address, bits, index):
+def packed_code(address, bits, index):
+    """Code `index` of those packed from an address on."""
     place = index * bits
     value = load_byte(address + (place >> 3)) >> (place & 7)
     if (place & 7) + bits > 8:
@@ -109,21 +123,29 @@ def _code(address, bits, index):
 
 
 @njit(**INLINE)
-def _ask_for(address, size):
+def ask_for(address, size):
     """Ask for what is decoded soon: the hardware's own foresight ends at each page of memory."""
     for line in range(0, size, LINE):
         prefetch(address + AHEAD + line)
 
 
-@compiled
-def level_rows(x, count, columns, codes, levels, bits, size, y, rows, start, stop):
-    """`LevelTable`: `levels` of groups of `size` columns."""
+def interleave_inputs(at, start, stop):
+    """Inputs in the order of codes of four bits: x, count, columns, (not read), where to."""
+    x, count, columns, out = word(at, 0), word(at, 1), word(at, 2), word(at, 4)
+    for index in range(0, 4 * count * columns, 4 * CHUNK):
+        interleave(x + index, out + index)
+
+
+def level_rows(at, start, stop):
+    """`LevelTable`: codes, levels, bits, columns of a block."""
+    x, count, columns, y, rows, bias = common(at)
+    codes, levels, bits, size = word(at, OWN + 0), word(at, OWN + 1), word(at, OWN + 2), word(at, OWN + 3)
     groups = -(-columns // size)
     last = columns - (groups - 1) * size
     row_bytes = columns // 8 * bits
     group_bytes = size // 8 * bits
     for row in range(start, stop):
-        _ask_for(codes + row_bytes * row, row_bytes)
+        ask_for(codes + row_bytes * row, row_bytes)
         for vector in range(count):
             even = all_equal(0.0)
             odd = all_equal(0.0)
@@ -137,18 +159,20 @@ def level_rows(x, count, columns, codes, levels, bits, size, y, rows, start, sto
                 even, odd = _group(bits, place, packed, pairs, single_left, table, even, odd)
                 place += 4 * size
                 packed += group_bytes
-            store_float(y + 4 * (rows * vector + row), sum_of(even, odd))
+            finish(sum_of(even, odd), y, rows, bias, vector, row)
 
 
-@compiled
-def integer_rows(x, count, columns, codes, scales, zeros, bits, size, y, rows, start, stop):
-    """`GroupedInteger` of at most 4 bits; `zeros` is 0 if symmetric."""
+def integer_rows(at, start, stop):
+    """`GroupedInteger` of at most 4 bits: codes, scales, zeros (0 if symmetric), bits, columns of a group."""
+    x, count, columns, y, rows, bias = common(at)
+    codes, scales, zeros, bits = word(at, OWN + 0), word(at, OWN + 1), word(at, OWN + 2), word(at, OWN + 3)
+    size = word(at, OWN + 4)
     groups = -(-columns // size)
     last = columns - (groups - 1) * size
     row_bytes = columns // 8 * bits
     group_bytes = size // 8 * bits
     for row in range(start, stop):
-        _ask_for(codes + row_bytes * row, row_bytes)
+        ask_for(codes + row_bytes * row, row_bytes)
         for vector in range(count):
             even = all_equal(0.0)
             odd = all_equal(0.0)
@@ -162,7 +186,7 @@ def integer_rows(x, count, columns, codes, scales, zeros, bits, size, y, rows, s
                 scale = load_half(scales + 2 * number)
                 zero = 0.5
                 if zeros:
-                    zero = float(_code(zeros, bits, number))
+                    zero = float(packed_code(zeros, bits, number))
                 elif bits > 1:
                     zero = float(1 << (bits - 1))
                 else:
@@ -171,16 +195,17 @@ def integer_rows(x, count, columns, codes, scales, zeros, bits, size, y, rows, s
                 even, odd = _group(bits, place, packed, pairs, single_left, table, even, odd)
                 place += 4 * size
                 packed += group_bytes
-            store_float(y + 4 * (rows * vector + row), sum_of(even, odd))
+            finish(sum_of(even, odd), y, rows, bias, vector, row)
 
 
-@compiled
-def byte_rows(x, count, columns, codes, scales, zeros, size, y, rows, start, stop):
-    """`GroupedInteger` of 8 bits; `zeros` is 0 if symmetric."""
+def byte_rows(at, start, stop):
+    """`GroupedInteger` of 8 bits: codes, scales, zeros (0 if symmetric), columns of a group."""
+    x, count, columns, y, rows, bias = common(at)
+    codes, scales, zeros, size = word(at, OWN + 0), word(at, OWN + 1), word(at, OWN + 2), word(at, OWN + 3)
     groups = -(-columns // size)
     last = columns - (groups - 1) * size
     for row in range(start, stop):
-        _ask_for(codes + columns * row, columns)
+        ask_for(codes + columns * row, columns)
         for vector in range(count):
             even = all_equal(0.0)
             odd = all_equal(0.0)
@@ -208,57 +233,28 @@ def byte_rows(x, count, columns, codes, scales, zeros, size, y, rows, start, sto
                     place += 4 * CHUNK
                 even = multiply_add(low, scale, even)
                 odd = multiply_add(high, scale, odd)
-            store_float(y + 4 * (rows * vector + row), sum_of(even, odd))
+            finish(sum_of(even, odd), y, rows, bias, vector, row)
 
 
-planes_single, planes_low, planes_high = plane_loader(0), plane_loader(0), plane_loader(1)
-levels_plain, levels_means = level_loader(False), level_loader(True)
-
-
-@compiled
-def spread_marks(salient, columns, marks):
-    """A plane of bits as int32 (columns,), 4 where a bit is set: what it adds to the place of a level."""
-    for start in range(0, columns, CHUNK):
-        store_marks(salient + start // 8, marks + 4 * start)
-
-
-@compiled
-def plane_rows(x, count, columns, signs, second, scalars, marks, means, size, y, rows, start, stop):
-    """`BinaryResidual`, with or without `means`; `marks` as `spread_marks` leaves them."""
-    groups = -(-columns // size)
-    last = columns - (groups - 1) * size
-    row_bytes = columns // 8
-    scalar_bytes = 14 if means else 8
+def dense_rows(at, start, stop):
+    """A weight of float32 as it is, for layers that nobody compressed: its address."""
+    x, count, columns, y, rows, bias = common(at)
+    weight = word(at, OWN)
     for row in range(start, stop):
-        _ask_for(signs + row_bytes * row, row_bytes)
-        _ask_for(second + row_bytes * row, row_bytes)
+        ask_for(weight + 4 * columns * row, 4 * columns)
         for vector in range(count):
+            place = x + 4 * columns * vector
+            stored = weight + 4 * columns * row
             even = all_equal(0.0)
             odd = all_equal(0.0)
-            place = x + 4 * columns * vector
-            one = signs + row_bytes * row
-            two = second + row_bytes * row
-            mark = marks
-            pairs, single_left = size // PAIR, size % PAIR
-            for group in range(groups):
-                if group == groups - 1:
-                    pairs, single_left = last // PAIR, last % PAIR
-                address = scalars + scalar_bytes * (row * groups + group)
-                table = levels_means(address) if means else levels_plain(address)
-                for _ in range(pairs):
-                    low = look_up(table, planes_low(one, two, mark))
-                    even = multiply_add(low, load_floats(place), even)
-                    high = look_up(table, planes_high(one, two, mark + 4 * CHUNK))
-                    odd = multiply_add(high, load_floats(place + 4 * CHUNK), odd)
-                    one += 4
-                    two += 4
-                    mark += 8 * CHUNK
-                    place += 8 * CHUNK
-                if single_left:
-                    weights = look_up(table, planes_single(one, two, mark))
-                    even = multiply_add(weights, load_floats(place), even)
-                    one += 2
-                    two += 2
-                    mark += 4 * CHUNK
-                    place += 4 * CHUNK
-            store_float(y + 4 * (rows * vector + row), sum_of(even, odd))
+            for _ in range(columns // PAIR):
+                even = multiply_add(load_floats(stored), load_floats(place), even)
+                odd = multiply_add(load_floats(stored + 4 * CHUNK), load_floats(place + 4 * CHUNK), odd)
+                stored += 8 * CHUNK
+                place += 8 * CHUNK
+            total = sum_of(even, odd)
+            for _ in range(columns % PAIR):
+                total += load_float(stored) * load_float(place)
+                stored += 4
+                place += 4
+            finish(total, y, rows, bias, vector, row)

@@ -1,17 +1,18 @@
 """Vectors of sixteen numbers as values of compiled code: what a decoding loop needs and numba has no words for.
 
-Sixteen lanes are one AVX-512 register. Memory is addressed by integers (`Tensor.data_ptr`), so that a call from Python
-carries nothing but numbers. Code j of a row of `bits`-bit codes is where `whit.formats.bits` puts it; a chunk is
-sixteen codes, 2 * bits bytes. Only `look_up` names an instruction, the permutation of a register by another (AVX-512F);
-the rest is LLVM's language for vectors.
+Sixteen lanes are one AVX-512 register; where registers are narrower LLVM takes several. Memory is addressed by integers
+(`Tensor.data_ptr`), so that a call carries nothing but numbers. Only `look_up` names an instruction, the permutation of
+a register by another (AVX-512, AVX2), and goes through memory where there is none; the rest is LLVM's language.
 """
 
 # mypy: ignore-errors
 from __future__ import annotations
 
 from llvmlite import ir
-from numba.core import types
+from numba.core import cgutils, types
 from numba.core.extending import intrinsic, models, register_model
+
+from whit.kernels.cpu.processor import features
 
 LANES = 16
 I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
@@ -48,30 +49,45 @@ class _IntegersModel(models.PrimitiveModel):
         super().__init__(manager, kind, INTEGERS)
 
 
-def _load(builder, address, kind):
-    pointer = builder.inttoptr(address, kind.as_pointer())
-    return builder.load(pointer, align=1)
+def load(builder, address, kind, align=1):
+    """A value of any kind at an address."""
+    return builder.load(builder.inttoptr(address, kind.as_pointer()), align=align)
 
 
-def _shuffle(builder, vector, places):
+def shuffle(builder, vector, places):
+    """vector[places], places known when compiling."""
     mask = ir.Constant(ir.VectorType(I32, len(places)), list(places))
     return builder.shuffle_vector(vector, ir.Constant(vector.type, ir.Undefined), mask)
 
 
-def _splat(builder, value, kind):
+def splat(builder, value, kind):
+    """One number in all lanes."""
     first = builder.insert_element(ir.Constant(kind, ir.Undefined), value, ir.Constant(I32, 0))
-    return builder.shuffle_vector(
-        first, ir.Constant(kind, ir.Undefined), ir.Constant(ir.VectorType(I32, LANES), [0] * LANES)
-    )
+    return shuffle(builder, first, [0] * kind.count)
 
 
-def _call(builder, name, kind, arguments):
+def call(builder, name, kind, arguments):
+    """One of LLVM's intrinsic functions."""
     function = builder.module.declare_intrinsic(name, (), ir.FunctionType(kind, [item.type for item in arguments]))
     return builder.call(function, arguments)
 
 
-def _numbers(values, kind):
+def numbers(values, kind):
+    """A vector known when compiling."""
     return ir.Constant(kind, list(values))
+
+
+def load_halves(builder, address, count):
+    """`count` finite float16 at an address, as a vector of float32."""
+    wide, whole = ir.VectorType(F32, count), ir.VectorType(I32, count)
+    if features() & {"f16c", "fullfp16", "avx512f"}:
+        return builder.fpext(load(builder, address, ir.VectorType(F16, count)), wide)
+    # The exponent, 15 in excess and moved to its new place, becomes 127 in excess by a multiplication with 2^112.
+    bits = builder.zext(load(builder, address, ir.VectorType(I16, count)), whole)
+    sign = builder.shl(builder.and_(bits, numbers([0x8000] * count, whole)), numbers([16] * count, whole))
+    rest = builder.shl(builder.and_(bits, numbers([0x7FFF] * count, whole)), numbers([13] * count, whole))
+    value = builder.fmul(builder.bitcast(rest, wide), numbers([2.0**112] * count, wide))
+    return builder.bitcast(builder.or_(builder.bitcast(value, whole), sign), wide)
 
 
 @intrinsic
@@ -79,9 +95,30 @@ def load_floats(context, address):
     """Sixteen float32 from an address."""
 
     def build(context, builder, signature, arguments):
-        return _load(builder, arguments[0], FLOATS)
+        return load(builder, arguments[0], FLOATS)
 
     return floats(types.int64), build
+
+
+@intrinsic
+def store_floats(context, address, value):
+    """Sixteen float32 to an address."""
+
+    def build(context, builder, signature, arguments):
+        builder.store(arguments[1], builder.inttoptr(arguments[0], FLOATS.as_pointer()), align=4)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, floats), build
+
+
+@intrinsic
+def load_float(context, address):
+    """One float32 from an address."""
+
+    def build(context, builder, signature, arguments):
+        return load(builder, arguments[0], F32, 4)
+
+    return types.float32(types.int64), build
 
 
 @intrinsic
@@ -100,7 +137,7 @@ def load_half(context, address):
     """One float16 from an address, as float32."""
 
     def build(context, builder, signature, arguments):
-        return builder.fpext(_load(builder, arguments[0], F16), F32)
+        return builder.extract_element(load_halves(builder, arguments[0], 1), ir.Constant(I32, 0))
 
     return types.float32(types.int64), build
 
@@ -110,7 +147,7 @@ def load_byte(context, address):
     """One byte from an address."""
 
     def build(context, builder, signature, arguments):
-        return builder.zext(_load(builder, arguments[0], I8), I64)
+        return builder.zext(load(builder, arguments[0], I8), I64)
 
     return types.int64(types.int64), build
 
@@ -120,7 +157,7 @@ def load_bytes(context, address):
     """Sixteen bytes from an address, as float32."""
 
     def build(context, builder, signature, arguments):
-        wide = builder.zext(_load(builder, arguments[0], ir.VectorType(I8, LANES)), INTEGERS)
+        wide = builder.zext(load(builder, arguments[0], ir.VectorType(I8, LANES)), INTEGERS)
         return builder.sitofp(wide, FLOATS)
 
     return floats(types.int64), build
@@ -131,7 +168,7 @@ def all_equal(context, value):
     """Sixteen times one float32."""
 
     def build(context, builder, signature, arguments):
-        return _splat(builder, arguments[0], FLOATS)
+        return splat(builder, arguments[0], FLOATS)
 
     return floats(types.float32), build
 
@@ -142,39 +179,34 @@ def counter(bits):
     @intrinsic
     def counting(context):
         def build(context, builder, signature, arguments):
-            return _numbers([float(lane % 2**bits) for lane in range(LANES)], FLOATS)
+            return numbers([float(lane % 2**bits) for lane in range(LANES)], FLOATS)
 
         return floats(), build
 
     return counting
 
 
-@intrinsic
-def minus(context, left, right):
-    """left - right."""
+def _of_two(operation):
+    @intrinsic
+    def apply(context, left, right):
+        def build(context, builder, signature, arguments):
+            return getattr(builder, operation)(*arguments)
 
-    def build(context, builder, signature, arguments):
-        return builder.fsub(*arguments)
+        return floats(floats, floats), build
 
-    return floats(floats, floats), build
+    return apply
 
 
-@intrinsic
-def times(context, left, right):
-    """left * right."""
-
-    def build(context, builder, signature, arguments):
-        return builder.fmul(*arguments)
-
-    return floats(floats, floats), build
+plus, minus, times, over = (_of_two(operation) for operation in ("fadd", "fsub", "fmul", "fdiv"))
 
 
 @intrinsic
 def multiply_add(context, left, right, total):
-    """left * right + total, rounded once."""
+    """left * right + total, rounded once where the processor can."""
 
     def build(context, builder, signature, arguments):
-        return _call(builder, "llvm.fma.v16f32", FLOATS, arguments)
+        name = "llvm.fma.v16f32" if features() & {"fma", "avx512f", "neon"} else "llvm.fmuladd.v16f32"
+        return call(builder, name, FLOATS, arguments)
 
     return floats(floats, floats, floats), build
 
@@ -186,7 +218,7 @@ def sum_of(context, left, right):
     def build(context, builder, signature, arguments):
         total = builder.fadd(*arguments)
         for width in (8, 4, 2, 1):
-            halves = (_shuffle(builder, total, range(start, start + width)) for start in (0, width))
+            halves = (shuffle(builder, total, range(start, start + width)) for start in (0, width))
             total = builder.fadd(*halves)
         return builder.extract_element(total, ir.Constant(I32, 0))
 
@@ -198,95 +230,37 @@ def look_up(context, table, index):
     """table[index % 16] for each lane."""
 
     def build(context, builder, signature, arguments):
-        return _call(builder, "llvm.x86.avx512.permvar.sf.512", FLOATS, arguments)
+        table, index = arguments
+        if "avx512f" in features():
+            return call(builder, "llvm.x86.avx512.permvar.sf.512", FLOATS, [table, index])
+        if "avx2" in features():
+            return _look_up_halves(builder, table, index)
+        place = cgutils.alloca_once(builder, FLOATS)  # once for all rounds of a loop
+        builder.store(table, place)
+        first = builder.bitcast(place, F32.as_pointer())
+        within = builder.and_(index, numbers([LANES - 1] * LANES, INTEGERS))
+        out = ir.Constant(FLOATS, ir.Undefined)
+        for lane in range(LANES):
+            number = ir.Constant(I32, lane)
+            item = builder.load(builder.gep(first, [builder.extract_element(within, number)]))
+            out = builder.insert_element(out, item, number)
+        return out
 
     return floats(floats, integers), build
 
 
-def table_loader(bits):
-    """A function that loads 2**bits float16 levels from an address, repeated to sixteen float32."""
-
-    @intrinsic
-    def load_table(context, address):
-        def build(context, builder, signature, arguments):
-            count = 2**bits
-            wide = builder.fpext(_load(builder, arguments[0], ir.VectorType(F16, count)), ir.VectorType(F32, count))
-            return _shuffle(builder, wide, [lane % count for lane in range(LANES)])
-
-        return floats(types.int64), build
-
-    return load_table
-
-
-def code_loader(bits, first):
-    """A function that loads the chunk of codes `first` chunks after an address; above the code, lanes hold other bits.
-
-    With `first` = 1 and one bit per code, four bytes are read at the address: both chunks must be there.
-    """
-
-    @intrinsic
-    def load_codes(context, address):
-        def build(context, builder, signature, arguments):
-            def word(offset, kind=I32):
-                place = builder.add(arguments[0], ir.Constant(I64, offset))
-                value = _load(builder, place, kind)
-                return _splat(builder, value if kind is I32 else builder.zext(value, I32), INTEGERS)
-
-            start = 2 * bits * first
-            if bits == 1:
-                spread = word(0) if first else word(0, I16)
-                shifts = [lane + 16 * first for lane in range(LANES)]
-            elif bits == 2:
-                spread, shifts = word(start), [2 * lane for lane in range(LANES)]
-            else:
-                # Eight codes lie in the low bits of the first word, eight in the high bits of the last.
-                above = ir.Constant(ir.VectorType(ir.IntType(1), LANES), [lane >= 8 for lane in range(LANES)])
-                spread = builder.select(above, word(start + 2 * bits - 4), word(start))
-                shifts = [bits * (lane % 8) + (lane // 8) * (32 - 8 * bits) for lane in range(LANES)]
-            return builder.lshr(spread, _numbers(shifts, INTEGERS))
-
-        return integers(types.int64), build
-
-    return load_codes
-
-
-def plane_loader(second):
-    """A function that joins a chunk of two bit planes and sixteen marks: first + 2 * middle + marks.
-
-    With `second`, the chunk after the one addressed; otherwise two bytes of each plane are read. Marks are int32.
-    """
-
-    @intrinsic
-    def load_planes(context, first, middle, marks):
-        def build(context, builder, signature, arguments):
-            def lanes(address, position):
-                kind = I32 if second else I16
-                value = _load(builder, address, kind)
-                word = _splat(builder, value if second else builder.zext(value, I32), INTEGERS)
-                turns = _numbers([(position - lane - 16 * second) % 32 for lane in range(LANES)], INTEGERS)
-                turned = _call(builder, "llvm.fshl.v16i32", INTEGERS, [word, word, turns])
-                return builder.and_(turned, _numbers([1 << position] * LANES, INTEGERS))
-
-            marked = builder.or_(_load(builder, arguments[2], INTEGERS), lanes(arguments[0], 0))
-            return builder.or_(marked, lanes(arguments[1], 1))
-
-        return integers(types.int64, types.int64, types.int64), build
-
-    return load_planes
-
-
-@intrinsic
-def store_marks(context, plane, marks):
-    """Sixteen bits from an address to sixteen int32 at another: 4 or 0."""
-
-    def build(context, builder, signature, arguments):
-        bits = builder.bitcast(_load(builder, arguments[0], I16), ir.VectorType(ir.IntType(1), LANES))
-        four = builder.select(bits, _numbers([4] * LANES, INTEGERS), _numbers([0] * LANES, INTEGERS))
-        store = builder.store(four, builder.inttoptr(arguments[1], INTEGERS.as_pointer()))
-        store.align = 4
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64), build
+def _look_up_halves(builder, table, index):
+    """Eight lanes at a time: from both halves of the table, of which bit 3 chooses."""
+    eight = ir.VectorType(F32, 8)
+    low, high = (shuffle(builder, table, range(start, start + 8)) for start in (0, 8))
+    parts = []
+    for start in (0, 8):
+        lanes = shuffle(builder, index, range(start, start + 8))
+        pair = [call(builder, "llvm.x86.avx2.permps", eight, [half, lanes]) for half in (low, high)]
+        above = builder.trunc(builder.lshr(lanes, numbers([3] * 8, lanes.type)), ir.VectorType(ir.IntType(1), 8))
+        parts.append(builder.select(above, pair[1], pair[0]))
+    whole = ir.Constant(ir.VectorType(I32, LANES), list(range(LANES)))
+    return builder.shuffle_vector(parts[0], parts[1], whole)
 
 
 @intrinsic
@@ -297,30 +271,40 @@ def prefetch(context, address):
         pointer = builder.inttoptr(arguments[0], I8.as_pointer())
         kind = ir.FunctionType(ir.VoidType(), [pointer.type, I32, I32, I32])
         function = builder.module.declare_intrinsic("llvm.prefetch.p0", (), kind)
-        builder.call(function, [pointer, *(ir.Constant(I32, value) for value in (0, 3, 1))])
+        builder.call(function, [pointer, *(ir.Constant(I32, value) for value in (0, 2, 1))])
         return context.get_dummy_value()
 
     return types.void(types.int64), build
 
 
-def level_loader(means):
-    """A function that loads the scalars of `whit.formats.binary_residual` and returns its eight levels, twice."""
+@intrinsic
+def exponential(context, value):
+    """e to the power of each lane, within two units in the last place; below e^-87 it is that.
 
-    @intrinsic
-    def load_levels(context, address):
-        def build(context, builder, signature, arguments):
-            count = 7 if means else 4
-            scalars = builder.fpext(_load(builder, arguments[0], ir.VectorType(F16, count)), ir.VectorType(F32, count))
-            scales = [1, 1, 3, 3, 5, 5, 5, 5] if means else [0, 0, 1, 1, 2, 2, 2, 2]
-            first = _shuffle(builder, scalars, scales * 2)
-            last = _shuffle(builder, scalars, [count - 1] * LANES)
-            signs = _numbers([-1.0, 1.0] * 8, FLOATS)
-            last_signs = _numbers([0.0, 0.0, 0.0, 0.0, -1.0, -1.0, 1.0, 1.0] * 2, FLOATS)
-            level = builder.fmul(first, signs)
-            if means:
-                level = builder.fadd(_shuffle(builder, scalars, [0, 0, 2, 2, 4, 4, 4, 4] * 2), level)
-            return builder.fadd(level, builder.fmul(last, last_signs))
+    With n = round(x / ln 2), e^x = 2^n e^r where |r| <= ln(2) / 2: r by two parts of ln 2, e^r by its series to r^7.
+    """
 
-        return floats(types.int64), build
+    def build(context, builder, signature, arguments):
+        def all_lanes(number):
+            return numbers([number] * LANES, FLOATS)
 
-    return load_levels
+        def add_product(left, right, total):
+            return call(builder, "llvm.fmuladd.v16f32", FLOATS, [left, right, total])
+
+        inside = arguments[0]
+        for bound, comparison in ((-87.0, "<"), (88.0, ">")):
+            beyond = builder.fcmp_ordered(comparison, inside, all_lanes(bound))
+            inside = builder.select(beyond, all_lanes(bound), inside)
+        # Adding 1.5 * 2^23 rounds to the nearest whole number.
+        moved = builder.fadd(builder.fmul(inside, all_lanes(1.4426950408889634)), all_lanes(12582912.0))
+        whole = builder.fsub(moved, all_lanes(12582912.0))
+        rest = add_product(whole, all_lanes(-0.693359375), inside)
+        rest = add_product(whole, all_lanes(2.12194440e-4), rest)
+        total = all_lanes(1 / 5040)
+        for divisor in (720, 120, 24, 6, 2, 1, 1):
+            total = add_product(total, rest, all_lanes(1 / divisor))
+        exponent = builder.add(builder.fptosi(whole, INTEGERS), numbers([127] * LANES, INTEGERS))
+        power = builder.bitcast(builder.shl(exponent, numbers([23] * LANES, INTEGERS)), FLOATS)
+        return builder.fmul(total, power)
+
+    return floats(floats), build
