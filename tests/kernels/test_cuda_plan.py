@@ -33,6 +33,7 @@ H200 = (132, 232448)
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path, monkeypatch):
+    monkeypatch.delenv("WHIT_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     tuned_shapes.cache_clear()
     yield

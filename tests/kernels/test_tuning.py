@@ -103,6 +103,7 @@ def test_a_model_of_other_parts_gives_its_layers() -> None:
 @needs_gpu
 @pytest.mark.gpu
 def test_products_are_tuned_and_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WHIT_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     packed = random_packed(LevelTable(2, 128), 256, 1024, "cuda")
     x: Tensor = torch.randn(1, 1024, device="cuda", dtype=torch.float16)
