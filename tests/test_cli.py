@@ -95,14 +95,28 @@ class FakeEngine:
         self.calls.append({"directory": directory, "target": target, "output": output, "prefer": prefer})
         return ExportRecord(target, str(output), {"Q4_0": 14, "Q8_0": 1}, 1000, 1200, ["became [larger]"])
 
-    def generate(self, directory: str, prompt: str, *, new_tokens: int = 64, device: str = "auto") -> str:
-        self.calls.append({"directory": directory, "prompt": prompt, "new_tokens": new_tokens, "device": device})
+    def generate(
+        self,
+        directory: str,
+        prompt: str,
+        *,
+        new_tokens: int = 64,
+        dtype: torch.dtype | None = None,
+        device: str = "auto",
+    ) -> str:
+        call = {"directory": directory, "prompt": prompt, "new_tokens": new_tokens, "dtype": dtype, "device": device}
+        self.calls.append(call)
         return " and so on"
 
     def tune(
-        self, directory: Path, *, vectors: Sequence[int] = (1, 16), device: str = "auto"
+        self,
+        directory: Path,
+        *,
+        vectors: Sequence[int] = (1, 16),
+        dtype: torch.dtype | None = None,
+        device: str = "auto",
     ) -> Iterator[TunedProduct]:
-        self.calls.append({"directory": directory, "vectors": vectors, "device": device})
+        self.calls.append({"directory": directory, "vectors": vectors, "dtype": dtype, "device": device})
         layout = {"format": "level-table", "bits": 2, "group_size": 128}
         for count in vectors:
             yield TunedProduct(layout, 64, 128, count, "few", "many", 2e-5, 1e-5, 7)
@@ -374,10 +388,19 @@ def test_generate_prints_prompt_and_continuation_alone(capsys: pytest.CaptureFix
     assert capsys.readouterr().out == "Once and so on\n"
 
 
+@pytest.mark.parametrize("command", [["generate", "dir", "Once"], ["tune", "dir"]])
+def test_the_dtype_is_one_of_those_there_are(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    engine = FakeEngine()
+    assert main([*command, "--dtype", "float16"], engine) == 0
+    assert engine.calls[0]["dtype"] is torch.float16
+    assert main([*command, "--dtype", "half"], engine) == KnobError.exit_code
+    assert "--dtype is one of auto, float32, bfloat16, float16, got 'half'" in capsys.readouterr().err
+
+
 def test_tune_shows_each_product_as_it_is_found(capsys: pytest.CaptureFixture[str]) -> None:
     engine = FakeEngine()
     assert main(["tune", "dir", "--vectors", "1, 16"], engine) == 0
-    assert engine.calls == [{"directory": Path("dir"), "vectors": [1, 16], "device": "auto"}]
+    assert engine.calls == [{"directory": Path("dir"), "vectors": [1, 16], "dtype": None, "device": "auto"}]
     first, second = capsys.readouterr().out.strip().split("\n")
     assert first.startswith("64x128 level-table")
     assert "1 vector: 20.0 -> 10.0 µs of 7 tried, few -> many" in first

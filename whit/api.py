@@ -32,7 +32,7 @@ from whit.pipeline.compress import compress as compress_model
 from whit.pipeline.events import Listener, Plan
 from whit.pipeline.leak import check_recorded_leak
 from whit.pipeline.options import RunOptions
-from whit.pipeline.prepare import choose_device, compute_dtype, data_limits
+from whit.pipeline.prepare import choose_device, compute_dtype, data_limits, decoding_dtype
 from whit.pipeline.recipe import Recipe
 from whit.report.record import EvaluationRecord, Result
 
@@ -214,11 +214,14 @@ def generate(
 ) -> str:
     """Greedy continuation of `prompt` by a compressed model.
 
+    Args:
+        dtype: compute dtype; default float32 on a CPU, on a GPU as saved, or bfloat16 if that is float32.
+
     Raises:
         DataError: the directory holds no tokenizer, or the text would be longer than the model's positions.
     """
     place = choose_device(device)
-    dtype = dtype or compute_dtype("auto", saved_dtype(directory), place)
+    dtype = dtype or decoding_dtype(saved_dtype(directory), place)
     model = load_directory(directory, dtype=dtype, device=place)
     tokenizer = load_tokenizer(directory)
     if tokenizer is None:
@@ -239,7 +242,7 @@ def tune(
 
     Args:
         vectors: numbers of input vectors: 1 for decoding one text, 16 for sixteen, more for reading prompts.
-        dtype: of the inputs; default as saved.
+        dtype: of the inputs, float16 or bfloat16; default as in `generate`.
 
     Raises:
         KnobError: no CUDA device, or a number of vectors below one. ModelError: not a compressed model.
@@ -249,8 +252,11 @@ def tune(
         raise KnobError(f"vectors must be whole numbers of at least 1, got {wrong[0] if wrong else 'none'}")
     place = choose_device(device)
     if place.type != "cuda":
-        raise KnobError(f"--device {device!r}: launches are chosen on a CUDA device, and this is {place.type!r}")
-    dtype = dtype or compute_dtype("auto", saved_dtype(directory), place)
+        raise KnobError(
+            f"--device {device!r}: launches are chosen on a CUDA device, and this is {place.type!r}; on a "
+            f"{place.type.upper()} there is nothing to tune"
+        )
+    dtype = dtype or decoding_dtype(saved_dtype(directory), place)
     model = load_directory(directory, dtype=dtype, device=place)
     return tune_products(multiplied_weights(model), vectors, dtype)
 

@@ -23,6 +23,7 @@ from whit.cli.options import (
     requested_recipe,
     run_options,
     run_parameters,
+    torch_dtype,
     whole_numbers,
     with_signature,
 )
@@ -31,6 +32,7 @@ from whit.errors import KnobError
 from whit.methods.base import available_methods, knobs, method_class
 from whit.models.loading import saved_dtype
 from whit.pipeline.events import Plan
+from whit.pipeline.options import DTYPES
 from whit.pipeline.prepare import choose_device
 from whit.pipeline.ranks import is_helper
 from whit.pipeline.recipe import Recipe, read_recipe
@@ -44,6 +46,7 @@ EVALUATION_OPTIONS = (
     "device",
     "dtype",
 )
+DTYPE_HELP = "compute dtype; auto: float32 on a CPU, on a GPU as saved, or bfloat16 if that is float32"
 REQUIRED = inspect.Parameter.empty
 
 
@@ -209,12 +212,14 @@ def _generate(
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="text to continue")],
     new_tokens: Annotated[int, typer.Option("--new-tokens", min=1, help="tokens to generate")] = 64,
     device: Annotated[str, typer.Option("--device", help="where to compute: auto, cpu, cuda, ...")] = "auto",
+    dtype: Annotated[str, typer.Option("--dtype", metavar="|".join(DTYPES), help=DTYPE_HELP)] = "auto",
     debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
 ) -> Action:
     """Continue a prompt with a compressed model."""
+    wanted = torch_dtype(dtype)
 
     def action(engine: Callable[[], Engine]) -> None:
-        print(prompt + engine().generate(directory, prompt, new_tokens=new_tokens, device=device))
+        print(prompt + engine().generate(directory, prompt, new_tokens=new_tokens, dtype=wanted, device=device))
 
     return action
 
@@ -248,16 +253,17 @@ def _tune(
         str, typer.Option("--vectors", metavar="N,...", help="input vectors: 1 decodes one text; 2048 reads a prompt")
     ] = "1,16",
     device: Annotated[str, typer.Option("--device", help="GPU to tune for: auto, cuda, cuda:1, ...")] = "auto",
+    dtype: Annotated[str, typer.Option("--dtype", metavar="|".join(DTYPES), help=DTYPE_HELP)] = "auto",
     as_json: Annotated[bool, typer.Option("--json", help="JSON lines on standard output")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
 ) -> Action:
     """Find the fastest launches of a model's products on this GPU, and keep them for all later runs."""
-    counts = whole_numbers(vectors, "--vectors")
+    counts, wanted = whole_numbers(vectors, "--vectors"), torch_dtype(dtype)
 
     def action(engine: Callable[[], Engine]) -> None:
         display = make_display(as_json=as_json, quiet=False)
         found = 0
-        for product in engine().tune(directory, vectors=counts, device=device):
+        for product in engine().tune(directory, vectors=counts, dtype=wanted, device=device):
             display.show(tuned_view(product), dataclasses.asdict(product))
             found += 1
         if not found and not as_json:

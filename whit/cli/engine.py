@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
 
+import torch
+
 from whit.kernels.tuning import TunedProduct
 from whit.pipeline.events import Listener, Plan
 from whit.pipeline.options import RunOptions
@@ -47,12 +49,25 @@ class Engine(Protocol):
         """Write a compressed model in the format of another tool."""
         ...
 
-    def generate(self, directory: str, prompt: str, *, new_tokens: int = 64, device: str = "auto") -> str:
+    def generate(
+        self,
+        directory: str,
+        prompt: str,
+        *,
+        new_tokens: int = 64,
+        dtype: torch.dtype | None = None,
+        device: str = "auto",
+    ) -> str:
         """Continue a prompt."""
         ...
 
     def tune(
-        self, directory: Path, *, vectors: Sequence[int] = (1, 16), device: str = "auto"
+        self,
+        directory: Path,
+        *,
+        vectors: Sequence[int] = (1, 16),
+        dtype: torch.dtype | None = None,
+        device: str = "auto",
     ) -> Iterator[TunedProduct]:
         """Find and keep the fastest launches of a model's products."""
         ...

@@ -8,6 +8,7 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.markup import escape
 
@@ -130,6 +131,17 @@ def explain_unknown(option: str, known: Sequence[str], method: str | None) -> st
     if owners:
         return f"option {option!r} is a knob of {', '.join(owners)}, not of {method}: add --method {owners[0]}"
     return f"no option {option!r}{nearest(option, known)} (--help lists the options)"
+
+
+def torch_dtype(name: str) -> torch.dtype | None:
+    """The dtype that `--dtype` names, None for "auto".
+
+    Raises:
+        KnobError: another name.
+    """
+    if name not in DTYPES:
+        raise KnobError(f"--dtype is one of {', '.join(DTYPES)}, got {name!r}")
+    return None if name == "auto" else getattr(torch, name)
 
 
 def whole_numbers(text: str, name: str) -> list[int]:

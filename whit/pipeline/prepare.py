@@ -137,6 +137,15 @@ def compute_dtype(name: str, model_dtype: torch.dtype, device: torch.device) -> 
     return torch.float32 if device.type == "cpu" else model_dtype
 
 
+def decoding_dtype(saved: torch.dtype, device: torch.device) -> torch.dtype:
+    """Dtype to generate text in, if none is asked for: as `compute_dtype`, but 16 bit on a GPU whatever was saved.
+
+    The GPU's kernels multiply 16-bit inputs; a model saved in float32 would run without them.
+    """
+    dtype = compute_dtype("auto", saved, device)
+    return torch.bfloat16 if device.type == "cuda" and dtype.itemsize > 2 else dtype
+
+
 def batch_size_for(device: torch.device, sequence_bytes: int) -> int:
     """Sequences per forward pass: one on a CPU; on a GPU the largest power of two within `BATCH_BYTES`.
 
