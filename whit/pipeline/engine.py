@@ -31,7 +31,7 @@ from whit.models.source import TensorSource
 from whit.models.stacks import Stack
 from whit.pipeline.assign import Assignment
 from whit.pipeline.background import InOrder
-from whit.pipeline.block import Streams, compress_block, propagate
+from whit.pipeline.block import Groups, Streams, compress_block, propagate
 from whit.pipeline.catch import Caught, Finished
 from whit.pipeline.events import Listener
 from whit.pipeline.finish import dense_tensor_dtype
@@ -58,6 +58,7 @@ class Run:
         gradients: of the dense model, if a method needs them (filled by the passes before the loop).
         writer: where finished units are written.
         ranks: processes that work on the model together; the first has a `Journal`, the others read it.
+        groups: how layers of the blocks so far share inputs.
     """
 
     model: nn.Module
@@ -74,6 +75,7 @@ class Run:
     gradients: GradientStore | None = None
     writer: InOrder = field(default_factory=InOrder)
     ranks: Ranks = ALONE
+    groups: Groups = field(default_factory=Groups)
 
     @property
     def stage(self) -> Stage:
@@ -207,6 +209,7 @@ def _block(run: Run, name: str, streams: Streams, done: list[str], total: int, o
             swaps=swaps,
             gradients=None if run.gradients is None else run.gradients.gradients(name),
             ranks=run.ranks,
+            known=run.groups,
         )
         _store(run, name, packed, records, time.perf_counter() - start)
     if onward:
