@@ -3,8 +3,7 @@
 A float32 number is the sum of bfloat16 numbers (8 bits of significand each), and products of bfloat16 numbers are exact
 in float32, in which tensor cores add them. Of A = A_1 + A_2 and B = B_1 + B_2, the products A_1 B_1 + A_1 B_2 + A_2 B_1
 leave out what is below 2^-16 of a product: far less than TF32 does (2^-11), at a fraction of the time of float32
-arithmetic. Where B is of signs and zeros, A_1 B + A_2 B is as good. That is enough where products steer a search:
-feedback of rounding errors, gradients, normal equations of scalars that are stored in 11 bits, relative errors.
+arithmetic. That is enough where products steer a search: feedback of rounding errors, gradients, relative errors.
 """
 
 from __future__ import annotations
@@ -57,12 +56,14 @@ class SplitFactor:
         self._halves = split(matrix) if _on_tensor_cores(matrix) else ()
 
     def times(self, pattern: Tensor) -> Tensor:
-        """A P, float32; P of signs and zeros, of any dtype."""
+        """A P, float32; P of signs and zeros, of any dtype. On a CUDA device with A to 8 bits.
+
+        That is for the normal equations of least squares that are solved by turns: their right side is exact, so what A
+        lacks makes a step a little longer or shorter, and the next one makes up for it.
+        """
         if not self._halves:
             return self._matrix @ pattern.to(self._matrix.dtype)
-        high, low = self._halves
-        narrow = pattern.to(torch.bfloat16)
-        return _add(torch.mm(low, narrow, out_dtype=torch.float32), high, narrow, 1.0, 1.0)
+        return torch.mm(self._halves[0], pattern.to(torch.bfloat16), out_dtype=torch.float32)
 
     def part(self, places: Tensor) -> SplitFactor:
         """The matrix between some columns and the same rows."""
