@@ -36,6 +36,13 @@ def product(left: Tensor, right: Tensor) -> Tensor:
     return add_product(target, left, right, beta=0.0)
 
 
+def coarse_product(left: Tensor, right: Tensor) -> Tensor:
+    """left right, float32 (rows, columns); on a CUDA device of factors rounded to 8 bits, for sums over many entries."""
+    if not _on_tensor_cores(left, right):
+        return left @ right
+    return torch.mm(left.to(torch.bfloat16), right.to(torch.bfloat16), out_dtype=torch.float32)
+
+
 def _add(target: Tensor, left: Tensor, right: Tensor, alpha: float, beta: float) -> Tensor:
     return torch.addmm(target, left, right, out_dtype=torch.float32, alpha=alpha, beta=beta, out=target)
 
@@ -48,12 +55,12 @@ class SplitFactor:
     """A float32 matrix prepared to be multiplied again and again, whole or by its rows; on a CPU kept as it is.
 
     Args:
-        matrix: A, float32 (rows, columns), columns a multiple of 8 for speed.
+        matrix: A, float32 (rows, columns).
     """
 
     def __init__(self, matrix: Tensor) -> None:
         self._matrix = matrix
-        self._halves = split(matrix) if _on_tensor_cores(matrix) else ()
+        self._halves = tuple(_aligned(half) for half in split(matrix)) if _on_tensor_cores(matrix) else ()
 
     def times(self, pattern: Tensor) -> Tensor:
         """A P, float32; P of signs and zeros, of any dtype. On a CUDA device with A to 8 bits.
@@ -135,6 +142,14 @@ class Panel:
             target.addmm_(self._left[:, columns].T, self._right, alpha=-1)
         else:
             _add(target, self._left[:, columns].T, self._right, -1.0, 1.0)
+
+
+def _aligned(half: Tensor) -> Tensor:
+    """The same matrix with rows that begin at multiples of 16 bytes: others are multiplied several times slower."""
+    rows, columns = half.shape
+    if columns % 8 == 0:
+        return half
+    return half.new_empty(rows, -(-columns // 8) * 8)[:, :columns].copy_(half)
 
 
 def split(matrix: Tensor) -> tuple[Tensor, Tensor]:
