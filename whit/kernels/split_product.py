@@ -37,7 +37,7 @@ def product(left: Tensor, right: Tensor) -> Tensor:
 
 
 def coarse_product(left: Tensor, right: Tensor) -> Tensor:
-    """left right, float32 (rows, columns); on a CUDA device of factors rounded to 8 bits, for sums over many entries."""
+    """left right, float32 (rows, columns), for sums over many entries; on a CUDA device of factors rounded to 8 bits."""
     if not _on_tensor_cores(left, right):
         return left @ right
     return torch.mm(left.to(torch.bfloat16), right.to(torch.bfloat16), out_dtype=torch.float32)
@@ -60,7 +60,12 @@ class SplitFactor:
 
     def __init__(self, matrix: Tensor) -> None:
         self._matrix = matrix
-        self._halves = tuple(_aligned(half) for half in split(matrix)) if _on_tensor_cores(matrix) else ()
+        self._halves: tuple[Tensor, ...] = ()
+        if _on_tensor_cores(matrix):
+            # Rows that begin at multiples of 16 bytes: others are multiplied several times slower.
+            self._padding = -matrix.shape[1] % 8
+            self._wide = split(_padded(matrix, 1, self._padding))
+            self._halves = tuple(half[:, : matrix.shape[1]] for half in self._wide)
 
     def times(self, pattern: Tensor) -> Tensor:
         """A P, float32; P of signs and zeros, of any dtype. On a CUDA device with A to 8 bits.
@@ -70,7 +75,8 @@ class SplitFactor:
         """
         if not self._halves:
             return self._matrix @ pattern.to(self._matrix.dtype)
-        return torch.mm(self._halves[0], pattern.to(torch.bfloat16), out_dtype=torch.float32)
+        narrow = _padded(pattern.to(torch.bfloat16), 0, self._padding)
+        return torch.mm(self._wide[0], narrow, out_dtype=torch.float32)
 
     def part(self, places: Tensor) -> SplitFactor:
         """The matrix between some columns and the same rows."""
@@ -144,12 +150,11 @@ class Panel:
             _add(target, self._left[:, columns].T, self._right, -1.0, 1.0)
 
 
-def _aligned(half: Tensor) -> Tensor:
-    """The same matrix with rows that begin at multiples of 16 bytes: others are multiplied several times slower."""
-    rows, columns = half.shape
-    if columns % 8 == 0:
-        return half
-    return half.new_empty(rows, -(-columns // 8) * 8)[:, :columns].copy_(half)
+def _padded(matrix: Tensor, dimension: int, count: int) -> Tensor:
+    """The matrix with so many zeros after its rows (1) or columns (0)."""
+    if not count:
+        return matrix
+    return torch.nn.functional.pad(matrix, (0, count) if dimension else (0, 0, 0, count))
 
 
 def split(matrix: Tensor) -> tuple[Tensor, Tensor]:
