@@ -37,7 +37,7 @@ def product(left: Tensor, right: Tensor) -> Tensor:
 
 
 def coarse_product(left: Tensor, right: Tensor) -> Tensor:
-    """left right, float32 (rows, columns), for sums over many entries; on a CUDA device of factors rounded to 8 bits."""
+    """left right, float32 (rows, columns), for sums over many entries; on a CUDA device of factors of 8 bits."""
     if not _on_tensor_cores(left, right):
         return left @ right
     return torch.mm(left.to(torch.bfloat16), right.to(torch.bfloat16), out_dtype=torch.float32)
