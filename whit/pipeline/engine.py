@@ -243,14 +243,16 @@ def _store(run: Run, unit: str, packed: dict[str, Packed], records: list[LayerRe
     blocks = [block for stack in run.stacks for block in stack.blocks]
     replaced = {f"{name}.weight" for name in [*packed, *run.assignment.tied]}
     stored = set(run.source.names())
-    for name in _dense_names(run.model, unit, blocks):
-        # Not those of a packed module that stands in the block: they are stored already, and not in the dense dtype.
-        if name not in replaced and name not in tensors:
-            value = run.source.load(name) if name in stored else run.model.state_dict()[name].detach().cpu()
-            dtype = dense_tensor_dtype(run.model, name, run.dense_dtype)
-            tensors[name] = value.to(dtype) if value.is_floating_point() else value
+    # Not those of a packed module that stands in the block: they are stored already, and not in the dense dtype.
+    dense = [name for name in _dense_names(run.model, unit, blocks) if name not in replaced and name not in tensors]
+    made = {name: run.model.state_dict()[name].detach().cpu() for name in dense if name not in stored}
+
+    def finish(name: str) -> Tensor:
+        value = made[name] if name in made else run.source.load(name)
+        return value.to(dense_tensor_dtype(run.model, name, run.dense_dtype)) if value.is_floating_point() else value
+
     assert isinstance(journal, Journal)
-    run.writer.submit(lambda: journal.write(unit, tensors, records, seconds))
+    run.writer.submit(lambda: journal.write(unit, tensors | {name: finish(name) for name in dense}, records, seconds))
 
 
 def _dense_names(model: nn.Module, unit: str, blocks: Sequence[str]) -> list[str]:
