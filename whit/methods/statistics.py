@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import threading
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -57,7 +56,6 @@ class LayerStatistics:
     sample: Tensor | None = None
     gradient: Tensor | None = None
     _factors: dict[tuple[float, tuple[int, ...]], InverseFactor] = field(default_factory=dict, repr=False)
-    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     def inverse_factor(self, damping: float, order: Tensor | None = None) -> InverseFactor:
         """U = cholesky(H^-1, upper) of H + damping * mean(diag H) * I (Frantar et al. 2022, section 3.3, step 3).
@@ -73,10 +71,9 @@ class LayerStatistics:
             ModelError: H holds NaN or Inf, or no damping up to 1e4 helps.
         """
         key = (damping, () if order is None else tuple(order.tolist()))
-        with self._lock:  # layers that share inputs may be compressed side by side
-            if key not in self._factors:
-                self._factors[key] = _factorise(self._moment(), damping, order)
-            return self._factors[key]
+        if key not in self._factors:
+            self._factors[key] = _factorise(self._moment(), damping, order)
+        return self._factors[key]
 
     def damped(self, factor: InverseFactor, order: Tensor) -> Tensor:
         """H as `factor` (of that order) inverts it, its columns taken in `order`: float32 (m, m), memory of its own."""

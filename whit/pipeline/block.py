@@ -130,7 +130,7 @@ def compress_block(
                     if Statistic.GRADIENT in layers[name].method.required() and gradients and name in gradients:
                         mine = mine.with_gradient(gradients[name].to(_device(modules[name])))
                     compress(name, mine)
-                team.after(statistics[group].release)
+                statistics[group].release()
     with team.dividing(unreached) as compress:
         for name in unreached:
             notes = (UNREACHED,) if layers[name].method.required() else ()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import threading
 import time
 from collections.abc import Sequence
 
@@ -27,7 +26,6 @@ class Swaps:
         self._block = block
         self._prefix = prefix
         self._originals: dict[str, nn.Module] = {}
-        self._lock = threading.Lock()  # layers may be compressed side by side
 
     def put(self, layer: AssignedLayer, packed: Packed) -> None:
         """Let the block run `packed` (on the block's device) in place of a layer, wherever it is used."""
@@ -37,10 +35,9 @@ class Swaps:
         assert isinstance(running, PackedModule)
         running.set_packed(packed)
         running.take_place_of(module)
-        with self._lock:
-            for place in places_of(self._block, name):
-                self._originals.setdefault(place, module)
-                replace_module(self._block, place, running)
+        for place in places_of(self._block, name):
+            self._originals.setdefault(place, module)
+            replace_module(self._block, place, running)
 
     def undo(self) -> None:
         """Put every replaced module back."""

@@ -13,7 +13,6 @@ import psutil
 import torch
 
 from whit.models.layers import declared_end
-from whit.pipeline.abreast import ABREAST, MOST_WEIGHTS
 from whit.pipeline.assign import Assignment
 from whit.pipeline.gradient_task import BOUNDARY_SHARE, gradient_layers
 from whit.pipeline.prepare import Job
@@ -23,8 +22,6 @@ RUNTIME_BYTES = 600 * 2**20
 # What a CUDA context, its libraries and kernels add to the resident memory (a run on an H200 peaked at 2.4 GB in all).
 CUDA_BYTES = 5 * 2**28
 FITS_BELOW = 0.8
-# Float32 copies of a matrix that compressing it takes.
-WORKSPACE = 6
 
 
 @dataclass(frozen=True)
@@ -68,11 +65,9 @@ def expected_memory(job: Job, file_bytes: int, available: int) -> Memory:
     """
     sizes = _sizes(job, file_bytes)
     gradients = gradient_sizes(job)
-    # On a GPU the next block is there already (`whit.models.ahead`), and small layers are compressed side by side.
-    beside = WORKSPACE * max(0, ABREAST * min(sizes.matrix, 4 * MOST_WEIGHTS) - sizes.matrix)
-    more = 0 if job.device.type == "cpu" else sizes.block + beside
+    ahead = 0 if job.device.type == "cpu" else sizes.block  # the next block is there already (`whit.models.ahead`)
     peak = max(
-        compression_bytes(sizes) + (gradients.block if gradients.sums else 0) + more,
+        compression_bytes(sizes) + (gradients.block if gradients.sums else 0) + ahead,
         evaluation_bytes(sizes, available) if job.evaluation is not None else 0,
         gradient_bytes(gradients, available),
     )
@@ -87,11 +82,11 @@ def expected_memory(job: Job, file_bytes: int, available: int) -> Memory:
 def compression_bytes(sizes: Sizes) -> int:
     """Peak of catching inputs and of the block loop.
 
-    Workspace is taken as `WORKSPACE` float32 copies of the largest matrix and three of its second moments, which covers
-    the methods in this package.
+    Workspace is taken as six float32 copies of the largest matrix and three of its second moments, which covers the
+    methods in this package.
     """
     catching = sizes.outside + max(5 * sizes.end, sizes.activations) + sizes.streams
-    block = sizes.block + WORKSPACE * sizes.matrix + 3 * sizes.moment
+    block = sizes.block + 6 * sizes.matrix + 3 * sizes.moment
     return max(catching, block + sizes.activations + 2 * sizes.streams)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
-from functools import partial
 
 import torch
 from torch import nn
@@ -13,10 +12,9 @@ from torch import nn
 from whit.formats.base import Packed, format_from_json
 from whit.methods.statistics import LayerStatistics
 from whit.models.source import TensorSource
-from whit.pipeline.abreast import Abreast
 from whit.pipeline.assign import AssignedLayer
 from whit.pipeline.layer import Swaps, adopt, compress_layer
-from whit.pipeline.ranks import CPU, Ranks, spread
+from whit.pipeline.ranks import Ranks, spread
 from whit.report.record import LayerRecord
 
 
@@ -40,12 +38,6 @@ class Team:
         self.records: list[LayerRecord] = []
         self._layers, self._modules, self._source, self._swaps = layers, modules, source, swaps
         self._done, self._ranks = done, ranks
-        self._jobs: Abreast[tuple[Packed, LayerRecord]] | None = None
-
-    def after(self, action: Callable[[], None]) -> None:
-        """Inside `dividing`: do something once this process has compressed its layers so far."""
-        assert self._jobs is not None
-        self._jobs.after(action)
 
     @contextmanager
     def dividing(self, names: Sequence[str]) -> Iterator[Callable[..., None]]:
@@ -56,22 +48,19 @@ class Team:
         owners = dict(zip(names, spread([_cost(self._layers[name]) for name in names], self._ranks.count), strict=True))
         mine: dict[str, tuple[Packed, LayerRecord]] = {}
 
-        def finished(name: str, result: tuple[Packed, LayerRecord]) -> None:
-            mine[name] = result
-            if self._ranks.count == 1:
-                self._done(result[1])
-
         def compress(name: str, statistics: LayerStatistics, notes: Sequence[str] = ()) -> None:
             if owners.get(name) != self._ranks.rank:
                 return
             layer, module = self._layers[name], self._modules[name]
-            work = partial(compress_layer, layer, module, self._source, statistics, self._swaps, notes)
-            jobs.submit(layer.rows * layer.columns, work, partial(finished, name))
+            mine[name] = compress_layer(layer, module, self._source, statistics, self._swaps, notes)
+            if self._ranks.count == 1:
+                self._done(mine[name][1])
 
-        device = next((next(module.parameters()).device for module in self._modules.values()), CPU)
-        with self._ranks.together(), Abreast[tuple[Packed, LayerRecord]](device) as jobs:
-            self._jobs = jobs
+        if self._ranks.count == 1:
             yield compress
+        else:
+            with self._ranks.together():
+                yield compress
         shared = self._ranks.gather([asdict(record) for _, record in mine.values()])
         found = {item["name"]: LayerRecord(**item) for items in shared for item in items}
         for name in names:
