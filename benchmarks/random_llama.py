@@ -64,6 +64,7 @@ class _Clock(Listener):
 
     def planned(self, plan: Plan) -> None:
         self.plan = plan
+        self.phases["planned"] = time.perf_counter() - self.start
         print(
             f"plan: {plan.minutes:.1f} min, host {plan.host_bytes / 1e9:.2f} GB, "
             f"device {plan.device_bytes / 1e9:.2f} GB",

@@ -45,7 +45,8 @@ def step_table(report: dict[str, Any]) -> str:
     lines = ["| step | size | plain | here |", "|---|---|---|---|"]
     for item in times["columns"]:
         size = f"128 columns, {item['rows']} rows"
-        lines.append(f"| rounding with feedback | {size} | | {item['feedback'] * 1e3:.0f} µs |")
+        plain = f"{item['plain']:.1f} ms " if "plain" in item else ""
+        lines.append(f"| rounding with feedback | {size} | {plain}| {item['feedback'] * 1e3:.0f} µs |")
         lines.append(f"| coordinate descent | {size} | | {item['descent'] * 1e3:.0f} µs |")
     for item in times["products"]:
         size = f"{item['columns']} x {item['columns']} x {item['rows']}"

@@ -5,14 +5,15 @@ from __future__ import annotations
 import ctypes
 import shutil
 import subprocess
+from collections.abc import Callable, Iterator
+from functools import lru_cache
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from tests.kernels.test_columns import block, plain_feedback
-from whit.kernels.columns import cuda_options, cuda_source
+from whit.kernels import columns, nvrtc
 from whit.kernels.split_product import split
 from whit.methods.rounders import GridRounder, LevelRounder
 
@@ -38,26 +39,44 @@ extern "C" void run(float* a, const float* b, const float* c, const float* d, co
 """
 
 
-def compiled(folder: Path, levels: int, lanes: int, masked: bool, descend: bool, grid: bool) -> ctypes.CDLL:
+class Emulated:
     """The kernel as a library for this machine."""
-    assert COMPILER is not None
-    options = cuda_options(levels, lanes, 64, masked, True, descend, grid)
-    source = folder / "columns.cpp"
-    source.write_text(PRELUDE + cuda_source() + DRIVER)
-    flags = ["-std=c++20", "-O1", "-w", "-shared", "-fPIC", f"-I{HERE / 'emulator'}", *options]
-    subprocess.run([COMPILER, *flags, str(source), "-o", str(folder / "columns.so")], check=True, timeout=120)
-    return ctypes.CDLL(str(folder / "columns.so"))
+
+    def __init__(self, folder: Path, source: str, options: tuple[str, ...]) -> None:
+        path = folder / "columns.cpp"
+        path.write_text(PRELUDE + source + DRIVER)
+        flags = ["-std=c++20", "-O1", "-w", "-shared", "-fPIC", f"-I{HERE / 'emulator'}", *options]
+        command = [str(COMPILER), *flags, str(path), "-o", str(folder / "columns.so")]
+        subprocess.run(command, check=True, timeout=120)
+        self.library = ctypes.CDLL(str(folder / "columns.so"))
+
+    def launch(self, grid: int, threads: int, shared: int, arguments: list[object]) -> None:
+        self.library.run(*arguments)
 
 
-def run(library: ctypes.CDLL, tensors: list[Tensor], top: int) -> None:
-    columns, rows = tensors[0].shape
-    pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
-    library.run(*pointers, rows, columns, tensors[2].stride(0), tensors[8].stride(0), ctypes.c_float(top))
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Emulated]:
+    """Builds each kind of loop once."""
+    return lru_cache(lambda source, name, options, device: Emulated(tmp_path_factory.mktemp("build"), source, options))
 
 
-@pytest.mark.parametrize(("count", "rows", "lanes"), [(1, 1, 1), (33, 70, 4), (128, 40, 2), (77, 65, 1)])
+@pytest.fixture(params=[1, 2, 4])
+def lanes(
+    request: pytest.FixtureRequest, built: Callable[..., Emulated], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[int]:
+    """So many threads share a row, in the emulator."""
+    monkeypatch.setattr(nvrtc, "kernel", built)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(columns, "CUDA_SHAPES", ())
+    monkeypatch.setattr(columns, "CUDA_WIDE_SHAPE", (request.param, 64))
+    columns._cuda_kernel.cache_clear()
+    yield request.param
+    columns._cuda_kernel.cache_clear()
+
+
+@pytest.mark.parametrize(("count", "rows"), [(33, 70), (128, 37), (1, 1)])
 @pytest.mark.parametrize("kind", ["levels", "grid", "masked", "descent"])
-def test_the_kernel_is_the_plain_loop(kind: str, count: int, rows: int, lanes: int, tmp_path: Path) -> None:
+def test_the_kernel_is_the_plain_loop(kind: str, count: int, rows: int, lanes: int) -> None:
     values, inner, book = block(count, rows, "cpu")
     generator = torch.Generator().manual_seed(1)
     gradient = torch.randn(count, rows, generator=generator)
@@ -71,11 +90,11 @@ def test_the_kernel_is_the_plain_loop(kind: str, count: int, rows: int, lanes: i
         table = torch.randn(3, 4, rows, generator=generator).sort(1).values.contiguous()
         rounder = LevelRounder(table, book, kept if kind == "masked" else None)
     codes, errors = torch.zeros_like(values, dtype=torch.uint8), torch.full_like(values, float("nan"))
-    library = compiled(tmp_path, table.shape[1], lanes, kind == "masked", kind == "descent", kind == "grid")
     halves = torch.zeros(3, count + 3, rows, dtype=torch.bfloat16)[:, 1 : count + 1]
     wide = torch.full((count, count + 5), float("nan"))[:, :count].copy_(inner)
     moved = values.clone()
-    run(library, [moved, gradient, wide, table, book, codes, errors, kept.view(torch.uint8), halves], 15)
+    tensors = (moved, gradient, wide, table, book, codes, errors, kept.view(torch.uint8))
+    columns._on_cuda(tensors, halves, kind == "masked", kind == "descent", kind == "grid", 15)
     high, low = split(errors)
     assert torch.equal(halves, torch.stack([high, low, high]))
     if kind == "descent":

@@ -20,7 +20,7 @@ from whit.models.skeleton import load_dense
 from whit.models.source import InMemorySource
 from whit.models.stacks import find_stacks
 from whit.pipeline.assign import AssignedLayer
-from whit.pipeline.block import UNREACHED, Streams, compress_block, propagate
+from whit.pipeline.block import UNREACHED, Groups, Streams, compress_block, propagate
 from whit.pipeline.catch import Call, CallCatcher
 from whit.pipeline.gather import SecondMoment, find_groups, gathering
 from whit.pipeline.layer import Swaps, packed_from, restore_layers
@@ -161,6 +161,42 @@ def test_errors_are_measured_on_the_inputs_each_order_promises(true_sequential: 
         assert torch.equal(block.get_submodule(short).weight, quantised)
         error = relative_output_error(weight, quantised, expected[short])
         assert record.error == pytest.approx(float(error), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("expected", "runs"),
+    [
+        (None, 5),
+        ([("block.gate", "block.up"), ("block.down",)], 4),
+        ([("block.gate",), ("block.up",), ("block.down",)], 6),
+        ([("block.gate", "block.up", "block.down")], 6),
+    ],
+)
+def test_groups_of_an_earlier_block_are_checked_on_the_way(expected: list[tuple[str, ...]] | None, runs: int) -> None:
+    found = []
+    for known in (None, expected):
+        block, source, layers = make_block()
+        groups = Groups()
+        if known is not None:
+            groups.remember(list(layers), "block.", known)
+        count = []
+        block.register_forward_hook(lambda *_: count.append(1))  # noqa: B023
+        _, records = compress_block(
+            block,
+            layers,
+            "block",
+            source,
+            streams_of(),
+            true_sequential=False,
+            done=lambda _: None,
+            swaps=Swaps(block, "block"),
+            known=groups,
+        )
+        found.append([(record.name, record.error) for record in records])
+        assert groups.expected(list(layers), "block.") == [("block.gate", "block.up"), ("block.down",)]
+        assert groups.expected([name.replace("block", "next") for name in layers], "next.") is not None
+    assert found[0] == found[1]
+    assert len(count) == runs
 
 
 def test_a_restored_block_is_the_compressed_block() -> None:

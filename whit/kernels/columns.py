@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+from contextlib import nullcontext
 from functools import lru_cache
 from importlib.resources import files
 from typing import Any
@@ -26,7 +27,9 @@ import numpy
 import torch
 from torch import Tensor
 
+from whit.kernels import nvrtc
 from whit.kernels.cpu.compiling import numba_works, shared_out
+from whit.kernels.nvrtc import Kernel
 
 ROWS_PER_PROGRAM = 32
 MOST_COLUMNS = 128
@@ -135,8 +138,8 @@ def _launch(
     if columns > MOST_COLUMNS:
         raise ValueError(f"a block has at most {MOST_COLUMNS} columns, got {columns}")
     mask = tensors[5] if kept is None else kept.view(torch.uint8)  # codes: there must be something
-    planes = () if halves is None else tuple(halves)
-    if not all(tensor.is_contiguous() for tensor in (*tensors[:2], *tensors[3:], mask, *planes)):
+    whole = halves is None or halves.stride()[1:] == (rows, 1)
+    if not (whole and all(tensor.is_contiguous() for tensor in (*tensors[:2], *tensors[3:], mask))):
         raise ValueError("the column kernels need contiguous tensors")
     on_cuda = writes_halves(table.device)
     if not on_cuda or tensors[2].stride(1) != 1:  # only the CUDA kernel takes a part of a larger matrix
@@ -174,11 +177,9 @@ def _triton_kernel() -> Any:
 @lru_cache(maxsize=1)
 def nvrtc_found() -> bool:
     """Whether the CUDA C++ kernel can be compiled here."""
-    from whit.kernels.nvrtc import CompilationError, compiler_library
-
     try:
-        compiler_library()
-    except CompilationError:
+        nvrtc.compiler_library()
+    except nvrtc.CompilationError:
         return False
     return True
 
@@ -198,25 +199,33 @@ def cuda_options(
     return tuple(f"-D{name}={int(value)}" for name, value in chosen.items())
 
 
+@lru_cache(maxsize=64)
+def _cuda_kernel(
+    levels: int, rows: int, masked: bool, halves: bool, descend: bool, grid: bool, device: int
+) -> tuple[Kernel, int, int]:
+    """The kernel for one kind of loop, its blocks and threads; the device must be the current one."""
+    lanes, threads = next((shape for most, *shape in CUDA_SHAPES if rows <= most), CUDA_WIDE_SHAPE)
+    options = cuda_options(levels, lanes, threads, masked, halves, descend, grid)
+    return nvrtc.kernel(cuda_source(), "round_columns", options, device), -(-rows * lanes // threads), threads
+
+
 def _on_cuda(
     tensors: tuple[Tensor, ...], halves: Tensor | None, masked: bool, descend: bool, grid: bool, top: int
 ) -> None:
-    from whit.kernels.nvrtc import kernel
-
+    # Thousands of these are launched: a processor takes longer to prepare one than the device to run it.
     columns, rows = tensors[0].shape
-    device = tensors[0].device
-    number = torch.cuda.current_device() if device.index is None else device.index
-    lanes, threads = next((shape for most, *shape in CUDA_SHAPES if rows <= most), CUDA_WIDE_SHAPE)
-    options = cuda_options(tensors[3].shape[1], lanes, threads, masked, halves is not None, descend, grid)
-    arguments: list[ctypes._SimpleCData[Any] | ctypes.Structure] = []
-    arguments += [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
-    arguments.append(ctypes.c_void_p(0 if halves is None else halves.data_ptr()))
+    device, current = tensors[0].device.index, torch.cuda.current_device()
     plane = 0 if halves is None else halves.stride(0)
+    arguments: list[nvrtc.Argument] = [ctypes.c_void_p(tensor.data_ptr()) for tensor in tensors]
+    arguments.append(ctypes.c_void_p(0 if halves is None else halves.data_ptr()))
     arguments += [ctypes.c_int(value) for value in (rows, columns, tensors[2].stride(0), plane)]
     arguments.append(ctypes.c_float(top))
-    with torch.cuda.device(number):
-        round_columns = kernel(cuda_source(), "round_columns", options, number)
-        round_columns.launch(-(-rows * lanes // threads), threads, 0, arguments)
+    with nullcontext() if device in (None, current) else torch.cuda.device(device):
+        number = current if device is None else device
+        kernel, blocks, threads = _cuda_kernel(
+            tensors[3].shape[1], rows, masked, halves is not None, descend, grid, number
+        )
+        kernel.launch(blocks, threads, 0, arguments)
 
 
 def _on_cpu(tensors: tuple[Tensor, ...], masked: bool, descend: bool, grid: bool, top: int) -> None:

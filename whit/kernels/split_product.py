@@ -3,8 +3,7 @@
 A float32 number is the sum of bfloat16 numbers (8 bits of significand each), and products of bfloat16 numbers are exact
 in float32, in which tensor cores add them. Of A = A_1 + A_2 and B = B_1 + B_2, the products A_1 B_1 + A_1 B_2 + A_2 B_1
 leave out what is below 2^-16 of a product: far less than TF32 does (2^-11), at a fraction of the time of float32
-arithmetic. Where B is of signs and zeros, A_1 B + A_2 B is as good. That is enough where products steer a search:
-feedback of rounding errors, gradients, normal equations of scalars that are stored in 11 bits, relative errors.
+arithmetic. That is enough where products steer a search: feedback of rounding errors, gradients, relative errors.
 """
 
 from __future__ import annotations
@@ -37,6 +36,13 @@ def product(left: Tensor, right: Tensor) -> Tensor:
     return add_product(target, left, right, beta=0.0)
 
 
+def coarse_product(left: Tensor, right: Tensor) -> Tensor:
+    """left right, float32 (rows, columns), for sums over many entries; on a CUDA device of factors of 8 bits."""
+    if not _on_tensor_cores(left, right):
+        return left @ right
+    return torch.mm(left.to(torch.bfloat16), right.to(torch.bfloat16), out_dtype=torch.float32)
+
+
 def _add(target: Tensor, left: Tensor, right: Tensor, alpha: float, beta: float) -> Tensor:
     return torch.addmm(target, left, right, out_dtype=torch.float32, alpha=alpha, beta=beta, out=target)
 
@@ -49,20 +55,28 @@ class SplitFactor:
     """A float32 matrix prepared to be multiplied again and again, whole or by its rows; on a CPU kept as it is.
 
     Args:
-        matrix: A, float32 (rows, columns), columns a multiple of 8 for speed.
+        matrix: A, float32 (rows, columns).
     """
 
     def __init__(self, matrix: Tensor) -> None:
         self._matrix = matrix
-        self._halves = split(matrix) if _on_tensor_cores(matrix) else ()
+        self._halves: tuple[Tensor, ...] = ()
+        if _on_tensor_cores(matrix):
+            # Rows that begin at multiples of 16 bytes: others are multiplied several times slower.
+            self._padding = -matrix.shape[1] % 8
+            self._wide = split(_padded(matrix, 1, self._padding))
+            self._halves = tuple(half[:, : matrix.shape[1]] for half in self._wide)
 
     def times(self, pattern: Tensor) -> Tensor:
-        """A P, float32; P of signs and zeros, of any dtype."""
+        """A P, float32; P of signs and zeros, of any dtype. On a CUDA device with A to 8 bits.
+
+        That is for the normal equations of least squares that are solved by turns: their right side is exact, so what A
+        lacks makes a step a little longer or shorter, and the next one makes up for it.
+        """
         if not self._halves:
             return self._matrix @ pattern.to(self._matrix.dtype)
-        high, low = self._halves
-        narrow = pattern.to(torch.bfloat16)
-        return _add(torch.mm(low, narrow, out_dtype=torch.float32), high, narrow, 1.0, 1.0)
+        narrow = _padded(pattern.to(torch.bfloat16), 0, self._padding)
+        return torch.mm(self._wide[0], narrow, out_dtype=torch.float32)
 
     def part(self, places: Tensor) -> SplitFactor:
         """The matrix between some columns and the same rows."""
@@ -134,6 +148,13 @@ class Panel:
             target.addmm_(self._left[:, columns].T, self._right, alpha=-1)
         else:
             _add(target, self._left[:, columns].T, self._right, -1.0, 1.0)
+
+
+def _padded(matrix: Tensor, dimension: int, count: int) -> Tensor:
+    """The matrix with so many zeros after its rows (1) or columns (0)."""
+    if not count:
+        return matrix
+    return torch.nn.functional.pad(matrix, (0, count) if dimension else (0, 0, 0, count))
 
 
 def split(matrix: Tensor) -> tuple[Tensor, Tensor]:

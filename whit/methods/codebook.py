@@ -20,6 +20,7 @@ from torch import Tensor
 
 from whit.errors import KnobError, ModelError
 from whit.formats.vector_codebook import STEPS, VectorCodebook
+from whit.kernels.split_product import product
 from whit.methods.base import Compressed, Method, knob, register_method
 from whit.methods.codebook_learning import (
     TERNARY_UNIT,
@@ -127,7 +128,7 @@ class Codebook(Method):
             scales = _float16(refit_scales(target, values, inner, scales))
             if turn < self.passes:
                 values = decode(codes, scales, words, order)
-                descend_groups(codes, values, (target - values) @ inner, inner, order, scales, words)
+                descend_groups(codes, values, product(target - values, inner), inner, order, scales, words)
         if not bool(torch.isfinite(scales).all()):
             raise ModelError(
                 f"a weight of magnitude {float(weight.abs().max()):.3g} needs a scale beyond float16; rescale the model"

@@ -15,8 +15,9 @@ import itertools
 import torch
 from torch import Tensor
 
-# Entries of the largest intermediate: vectors x words of one batch of groups.
+# Entries of the largest intermediate: vectors x words of one batch of groups; on a GPU.
 BATCH_ENTRIES = 2**19
+BATCH_ENTRIES_ON_GPU = 2**24
 # Learning looks at about so many vectors; more hardly change a codebook of at most 256 words.
 LEARNING_VECTORS = 2**16
 WIDEST_TERNARY = 8
@@ -90,7 +91,7 @@ def learn_words(
         diagonal = torch.diagonal(normal, dim1=1, dim2=2)
         used = diagonal.sum(1, keepdim=True) > 0
         diagonal += 1e-6 * diagonal.mean(1, keepdim=True) + 1e-30
-        words = torch.where(used, torch.linalg.solve(normal, right), words)
+        words = torch.where(used, torch.linalg.solve_ex(normal, right).result, words)
     return words
 
 
@@ -100,7 +101,7 @@ def _moments(values: Tensor, scales: Tensor, metrics: Tensor, squares: Tensor, w
     normal = torch.zeros(count, width, width, device=values.device)
     right = torch.zeros(count, width, device=values.device)
     numbers = torch.arange(count, device=values.device).unsqueeze(1)
-    step = max(1, BATCH_ENTRIES // (values.shape[1] * count))
+    step = max(1, (BATCH_ENTRIES_ON_GPU if values.is_cuda else BATCH_ENTRIES) // (values.shape[1] * count))
     for start in range(0, len(values), step):
         part = slice(start, start + step)
         codes = nearest_words(values[part], scales, words, metrics[part])
@@ -131,6 +132,7 @@ def distinct_ternary(words: Tensor) -> Tensor:
     # Both signs of a candidate stand for it: its distance is that of the nearer one.
     distance = candidates.square().sum(1) - 2 * (scaled @ candidates.T).abs()
     taken = []
+    distance = distance.cpu()  # a small matrix, looked at word by word
     for row in distance:
         taken.append(int(row.argmin()))
         distance[:, taken[-1]] = torch.inf

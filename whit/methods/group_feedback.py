@@ -12,14 +12,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from whit.kernels.groups import MOST_GROUPS, Words, available
+from whit.kernels.split_product import add_product, product
 from whit.methods.codebook_learning import nearest_words
 
 # Groups between two products with all earlier or later columns; changes speed, not results (up to float rounding).
-LAZY_GROUPS = 12
+LAZY_GROUPS = MOST_GROUPS
 
 
 @dataclass(frozen=True)
@@ -35,6 +38,18 @@ class GroupOrder:
     columns: Tensor
     groups: Tensor
     bounds: tuple[tuple[int, int], ...]
+
+    @cached_property
+    def edges(self) -> Tensor:
+        """First column of each group, and the end: int32 (groups + 1,)."""
+        edges = [start for start, _ in self.bounds] + [self.bounds[-1][1]]
+        return torch.tensor(edges, dtype=torch.int32, device=self.columns.device)
+
+    def places(self, width: int) -> tuple[Tensor, Tensor]:
+        """Columns of each group, int64 (groups, width), and which of them are its own; the others are its last one."""
+        places = self.edges[:-1].long().unsqueeze(1) + torch.arange(width, device=self.columns.device)
+        stops = self.edges[1:].long().unsqueeze(1)
+        return torch.minimum(places, stops - 1), places < stops
 
 
 def loudest_first(loudness: Tensor, width: int) -> GroupOrder:
@@ -53,26 +68,34 @@ def loudest_first(loudness: Tensor, width: int) -> GroupOrder:
 def stacked(weight: Tensor, order: GroupOrder, width: int) -> Tensor:
     """The groups of a permuted weight (rows, columns) on top of each other: (groups, rows, width), zeros where a group
     is narrower."""
-    pad = torch.nn.functional.pad
-    return torch.stack([pad(weight[:, a:b], (0, width - (b - a))) for a, b in order.bounds])
+    places, inside = order.places(width)
+    return (weight[:, places] * inside).transpose(0, 1).contiguous()
 
 
 def metrics(upper: Tensor, order: GroupOrder, width: int) -> Tensor:
     """T = U_BB^-1 of each group: (groups, width, width), zeros where a group is narrower."""
-    out = torch.zeros(len(order.bounds), width, width, device=upper.device)
-    for group, (start, stop) in enumerate(order.bounds):
-        block = upper[start:stop, start:stop].double()
-        identity = torch.eye(stop - start, dtype=block.dtype, device=block.device)
-        inverse = torch.linalg.solve_triangular(block, identity, upper=True)
-        out[group, : stop - start, : stop - start] = inverse.float()
-    return out
+    blocks, inside = diagonal_blocks(upper, order, width)
+    identity = torch.eye(width, dtype=torch.float64, device=upper.device)
+    inverse: Tensor = torch.linalg.solve_triangular(blocks.double(), identity.expand_as(blocks), upper=True)
+    return inverse.float() * inside
+
+
+def diagonal_blocks(matrix: Tensor, order: GroupOrder, width: int) -> tuple[Tensor, Tensor]:
+    """The part of a matrix (columns, columns) between the columns of each group, (groups, width, width), continued by
+    the identity where a group is narrower; and where it is the matrix, of the same shape."""
+    places, there = order.places(width)
+    inside = there.unsqueeze(2) & there.unsqueeze(1)
+    identity = torch.eye(width, dtype=matrix.dtype, device=matrix.device)
+    return torch.where(inside, matrix[places.unsqueeze(2), places.unsqueeze(1)], identity), inside
 
 
 def decode(codes: Tensor, scales: Tensor, words: Tensor, order: GroupOrder) -> Tensor:
     """Values (rows, columns) in order, of codes (rows, groups) in order."""
-    signed = torch.cat([words, -words])
-    parts = [signed[codes[:, g], : stop - start] for g, (start, stop) in enumerate(order.bounds)]
-    return torch.cat(parts, 1) * scales.unsqueeze(1)
+    _, inside = order.places(words.shape[1])
+    whole = torch.cat([words, -words])[codes].flatten(1)
+    if whole.shape[1] > len(order.columns):
+        whole = whole[:, torch.nonzero(inside.flatten()).squeeze(1)]
+    return whole * scales.unsqueeze(1)
 
 
 def round_groups(
@@ -90,12 +113,17 @@ def round_groups(
     Returns:
         codes int64 (rows, groups), and every group's values when its turn came, (rows, columns), both in order.
     """
-    errors, current = torch.empty_like(weight), torch.empty_like(weight)
+    errors, current = (weight.new_empty(weight.shape) for _ in range(2))
     codes = torch.empty(weight.shape[0], len(order.bounds), dtype=torch.int64, device=weight.device)
     signed = torch.cat([words, -words])
+    fast = Words(words, scales, metric, order.edges) if available(weight.device, words.shape[1]) else None
     for first, block in _blocks(order.bounds):
         begin, end = block[0][0], block[-1][1]
         values = torch.addmm(weight[:, begin:end], errors[:, :begin], upper[:begin, begin:end], alpha=-1)
+        if fast is not None:
+            here, mine = slice(begin, end), codes[:, first : first + len(block)]
+            fast.take(first, len(block), values, values, upper[here, here], mine, errors[:, here], current[:, here])
+            continue
         for group, (start, stop) in enumerate(block, first):
             near = slice(start - begin, stop - begin)
             width = stop - start
@@ -129,9 +157,15 @@ def descend_groups(
         scales, words: as in `round_groups`.
     """
     signed = torch.cat([words, -words])
+    fast = _for_descent(moment, order, scales, words) if available(moment.device, words.shape[1]) else None
     for first, block in _blocks(order.bounds):
         begin, end = block[0][0], block[-1][1]
         old = values[:, begin:end].clone()
+        if fast is not None:
+            here, mine, change = slice(begin, end), codes[:, first : first + len(block)], torch.empty_like(old)
+            fast.take(first, len(block), old, gradient[:, here], moment[here, here], mine, change, values[:, here])
+            add_product(gradient, change, moment[begin:end], -1)
+            continue
         for group, (start, stop) in enumerate(block, first):
             width = stop - start
             change = values[:, begin:start] - old[:, : start - begin]
@@ -143,13 +177,21 @@ def descend_groups(
         gradient -= (values[:, begin:end] - old) @ moment[begin:end]
 
 
+def _for_descent(moment: Tensor, order: GroupOrder, scales: Tensor, words: Tensor) -> Words:
+    """The codebook in the metric of the groups' blocks of H."""
+    blocks, inside = diagonal_blocks(moment, order, words.shape[1])
+    lower = torch.linalg.cholesky_ex(blocks).L  # of a positive definite matrix's blocks: nothing need be checked
+    inverse = torch.cholesky_inverse(lower) * inside
+    return Words(words, scales, lower * inside, order.edges, inverse)
+
+
 def refit_scales(weight: Tensor, values: Tensor, moment: Tensor, scales: Tensor) -> Tensor:
     """The scale of each row that minimises (w - q) H (w - q)^T for its codes: a (w H q^T) / (q H q^T).
 
     Rows for which that is not positive keep their scale. All in order; returns (rows,).
     """
-    product = values @ moment
-    above, below = (weight * product).sum(1), (values * product).sum(1)
+    found = product(values, moment)
+    above, below = (weight * found).sum(1), (values * found).sum(1)
     sound = (above > 0) & (below > 0)
     return torch.where(sound, scales * above / below.clamp(min=1e-30), scales)
 

@@ -12,7 +12,10 @@ import torch
 from torch import Tensor
 
 LLOYD_ITERATIONS = 30
-LARGEST = 2**22  # weights solved together: bounds the memory
+# Weights solved together, on a CPU and on a GPU: bounds the memory.
+LARGEST, LARGEST_ON_GPU = 2**22, 2**24
+# Iterations between looks at whether anything moves; on a GPU to look is to wait.
+LOOK_ON_GPU = 5
 
 
 def three_magnitudes(sorted_magnitude: Tensor, mass: Tensor, *, tied: bool) -> Tensor:
@@ -26,7 +29,7 @@ def three_magnitudes(sorted_magnitude: Tensor, mass: Tensor, *, tied: bool) -> T
         mass: non-negative weights (rows, k); entries of mass zero do not count.
         tied: keep p2 = 2 p1.
     """
-    step = max(1, LARGEST // sorted_magnitude.shape[1])
+    step = max(1, (LARGEST_ON_GPU if mass.is_cuda else LARGEST) // sorted_magnitude.shape[1])
     parts = zip(torch.split(sorted_magnitude, step), torch.split(mass, step), strict=True)
     return torch.cat([_solve(*part, tied) for part in parts])
 
@@ -47,10 +50,11 @@ def _solve(sorted_magnitude: Tensor, mass: Tensor, tied: bool) -> Tensor:
     assert isinstance(gain, Tensor)
     best = gain.argmax(1, keepdim=True)
     cuts = torch.cat([best, second.gather(1, best)], 1)
-    for _ in range(0 if tied else LLOYD_ITERATIONS):
+    look = LOOK_ON_GPU if mass.is_cuda else 1
+    for turn in range(0 if tied else LLOYD_ITERATIONS):
         levels = _means(moments, cuts)
         moved = torch.searchsorted(sorted_magnitude, ((levels[:, 1:] + levels[:, :-1]) / 2).float())
-        if torch.equal(moved, cuts):
+        if turn % look == look - 1 and torch.equal(moved, cuts):
             break
         cuts = moved
     return _means(moments, cuts).float()

@@ -20,7 +20,7 @@ from whit.errors import ModelError, nearest
 from whit.models.safetensors_header import Entry, read_header
 
 _CHUNK = 1 << 22
-HASHED_AT_A_TIME = 8
+HASHED_AT_A_TIME = 16
 
 
 class TensorSource(Protocol):

@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,9 +78,24 @@ def write_safetensors(path: Path, tensors: Mapping[str, LazyTensor]) -> None:
     order, header = encode_header({name: item.spec for name, item in tensors.items()})
     with atomic_file(path) as file:
         file.write(header)
-        for name in order:
-            tensor = tensors[name].load().detach().cpu().contiguous()
+        for tensor in _loaded([tensors[name] for name in order]):
             file.write(tensor.reshape(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
+
+
+def _loaded(tensors: Sequence[LazyTensor]) -> Iterator[Tensor]:
+    """Each tensor on the CPU, contiguous; one is read by a thread while the one before it is written."""
+
+    def load(item: LazyTensor) -> Tensor:
+        return item.load().detach().cpu().contiguous()
+
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="whit-load") as pool:
+        coming = pool.submit(load, tensors[0]) if tensors else None
+        for following in [*tensors[1:], None]:
+            if coming is None:
+                return
+            tensor = coming.result()
+            coming = None if following is None else pool.submit(load, following)
+            yield tensor
 
 
 @contextmanager

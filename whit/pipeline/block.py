@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from whit.formats.base import Packed
-from whit.methods.statistics import Statistic
+from whit.methods.statistics import LayerStatistics, Statistic
 from whit.models.source import TensorSource
 from whit.pipeline.assign import AssignedLayer
 from whit.pipeline.gather import find_groups, gathering
@@ -39,6 +39,23 @@ class Streams:
     calls: Sequence[Sequence[Runnable]]
 
 
+class Groups:
+    """How the layers of earlier blocks share inputs: what is expected of a block with layers of the same names."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[str, ...], list[tuple[str, ...]]] = {}
+
+    def expected(self, names: Sequence[str], prefix: str) -> list[tuple[str, ...]] | None:
+        """Groups of layers by full name, in order of execution, or None if no such block was seen."""
+        known = self._known.get(tuple(name.removeprefix(prefix) for name in names))
+        return None if known is None else [tuple(prefix + name for name in group) for group in known]
+
+    def remember(self, names: Sequence[str], prefix: str, groups: Sequence[tuple[str, ...]]) -> None:
+        """Groups found in a block."""
+        key = tuple(name.removeprefix(prefix) for name in names)
+        self._known[key] = [tuple(name.removeprefix(prefix) for name in group) for group in groups]
+
+
 def propagate(block: nn.Module, streams: Streams) -> None:
     """Run all batches through a finished block, in place."""
     with torch.no_grad():
@@ -59,6 +76,7 @@ def compress_block(
     swaps: Swaps,
     gradients: Mapping[str, Tensor] | None = None,
     ranks: Ranks = ALONE,
+    known: Groups | None = None,
 ) -> tuple[dict[str, Packed], list[LayerRecord]]:
     """Compress the assigned layers of a block; its modules hold the compressed values afterwards.
 
@@ -72,22 +90,39 @@ def compress_block(
         gradients: G of the dense model by full module name, float32 (rows, columns), for methods that need it; a layer
             without one took part in no forward pass of the dense model and is compressed without data.
         ranks: processes that share the work, each with batches of its own in `streams`.
+        known: groups of earlier blocks, which spare this one a run to find its own; they are checked on the way.
 
     Returns:
         packed weights by full module name, and their records.
     """
     modules = {name: block.get_submodule(name.removeprefix(prefix + ".")) for name in layers}
 
-    groups = group_layers(block, modules, streams, ranks)
-    reached = {name for group in groups for name in group}
-    unreached = [name for name in layers if name not in reached or not _has_gradient(layers[name], gradients or {})]
-    team = Team(layers, modules, source, swaps, done, ranks)
+    known = known or Groups()
     calls = sum(ranks.gather(sum(len(item) for item in streams.calls)))
-    for part in [[group] for group in groups] if true_sequential else [groups]:
+
+    def gather(part: Sequence[tuple[str, ...]], run: Callable[[], object]) -> dict[tuple[str, ...], LayerStatistics]:
         needs = {group: _needs(layers[name] for name in group) for group in part}
         with gathering(part, modules, needs, calls, Relay(ranks)) as statistics:
             if any(needs.values()):
-                _run_copies(block, streams)
+                run()
+        return statistics
+
+    groups = None if true_sequential else known.expected(list(layers), f"{prefix}.")
+    gathered: dict[tuple[str, ...], LayerStatistics] = {}
+    if groups is not None:
+        expected = groups
+        try:
+            gathered = gather(expected, lambda: _run_and_check(block, modules, streams, expected, ranks))
+        except _OtherGroupsError:
+            groups = None
+    if groups is None:
+        groups = group_layers(block, modules, streams, ranks)
+        known.remember(list(layers), f"{prefix}.", groups)
+    reached = {name for group in groups for name in group}
+    unreached = [name for name in layers if name not in reached or not _has_gradient(layers[name], gradients or {})]
+    team = Team(layers, modules, source, swaps, done, ranks)
+    for part in [[group] for group in groups] if true_sequential else [groups]:
+        statistics = gathered or gather(part, lambda: _run_copies(block, streams))
         with team.dividing([name for group in part for name in group if name not in unreached]) as compress:
             for group in part:
                 for name in group:
@@ -150,6 +185,25 @@ def _groups_here(block: nn.Module, modules: dict[str, nn.Module], streams: Strea
         if not waiting:
             break
     return groups
+
+
+class _OtherGroupsError(Exception):
+    """The layers of a block do not share their inputs as those of the blocks before it."""
+
+
+def _run_and_check(
+    block: nn.Module,
+    modules: dict[str, nn.Module],
+    streams: Streams,
+    expected: Sequence[tuple[str, ...]],
+    ranks: Ranks,
+) -> None:
+    """`_run_copies`, given up after the first batch (in every process) if the groups are not as expected."""
+    first = Streams(streams.hidden[:1], streams.calls[:1])
+    found = find_groups(lambda: _run_copies(block, first), modules)
+    if not all(ranks.gather(found == list(expected))):
+        raise _OtherGroupsError
+    _run_copies(block, Streams(streams.hidden[1:], streams.calls[1:]))
 
 
 def _run_copies(block: nn.Module, streams: Streams) -> None:

@@ -31,7 +31,7 @@ from whit.models.source import TensorSource
 from whit.models.stacks import Stack
 from whit.pipeline.assign import Assignment
 from whit.pipeline.background import InOrder
-from whit.pipeline.block import Streams, compress_block, propagate
+from whit.pipeline.block import Groups, Streams, compress_block, propagate
 from whit.pipeline.catch import Caught, Finished
 from whit.pipeline.events import Listener
 from whit.pipeline.finish import dense_tensor_dtype
@@ -58,6 +58,7 @@ class Run:
         gradients: of the dense model, if a method needs them (filled by the passes before the loop).
         writer: where finished units are written.
         ranks: processes that work on the model together; the first has a `Journal`, the others read it.
+        groups: how layers of the blocks so far share inputs.
     """
 
     model: nn.Module
@@ -74,6 +75,7 @@ class Run:
     gradients: GradientStore | None = None
     writer: InOrder = field(default_factory=InOrder)
     ranks: Ranks = ALONE
+    groups: Groups = field(default_factory=Groups)
 
     @property
     def stage(self) -> Stage:
@@ -207,6 +209,7 @@ def _block(run: Run, name: str, streams: Streams, done: list[str], total: int, o
             swaps=swaps,
             gradients=None if run.gradients is None else run.gradients.gradients(name),
             ranks=run.ranks,
+            known=run.groups,
         )
         _store(run, name, packed, records, time.perf_counter() - start)
     if onward:
@@ -240,14 +243,16 @@ def _store(run: Run, unit: str, packed: dict[str, Packed], records: list[LayerRe
     blocks = [block for stack in run.stacks for block in stack.blocks]
     replaced = {f"{name}.weight" for name in [*packed, *run.assignment.tied]}
     stored = set(run.source.names())
-    for name in _dense_names(run.model, unit, blocks):
-        # Not those of a packed module that stands in the block: they are stored already, and not in the dense dtype.
-        if name not in replaced and name not in tensors:
-            value = run.source.load(name) if name in stored else run.model.state_dict()[name].detach().cpu()
-            dtype = dense_tensor_dtype(run.model, name, run.dense_dtype)
-            tensors[name] = value.to(dtype) if value.is_floating_point() else value
+    # Not those of a packed module that stands in the block: they are stored already, and not in the dense dtype.
+    dense = [name for name in _dense_names(run.model, unit, blocks) if name not in replaced and name not in tensors]
+    made = {name: run.model.state_dict()[name].detach().cpu() for name in dense if name not in stored}
+
+    def finish(name: str) -> Tensor:
+        value = made[name] if name in made else run.source.load(name)
+        return value.to(dense_tensor_dtype(run.model, name, run.dense_dtype)) if value.is_floating_point() else value
+
     assert isinstance(journal, Journal)
-    run.writer.submit(lambda: journal.write(unit, tensors, records, seconds))
+    run.writer.submit(lambda: journal.write(unit, tensors | {name: finish(name) for name in dense}, records, seconds))
 
 
 def _dense_names(model: nn.Module, unit: str, blocks: Sequence[str]) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -90,6 +91,15 @@ def _pass_seconds(
             products += sum(tokens * layer.columns**2 / 3 for layer in assignment.layers.values() if layer.block)
         seconds += 2 * products / _product_rate(device, dtype)
     return seconds
+
+
+def load_kernels(methods: Iterable[Method], device: torch.device) -> None:
+    """Let a GPU load, and compile, what methods need of kernels and libraries: each is run on a small matrix."""
+    if device.type != "cuda":
+        return
+    with torch.cuda.device(device):
+        for method in dict.fromkeys(methods):
+            _time(method, PROBE_ROWS, PROBE_COLUMNS, device)
 
 
 def _probe(method: Method, columns: int, device: torch.device) -> Probe:

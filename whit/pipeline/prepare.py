@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from whit.models.resolve import ModelReference, resolve_model
 from whit.models.skeleton import build_skeleton
 from whit.models.stacks import Stack, find_stacks
 from whit.pipeline.assign import Assignment, assign
+from whit.pipeline.estimate import load_kernels
 from whit.pipeline.gradient_task import gradient_layers
 from whit.pipeline.loss import loss_labels
 from whit.pipeline.options import RunOptions
@@ -63,6 +65,15 @@ def prepare(model: str | Path | None, recipe: Recipe | Method, output: str | Pat
     _check_name(output)
     recipe = as_recipe(recipe, {})
     device = choose_device(options.device)
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="whit-kernels") as beside:
+        # While the weight files are hashed. What fails here will say so where it is needed.
+        beside.submit(load_kernels, [step.method for step in recipe.steps], _own_device(device))
+        return _prepare(model, recipe, output, options, device)
+
+
+def _prepare(
+    model: str | Path | None, recipe: Recipe, output: str | Path | None, options: RunOptions, device: torch.device
+) -> Job:
     reference = resolve_model(model)
     compute = compute_dtype(options.dtype, reference.dtype, device)
     calibrating = calibration_dtype(options.dtype, reference.dtype, device)
@@ -95,6 +106,11 @@ def prepare(model: str | Path | None, recipe: Recipe | Method, output: str | Pat
         reference, recipe, options, directory, device, compute, calibrating, reference.dtype, skeleton, stacks,
         assignment, batch, calibration, evaluation, leak, identity,
     )  # fmt: skip
+
+
+def _own_device(device: torch.device) -> torch.device:
+    """A device by number: which one is the current one is known to each thread by itself."""
+    return torch.device("cuda", torch.cuda.current_device()) if str(device) == "cuda" else device
 
 
 def _check_name(output: str | Path | None) -> None:
