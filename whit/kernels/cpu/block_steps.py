@@ -28,6 +28,7 @@ from whit.kernels.cpu.vectors import (
 from whit.kernels.cpu.words import real, word
 
 BYTES = 4
+FOUR = 4 * CHUNK
 
 
 @njit(**INLINE)
@@ -94,6 +95,16 @@ def _rotate(vector, cosine, sine, out, size):
         store_float(out + high, second * load_float(cosine + high) + first * load_float(sine + high))
 
 
+@njit(**INLINE)
+def _four(share, vector, one, two, three, four):
+    """Four registers of sums, each with its part of share * vector added."""
+    one = multiply_add(share, load_floats(vector), one)
+    two = multiply_add(share, load_floats(vector + BYTES * CHUNK), two)
+    three = multiply_add(share, load_floats(vector + 2 * BYTES * CHUNK), three)
+    four = multiply_add(share, load_floats(vector + 3 * BYTES * CHUNK), four)
+    return one, two, three, four
+
+
 def attend(at, start, stop):
     """Heads `start` to `stop` of `rotate_and_attend`, the new key and value written to the cache.
 
@@ -128,7 +139,8 @@ def attend(at, start, stop):
             score = _dot(turned, cached + BYTES * size * token, size) * scaling
             store_float(scores + BYTES * token, score)
             highest = max(highest, score)
-        total = all_equal(0.0)
+        zero = all_equal(0.0)
+        total = zero
         most = all_equal(highest)
         tokens = position + 1 - first
         for token in range(first, first + tokens // CHUNK * CHUNK, CHUNK):
@@ -141,7 +153,19 @@ def attend(at, start, stop):
             store_float(scores + BYTES * token, share)
             sum_ += share
         last = load_float(scores + BYTES * position)
-        for index in range(0, whole, CHUNK):
+        wide = size // FOUR * FOUR
+        for index in range(0, wide, FOUR):  # four sums at a time: one would wait for itself
+            there = held + BYTES * index
+            one, two, three, four = _four(all_equal(last), own + BYTES * index, zero, zero, zero, zero)
+            for token in range(first, position):
+                share = all_equal(load_float(scores + BYTES * token))
+                one, two, three, four = _four(share, there + BYTES * size * token, one, two, three, four)
+            there = out + BYTES * (size * head + index)
+            store_floats(there, over(one, all_equal(sum_)))
+            store_floats(there + BYTES * CHUNK, over(two, all_equal(sum_)))
+            store_floats(there + 2 * BYTES * CHUNK, over(three, all_equal(sum_)))
+            store_floats(there + 3 * BYTES * CHUNK, over(four, all_equal(sum_)))
+        for index in range(wide, whole, CHUNK):
             mixed = times(all_equal(last), load_floats(own + BYTES * index))
             for token in range(first, position):
                 share = all_equal(load_float(scores + BYTES * token))
