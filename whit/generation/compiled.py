@@ -47,6 +47,7 @@ class CompiledStep:
         self._fused = step
         self._place = torch.stack([place.position, place.start[0]])
         self._states = torch.zeros(1, len(decoder.last.weight))
+        self._rooms: dict[int, Tensor] = {}
         self._program = Program(self._phases(decoder))
 
     def logits(self, ids: Tensor) -> Tensor:
@@ -101,7 +102,7 @@ class CompiledStep:
         _, key_heads, length, size = cache.keys.shape
         heads = inputs[0].numel() // size
         out = torch.empty_like(inputs[0])
-        room = torch.empty(heads, length + 2 * size)
+        room = self._rooms.setdefault(heads, torch.empty(heads, length + 2 * size))  # blocks come one after the other
         arguments = (*inputs, cache.keys, cache.values, out, *tables, self._place, room)
         shape = (heads // key_heads, length, size, block.scaling)
         return out, Step("block_steps.attend", (*arguments, *shape), heads)

@@ -28,6 +28,7 @@ from whit.kernels.cpu.vectors import (
 from whit.kernels.cpu.words import real, word
 
 BYTES = 4
+FOUR = 4 * CHUNK
 
 
 @njit(**INLINE)
@@ -94,6 +95,63 @@ def _rotate(vector, cosine, sine, out, size):
         store_float(out + high, second * load_float(cosine + high) + first * load_float(sine + high))
 
 
+@njit(**INLINE)
+def _four(share, vector, one, two, three, four):
+    """Four registers of sums, each with its part of share * vector added."""
+    one = multiply_add(share, load_floats(vector), one)
+    two = multiply_add(share, load_floats(vector + BYTES * CHUNK), two)
+    three = multiply_add(share, load_floats(vector + 2 * BYTES * CHUNK), three)
+    four = multiply_add(share, load_floats(vector + 3 * BYTES * CHUNK), four)
+    return one, two, three, four
+
+
+@njit(**INLINE)
+def _shares(scores, first, position, highest):
+    """Scores of tokens `first` to `position` become e^(score - highest); their sum."""
+    total, most = all_equal(0.0), all_equal(highest)
+    whole = first + (position + 1 - first) // CHUNK * CHUNK
+    for token in range(first, whole, CHUNK):
+        share = exponential(minus(load_floats(scores + BYTES * token), most))
+        store_floats(scores + BYTES * token, share)
+        total = plus(total, share)
+    out = sum_of(total, all_equal(0.0))
+    for token in range(whole, position + 1):
+        share = _exp(load_float(scores + BYTES * token) - highest)
+        store_float(scores + BYTES * token, share)
+        out += share
+    return out
+
+
+@njit(**INLINE)
+def _mix(shares, first, position, held, own, sum_, out, size):
+    """The values of tokens `first` to `position`, of which the last is `own`, by their shares of the sum."""
+    last = load_float(shares + BYTES * position)
+    divisor, zero = all_equal(sum_), all_equal(0.0)
+    wide, whole = size // FOUR * FOUR, size // CHUNK * CHUNK
+    for index in range(0, wide, FOUR):  # four sums at a time: one would wait for itself
+        there = held + BYTES * index
+        one, two, three, four = _four(all_equal(last), own + BYTES * index, zero, zero, zero, zero)
+        for token in range(first, position):
+            share = all_equal(load_float(shares + BYTES * token))
+            one, two, three, four = _four(share, there + BYTES * size * token, one, two, three, four)
+        there = out + BYTES * index
+        store_floats(there, over(one, divisor))
+        store_floats(there + BYTES * CHUNK, over(two, divisor))
+        store_floats(there + 2 * BYTES * CHUNK, over(three, divisor))
+        store_floats(there + 3 * BYTES * CHUNK, over(four, divisor))
+    for index in range(wide, whole, CHUNK):
+        mixed = times(all_equal(last), load_floats(own + BYTES * index))
+        for token in range(first, position):
+            share = all_equal(load_float(shares + BYTES * token))
+            mixed = multiply_add(share, load_floats(held + BYTES * (size * token + index)), mixed)
+        store_floats(out + BYTES * index, over(mixed, divisor))
+    for index in range(whole, size):
+        mixture = last * load_float(own + BYTES * index)
+        for token in range(first, position):
+            mixture += load_float(shares + BYTES * token) * load_float(held + BYTES * (size * token + index))
+        store_float(out + BYTES * index, mixture / sum_)
+
+
 def attend(at, start, stop):
     """Heads `start` to `stop` of `rotate_and_attend`, the new key and value written to the cache.
 
@@ -107,7 +165,6 @@ def attend(at, start, stop):
     scaling = real(at, 13)
     position, first = word(place, 0), word(place, 1)
     turn = BYTES * size * (position - first)
-    whole = size // CHUNK * CHUNK
     for head in range(start, stop):
         shared = head // sharing
         scores = room + BYTES * (length + 2 * size) * head
@@ -128,27 +185,5 @@ def attend(at, start, stop):
             score = _dot(turned, cached + BYTES * size * token, size) * scaling
             store_float(scores + BYTES * token, score)
             highest = max(highest, score)
-        total = all_equal(0.0)
-        most = all_equal(highest)
-        tokens = position + 1 - first
-        for token in range(first, first + tokens // CHUNK * CHUNK, CHUNK):
-            share = exponential(minus(load_floats(scores + BYTES * token), most))
-            store_floats(scores + BYTES * token, share)
-            total = plus(total, share)
-        sum_ = sum_of(total, all_equal(0.0))
-        for token in range(first + tokens // CHUNK * CHUNK, position + 1):
-            share = _exp(load_float(scores + BYTES * token) - highest)
-            store_float(scores + BYTES * token, share)
-            sum_ += share
-        last = load_float(scores + BYTES * position)
-        for index in range(0, whole, CHUNK):
-            mixed = times(all_equal(last), load_floats(own + BYTES * index))
-            for token in range(first, position):
-                share = all_equal(load_float(scores + BYTES * token))
-                mixed = multiply_add(share, load_floats(held + BYTES * (size * token + index)), mixed)
-            store_floats(out + BYTES * (size * head + index), over(mixed, all_equal(sum_)))
-        for index in range(whole, size):
-            mixture = last * load_float(own + BYTES * index)
-            for token in range(first, position):
-                mixture += load_float(scores + BYTES * token) * load_float(held + BYTES * (size * token + index))
-            store_float(out + BYTES * (size * head + index), mixture / sum_)
+        sum_ = _shares(scores, first, position, highest)
+        _mix(scores, first, position, held, own, sum_, out + BYTES * size * head, size)
