@@ -33,6 +33,7 @@ MEANINGS = {
     "void copy4(": "static void copy4(void* to, const u8* from, int valid) { copy_later<4>(to, from, valid); }",
     "void copy_whole(": "template <int BYTES> static void copy_whole(u8* to, const u8* from)"
     " { copy_later<BYTES>(to, from, BYTES); }",
+    "void copy_piece(": "static void copy_piece(u8* to, const u8* from, int valid) { copy_later<16>(to, from, valid); }",
     "void copies_commit(": "static void copies_commit() { close_group(); }",
     "void copies_wait(": "template <int LEFT> static void copies_wait() { finish_groups(LEFT); }",
     "void wait_for_previous_kernel(": "static void wait_for_previous_kernel() {}",
@@ -78,6 +79,8 @@ CALLS = {
     "gemv": "gemv((const u16*)x, weight, (const u16*)bias, (u16*)y, chunk, tiles)",
     "small": "small((const u16*)x, weight, (const u16*)bias, (u16*)y, tokens, chunk, tiles)",
     "decode": "decode(weight, (u16*)y)",
+    "structured_product": "structured_product((const u16*)x, weight, (const u16*)bias, (u16*)y, tokens, chunk, tiles)",
+    "codebook_product": "codebook_product((const u16*)x, weight, (const u16*)bias, (u16*)y, chunk, tiles)",
     "wide": "wide({{(u64)x, (u64)weight.columns, (u64)tokens}}, weight, (const u16*)bias, (u16*)y, tokens)",
 }
 MAIN = """
@@ -130,6 +133,11 @@ def compiled(name: str, layout: Layout, launch: Launch | WideShape, tokens: int,
     else:
         options = options_of(layout, launch.shape, launch.depth, tokens, bfloat, early=False)
         source = source_of(*parts_of(name, launch.shape))
+    return built(name, source, options, folder)
+
+
+def built(name: str, source: str, options: Sequence[str], folder: Path) -> Path:
+    """An executable that runs the kernel `name` of a source once."""
     source = '#include "emulator.h"\n' + translated(source)
     path = folder / f"{name}.cpp"
     path.write_text(source + MAIN.replace("CALL", CALLS[name]), encoding="utf-8")
@@ -166,18 +174,32 @@ def run(
     Raises:
         subprocess.CalledProcessError: the kernel touched memory that is not its own.
     """
+    rows = shape[0]
+    if isinstance(launch, WideShape):
+        shared = shared_bytes(layout, launch)
+        numbers = [0, 0, launch.grid(rows, len(x)), -(-shared // 1024) * 1024, int(descending), launch.splits]
+    else:
+        numbers = [launch.chunk, launch.tiles, launch.grid, launch.shared, int(descending), launch.shape.share]
+    return executed(program, layout, numbers, tensors, shape, x, bias)
+
+
+def executed(
+    program: Path,
+    layout: Layout,
+    launch: Sequence[int],
+    tensors: Sequence[Tensor],
+    shape: tuple[int, int],
+    x: Tensor,
+    bias: Tensor | None,
+) -> Tensor:
+    """As `run`; `launch`: two numbers for the kernel, blocks, shared memory, whether descending, blocks of a cluster."""
     given = iter(tensors)
     blobs = [next(given) if name else None for name in layout.names] + [x, bias]
     rows, columns = shape
     out = torch.empty((rows, columns) if program.name == "decode" else (len(x), rows), dtype=x.dtype)
     sizes = [0 if blob is None else blob.numel() * blob.element_size() for blob in blobs]
     sizes.append(out.numel() * out.element_size())
-    numbers = [rows, columns, layout.width, layout.groups, len(x)]
-    if isinstance(launch, WideShape):
-        shared = shared_bytes(layout, launch)
-        numbers += [0, 0, launch.grid(rows, len(x)), -(-shared // 1024) * 1024, int(descending), launch.splits]
-    else:
-        numbers += [launch.chunk, launch.tiles, launch.grid, launch.shared, int(descending), launch.shape.share]
+    numbers = [rows, columns, layout.width, layout.groups, len(x), *launch]
     header = torch.tensor([*sizes, *numbers]).view(torch.uint8)
     content = [blob.contiguous().reshape(-1).view(torch.uint8) for blob in blobs if blob is not None and blob.numel()]
     source, target = program.with_suffix(".in"), program.with_suffix(".out")
