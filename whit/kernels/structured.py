@@ -30,29 +30,37 @@ from whit.kernels.structured_plan import (
 
 
 @lru_cache(maxsize=1024)
-def _prepared(
-    layout: Layout, rows: int, columns: int, vectors: int, bfloat: bool, index: int
-) -> tuple[Kernel, StructuredLaunch]:
+def _launch(layout: Layout, rows: int, columns: int, vectors: int, index: int) -> StructuredLaunch | None:
     _, processors, memory = device_limits(index)
-    unit, launch = unit_of(layout), structured_launch(layout, rows, columns, vectors, processors, memory)
-    assert unit is not None and launch is not None
-    options = structured_options(layout, unit, launch.threads, launch.tokens, bfloat, starts_early(index))
-    return kernel(structured_source(layout, "structured_product"), "structured_product", options, index), launch
+    return structured_launch(layout, rows, columns, vectors, processors, memory)
 
 
-@torch.library.custom_op("whit::structured_product", mutates_args=(), device_types="cuda")
-def structured_product(
-    x: Tensor, tensors: list[Tensor], bias: Tensor | None, layout: list[int], rows: int, columns: int
+@lru_cache(maxsize=1024)
+def _compiled(layout: Layout, threads: int, tokens: int, bfloat: bool, index: int) -> Kernel:
+    unit = unit_of(layout)
+    assert unit is not None
+    options = structured_options(layout, unit, threads, tokens, bfloat, starts_early(index))
+    return kernel(structured_source(layout, "structured_product"), "structured_product", options, index)
+
+
+def launch_structured(
+    x: Tensor,
+    tensors: list[Tensor],
+    bias: Tensor | None,
+    layout: Layout,
+    shape: tuple[int, int],
+    launch: StructuredLaunch,
 ) -> Tensor:
-    """x (m, columns), contiguous, m from 1 to 16, times the packed weight: (m, rows)."""
-    described, tensors, index = layout_from(layout), aligned(tensors), x.device.index
+    """x (m, columns) times the packed weight of `shape` (rows, columns) by a given launch."""
+    rows, columns = shape
+    tensors, index = aligned(tensors), x.device.index
     x = x if x.data_ptr() % 16 == 0 else x.clone()
     out = torch.empty(x.shape[0], rows, dtype=x.dtype, device=x.device)
     with torch.cuda.device(x.device):
-        run, launch = _prepared(described, rows, columns, x.shape[0], x.dtype == torch.bfloat16, index)
+        run = _compiled(layout, launch.threads, launch.tokens, x.dtype == torch.bfloat16, index)
         arguments: list[Argument] = [
             ctypes.c_void_p(x.data_ptr()),
-            weight_of(described, tensors, rows, columns),
+            weight_of(layout, tensors, rows, columns),
             ctypes.c_void_p(None if bias is None else bias.data_ptr()),
             ctypes.c_void_p(out.data_ptr()),
             *(ctypes.c_int(number) for number in (x.shape[0], launch.parts, launch.tiles)),
@@ -61,17 +69,28 @@ def structured_product(
     return out
 
 
+@torch.library.custom_op("whit::structured_product", mutates_args=(), device_types="cuda")
+def structured_product(
+    x: Tensor, tensors: list[Tensor], bias: Tensor | None, layout: list[int], rows: int, columns: int
+) -> Tensor:
+    """x (m, columns), contiguous, m from 1 to 16, times the packed weight: (m, rows)."""
+    described = layout_from(layout)
+    launch = _launch(described, rows, columns, x.shape[0], x.device.index)
+    assert launch is not None
+    return launch_structured(x, tensors, bias, described, (rows, columns), launch)
+
+
 @structured_product.register_fake
 def _(x: Tensor, tensors: list[Tensor], bias: Tensor | None, layout: list[int], rows: int, columns: int) -> Tensor:
     return x.new_empty(x.shape[0], rows)
 
 
 def _supports(x: Tensor, packed: Packed) -> bool:
-    layout, vectors = usable(x, packed), x.numel() // x.shape[-1]
-    if layout is None or not 1 <= vectors <= MOST_VECTORS or unit_of(layout) is None:
+    layout = usable(x, packed)
+    if layout is None or x.numel() > MOST_VECTORS * x.shape[-1] or unit_of(layout) is None:
         return False
-    _, processors, memory = device_limits(x.device.index)
-    return structured_launch(layout, packed.rows, packed.columns, vectors, processors, memory) is not None
+    vectors = x.numel() // x.shape[-1]
+    return _launch(layout, packed.rows, packed.columns, vectors, x.device.index) is not None
 
 
 def _product(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:

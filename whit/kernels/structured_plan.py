@@ -22,6 +22,7 @@ UNIT_GROUPS = 40
 LONGEST_UNIT = 96
 DECODE_WARPS = 16
 MOST_VECTORS = 16
+MOST_WARPS = 20
 
 
 @dataclass(frozen=True)
@@ -149,9 +150,19 @@ class StructuredLaunch:
 
 
 def structured_launch(
-    layout: Layout, rows: int, columns: int, vectors: int, processors: int, memory: int
+    layout: Layout, rows: int, columns: int, vectors: int, processors: int, memory: int, most_warps: int = MOST_WARPS
 ) -> StructuredLaunch | None:
-    """The launch of `structured_product`; None if it cannot take the call."""
+    """The launch of `structured_product`; None if it cannot take the call.
+
+    Args:
+        layout: of the weight.
+        rows: outputs.
+        columns: inputs.
+        vectors: of x.
+        processors: multiprocessors of the device.
+        memory: bytes of shared memory that a block may have.
+        most_warps: of a block.
+    """
     unit = unit_of(layout)
     if unit is None or columns % GROUP_COLUMNS or not 1 <= vectors <= MOST_VECTORS:
         return None
@@ -165,11 +176,9 @@ def structured_launch(
     fixed = table_bytes(layout) + tokens * pitch * 2 + marks + 16
     per_tile = parts * ROWS * tokens * 4
     needed = -(-tiles // grid)
-    for warps in (20, 16, 12, 8, 4):
-        if warps > 16 and tokens > 1:
-            continue
+    for warps in range(min(most_warps, 16 if tokens > 1 else most_warps), 0, -2):
         left = memory - fixed - warps * unit.item_bytes
-        if left < per_tile or (warps > 4 and needed * parts <= warps - 4):
+        if left < per_tile or (warps > 2 and needed * parts <= warps - 2):
             continue
         rounds = -(-needed // min(needed, left // per_tile))
         per_round = -(-needed // rounds)
