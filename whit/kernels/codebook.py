@@ -42,7 +42,12 @@ def _compiled(layout: Layout, launch: CodebookLaunch, bfloat: bool, index: int) 
 
 
 def launch_codebook(
-    x: Tensor, tensors: list[Tensor], bias: Tensor | None, layout: Layout, shape: tuple[int, int], launch: CodebookLaunch
+    x: Tensor,
+    tensors: list[Tensor],
+    bias: Tensor | None,
+    layout: Layout,
+    shape: tuple[int, int],
+    launch: CodebookLaunch,
 ) -> Tensor:
     """x (1, columns) times the packed weight of `shape` (rows, columns) by a given launch."""
     rows, columns = shape

@@ -29,8 +29,8 @@ MOST_WARPS = 20
 class Unit:
     """The shortest run of groups after which index, signs and regions are at the same places again, or several.
 
-    `groups` of 8 columns in `words` of the index, `fives` of kept weights, and the pieces of 16 bytes in which four such
-    runs of a row are staged: index, signs, regions.
+    `groups` of 8 columns in `words` of the index, `fives` of kept weights, and the pieces of 16 bytes in which four
+    such runs of a row are staged: index, signs, regions.
     """
 
     groups: int
@@ -123,8 +123,11 @@ def structured_source(layout: Layout, name: str) -> str:
     return source_of("common.cuh") + tables_of(layout) + source_of("structured.cu", f"{name}.cu")
 
 
-def structured_options(layout: Layout, unit: Unit, threads: int, tokens: int, bfloat: bool, early: bool) -> tuple[str, ...]:
+def structured_options(
+    layout: Layout, unit: Unit, threads: int, tokens: int, bfloat: bool, early: bool
+) -> tuple[str, ...]:
     """Preprocessor options of both; `tokens`: 1, 8 or 16 vectors."""
+    facts = (option for option in layout.defines() if not option.startswith("-DALIGN"))  # which rows differ in
     values = {
         "BF16": bfloat,
         "EARLY": early,
@@ -133,8 +136,9 @@ def structured_options(layout: Layout, unit: Unit, threads: int, tokens: int, bf
         "THREADS": threads,
         "TOKENS": tokens,
         "UNIT": unit.groups,
+        "ALIGN": 1,
     }
-    return (*layout.defines(), *(f"-D{key}={int(value)}" for key, value in values.items()))
+    return (*facts, *(f"-D{key}={int(value)}" for key, value in values.items()))
 
 
 @dataclass(frozen=True)

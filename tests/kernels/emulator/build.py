@@ -33,7 +33,8 @@ MEANINGS = {
     "void copy4(": "static void copy4(void* to, const u8* from, int valid) { copy_later<4>(to, from, valid); }",
     "void copy_whole(": "template <int BYTES> static void copy_whole(u8* to, const u8* from)"
     " { copy_later<BYTES>(to, from, BYTES); }",
-    "void copy_piece(": "static void copy_piece(u8* to, const u8* from, int valid) { copy_later<16>(to, from, valid); }",
+    "void copy_piece(": "static void copy_piece(u8* to, const u8* from, int valid)"
+    " { copy_later<16>(to, from, valid); }",
     "void copies_commit(": "static void copies_commit() { close_group(); }",
     "void copies_wait(": "template <int LEFT> static void copies_wait() { finish_groups(LEFT); }",
     "void wait_for_previous_kernel(": "static void wait_for_previous_kernel() {}",
@@ -192,7 +193,7 @@ def executed(
     x: Tensor,
     bias: Tensor | None,
 ) -> Tensor:
-    """As `run`; `launch`: two numbers for the kernel, blocks, shared memory, whether descending, blocks of a cluster."""
+    """As `run`; `launch`: two numbers for the kernel, blocks, shared memory, if descending, blocks of a cluster."""
     given = iter(tensors)
     blobs = [next(given) if name else None for name in layout.names] + [x, bias]
     rows, columns = shape
