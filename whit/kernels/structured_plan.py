@@ -95,26 +95,28 @@ def _parting(word_bytes: int, patterns: int, word_groups: int) -> tuple[int, int
 
 
 def tables_of(layout: Layout) -> str:
-    """Constants and the table of patterns: for each column of a group the place of its weight, 7 for none."""
+    """Constants and the table of patterns: for each column the place of its weight, 7 for none; for these the columns."""
     kept, of, word_groups, _ = layout.numbers
     patterns = comb(of, kept)
     entries = []
     for places in combinations(range(of), kept):
         nibbles = [places.index(column) if column in places else 7 for column in range(of)]
         entries.append(sum(nibble << 4 * column for column, nibble in enumerate(nibbles)))
+        entries.append(sum(column << 4 * place for place, column in enumerate(places)))
     values = {"PATTERNS": patterns, "PATTERN_TABLE": _largest_digit(layout.bits, patterns, word_groups) + 1}
     if layout.bits > 4:
         names = ("LOW_DIGITS", "LOW_POWER", "HIGH_FACTOR", "HIGH_SHIFT")
         values |= dict(zip(names, _parting(layout.bits, patterns, word_groups), strict=True))
     defines = "".join(f"#define {name} {value}u\n" for name, value in values.items())
-    return f"{defines}__device__ const u32 places_of_pattern[] = {{{', '.join(f'{entry}u' for entry in entries)}}};\n"
+    table = ", ".join(f"{entry}u" for entry in entries)
+    return f"{defines}__device__ const __align__(8) u32 places_of_pattern[] = {{{table}}};\n"
 
 
 def table_bytes(layout: Layout) -> int:
     """Bytes of the tables in shared memory, an entry 32 times."""
     kept, of, word_groups, regions = layout.numbers
     patterns = _largest_digit(layout.bits, comb(of, kept), word_groups) + 1
-    return 128 * (patterns + (256 if regions == 3 else 0) + 32)
+    return 128 * (2 * patterns + (256 if regions == 3 else 0) + 32)
 
 
 @lru_cache(maxsize=64)
@@ -176,7 +178,7 @@ def structured_launch(
     pitch = parts * 4 * unit.pitch
     if tokens > 1:
         pitch += 96 - pitch % 64
-    marks = parts * 4 * 16 * (unit.groups | 1) if layout.numbers[3] > 1 else 0
+    marks = parts * 4 * 8 * (unit.groups | 1) if layout.numbers[3] > 1 else 0
     fixed = table_bytes(layout) + tokens * pitch * 2 + marks + 16
     per_tile = parts * ROWS * tokens * 4
     needed = -(-tiles // grid)

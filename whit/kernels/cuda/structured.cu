@@ -28,10 +28,11 @@
 #define ITEM_BYTES (16 * 16 * (INDEX_PIECES + SIGN_PIECES + REGION_PIECES))
 #define UNIT_COLUMNS (UNIT * 8)
 #define UNIT_PITCH (UNIT_COLUMNS + 8 * (1 - UNIT % 2))  // halves of x: an odd number of 16-byte pieces
-#define MASK_PITCH (UNIT | 1)                      // of 16 bytes
+#define MASK_PITCH (UNIT | 1)                      // of 8 bytes
 #define NT (TOKENS > 8 ? TOKENS / 8 : 1)
 #define TRIT_ENTRIES (REGIONS == 3 ? 256 : 0)
-#define TABLE_WORDS ((PATTERN_TABLE + TRIT_ENTRIES + 32) * 32)
+#define PATTERN_WORDS (PATTERN_TABLE * 64)         // two words each
+#define TABLE_WORDS (PATTERN_WORDS + (TRIT_ENTRIES + 32) * 32)
 
 __device__ __forceinline__ void product(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
 #if BF16
@@ -49,17 +50,17 @@ __device__ __forceinline__ void copy_piece(u8* shared, const u8* source, int val
 
 // ---- Tables, each entry 32 times: lane i reads the i-th copy, from a bank of its own -------------------------------------
 __device__ __forceinline__ void make_tables(u32* tables, int warp, int lane, int warps) {
-    for (int entry = warp; entry < (int)(PATTERN_TABLE + TRIT_ENTRIES + 32); entry += warps) {
+    for (int entry = warp; entry < (int)PATTERN_TABLE; entry += warps)
+        ((uint2*)tables)[entry * 32 + lane] = __ldg((const uint2*)places_of_pattern + min(entry, (int)PATTERNS - 1));
+    for (int entry = warp; entry < TRIT_ENTRIES + 32; entry += warps) {
         u32 value = 0;
-        if (entry < (int)PATTERN_TABLE) {
-            value = __ldg(places_of_pattern + min(entry, (int)PATTERNS - 1));
-        } else if (entry < (int)(PATTERN_TABLE + TRIT_ENTRIES)) {
-            u32 byte = entry - PATTERN_TABLE;
+        if (entry < TRIT_ENTRIES) {
+            u32 byte = entry;
             for (int i = 0; i < 5; i++, byte /= 3) value |= (i < 4 ? byte % 3 : byte) << (4 * i + 1);
         } else {
-            for (int i = 0; i < 5; i++) value |= ((u32)(entry - PATTERN_TABLE - TRIT_ENTRIES) >> i & 1) << (4 * i);
+            for (int i = 0; i < 5; i++) value |= ((u32)(entry - TRIT_ENTRIES) >> i & 1) << (4 * i);
         }
-        tables[entry * 32 + lane] = value;
+        tables[PATTERN_WORDS + entry * 32 + lane] = value;
     }
 }
 
@@ -118,7 +119,7 @@ __device__ __forceinline__ void digits_of(u32 (&digits)[WORD_GROUPS], u32 lower,
 }
 
 // ---- Levels ----------------------------------------------------------------------------------------------------------------
-// Low and high bytes of the levels of a row, numbered 2 * region + first bit, those that there are not zero.
+// Low and high bytes of the levels of a row, numbered 2 * region + first bit, those that do not exist zero.
 struct Levels {
     u32 low[2], high[2], marked_low, marked_high;
     __device__ __forceinline__ void make(const Weight& w, int row) {
@@ -144,19 +145,33 @@ struct Levels {
     }
 };
 
-// Eight columns: `places` names for each the kept weight, 7 for none; `codes` the levels of the kept ones.
-template <bool MARKED> __device__ __forceinline__ void expand(u32 (&pair)[4], const Levels& levels, u32 codes, u32 places) {
-    const u32 l0 = MARKED ? levels.marked_low : levels.low[0], l1 = MARKED ? 0 : levels.low[1];
-    const u32 h0 = MARKED ? levels.marked_high : levels.high[0], h1 = MARKED ? 0 : levels.high[1];
-    const u32 low = choose_bytes(l0, l1, codes), high = choose_bytes(h0, h1, codes);
-    u32 low_rest = 0, high_rest = 0;
+// Bytes of eight columns: ones where the column is marked.
+__device__ __forceinline__ uint2 mask_of(u32 marks) {
+    auto four = [&](int i) { return (marks >> i & 1) * 0xffu | (marks >> i & 2) * 0x7f80u | (marks >> i & 4) * 0x3fc000u | (marks >> i & 8) * 0x1fe00000u; };
+    return make_uint2(four(0), four(4));
+}
+
+// Low and high bytes of the levels of four kept weights; `mask`: which of them are in marked columns.
+template <bool MARKED> __device__ __forceinline__ void level_bytes(u32& low, u32& high, const Levels& levels, u32 codes, u32 mask) {
+    low = choose_bytes(levels.low[0], levels.low[1], codes), high = choose_bytes(levels.high[0], levels.high[1], codes);
+    if (MARKED) {
+        low = (low & ~mask) | (choose_bytes(levels.marked_low, 0, codes) & mask);
+        high = (high & ~mask) | (choose_bytes(levels.marked_high, 0, codes) & mask);
+    }
+}
+
+// Eight columns from the levels of the kept weights. `places`: a nibble for each column, the kept weight in it or 7 for
+// none; then a nibble for each kept weight, the column it is in.
+template <bool MARKED> __device__ __forceinline__ void expand(u32 (&pair)[4], const Levels& levels, u32 codes, const uint2& places, const uint2& marks) {
+    u32 low, high, low_rest = 0, high_rest = 0;
+    level_bytes<MARKED>(low, high, levels, codes, MARKED ? choose_bytes(marks.x, marks.y, places.y) : 0);
     if (KEPT > 4) {
         const u32 rest = (codes >> 16 & (0xfffu >> 4 * (7 - (KEPT > 4 ? KEPT : 4)))) | 0x7000u;
-        low_rest = choose_bytes(l0, l1, rest), high_rest = choose_bytes(h0, h1, rest);
+        level_bytes<MARKED>(low_rest, high_rest, levels, rest, MARKED ? choose_bytes(marks.x, marks.y, places.y >> 16) : 0);
     }
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        const u32 selector = half ? places >> 16 : places;
+        const u32 selector = half ? places.x >> 16 : places.x;
         const u32 a = choose_bytes(low, low_rest, selector), b = choose_bytes(high, high_rest, selector);
         pair[2 * half] = choose_bytes(a, b, 0x5140);
         pair[2 * half + 1] = choose_bytes(a, b, 0x7362);
@@ -170,20 +185,20 @@ struct Unit {
     u32 digits[WORD_GROUPS], five[3];
     __device__ __forceinline__ u32 five_of(const u32* tables, int lane, int j) const {
         const u32 lane_bytes = lane * 4;
-        const u8* spread = (const u8*)(tables + (PATTERN_TABLE + TRIT_ENTRIES) * 32);
+        const u8* spread = (const u8*)(tables + PATTERN_WORDS + TRIT_ENTRIES * 32);
         auto entry = [&](const u8* table, u32 number_at_7, u32 mask) { return *(const u32*)(table + ((number_at_7 & mask << 7) | lane_bytes)); };
         u32 codes = entry(spread, 5 * j >= 7 ? signs.at(5 * j - 7) : signs.at(0) << (7 - 5 * j > 0 ? 7 - 5 * j : 0), 31);
         if (REGIONS == 2) codes |= entry(spread, 5 * j >= 7 ? regions.at(5 * j - 7) : regions.at(0) << (7 - 5 * j > 0 ? 7 - 5 * j : 0), 31) << 1;
-        if (REGIONS == 3) codes |= entry((const u8*)(tables + PATTERN_TABLE * 32), j ? regions.at(8 * j - 7) : regions.at(0) << 7, 255);
+        if (REGIONS == 3) codes |= entry((const u8*)(tables + PATTERN_WORDS), j ? regions.at(8 * j - 7) : regions.at(0) << 7, 255);
         return codes;
     }
     // To be called for i = 0, 1, ...: five[] slides along.
-    __device__ __forceinline__ void group(u32& codes, u32& places, const u32* tables, int lane, int i) {
+    __device__ __forceinline__ void group(u32& codes, uint2& places, const u32* tables, int lane, int i) {
         if (i % WORD_GROUPS == 0) {
             const int bit = i / WORD_GROUPS * WORD_BYTES * 8;
             digits_of(digits, index.at(bit), WORD_BYTES > 4 ? index.at(bit + 32) : 0);
         }
-        places = *(const u32*)((const u8*)tables + (digits[i % WORD_GROUPS] * 128 + lane * 4));
+        places = *(const uint2*)((const u8*)tables + (digits[i % WORD_GROUPS] * 256 + lane * 8));
         const int first = i * KEPT, j = first / 5, p = first % 5;
         const int before = i ? ((i - 1) * KEPT + KEPT - 1) / 5 : -1;  // the last five that is known
         const int start = i ? (i - 1) * KEPT / 5 : 0;                 // of which five[0] is the number
@@ -202,20 +217,6 @@ struct Unit {
         if (p + KEPT > 10) codes |= known[2] << (40 - 4 * p & 31);
     }
 };
-
-// All bits of the marked columns of eight.
-__device__ __forceinline__ uint4 mask_of(u32 marks) {
-    auto pair = [&](int i) { return (marks >> i & 1) * 0xffffu | (marks >> i & 2) * 0x7fff8000u; };
-    return make_uint4(pair(0), pair(2), pair(4), pair(6));
-}
-__device__ __forceinline__ void expand_marked(u32 (&pair)[4], const Levels& levels, u32 codes, u32 places, const uint4& mask) {
-    u32 other[4];
-    expand<true>(other, levels, codes, places);
-    pair[0] = (pair[0] & ~mask.x) | (other[0] & mask.x);
-    pair[1] = (pair[1] & ~mask.y) | (other[1] & mask.y);
-    pair[2] = (pair[2] & ~mask.z) | (other[2] & mask.z);
-    pair[3] = (pair[3] & ~mask.w) | (other[3] & mask.w);
-}
 
 __device__ __forceinline__ void byte_widths(const Weight& w, int& signs, int& regions) {
     const int kept = w.columns / 8 * KEPT;  // columns are a multiple of 8

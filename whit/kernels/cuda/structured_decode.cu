@@ -27,10 +27,13 @@ decode(Weight w, u16* out) {
 #pragma unroll
             for (int i = 0; i < UNIT; i++) {
                 const u32 marked = REGIONS > 1 && group0 + i < groups ? __ldg(w.salient + group0 + i) : 0;
-                u32 codes, places, pair[4];
+                u32 codes, pair[4];
+                uint2 places;
                 unit.group(codes, places, tables, lane, i);
-                expand<false>(pair, unit.levels, codes, places);
-                if (REGIONS > 1 && marked) expand_marked(pair, unit.levels, codes, places, mask_of(marked));
+                if (REGIONS > 1 && __any_sync(0xffffffffu, marked))
+                    expand<true>(pair, unit.levels, codes, places, mask_of(marked));
+                else
+                    expand<false>(pair, unit.levels, codes, places, make_uint2(0, 0));
                 if (row < w.rows && group0 + i < groups) *(uint4*)(to + i * 8) = make_uint4(pair[0], pair[1], pair[2], pair[3]);
             }
         }
