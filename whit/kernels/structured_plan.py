@@ -95,21 +95,32 @@ def _parting(word_bytes: int, patterns: int, word_groups: int) -> tuple[int, int
 
 
 def tables_of(layout: Layout) -> str:
-    """Constants and the table of patterns: for each column the place of its weight, 7 for none; for these the columns."""
+    """Constants and tables.
+
+    Of a pattern: for each column the place of its weight, 7 for none, and for each weight its column. Of five codes:
+    twice the trits of a byte, then five bits, each in a nibble.
+    """
     kept, of, word_groups, _ = layout.numbers
     patterns = comb(of, kept)
     entries = []
     for places in combinations(range(of), kept):
         nibbles = [places.index(column) if column in places else 7 for column in range(of)]
-        entries.append(sum(nibble << 4 * column for column, nibble in enumerate(nibbles)))
-        entries.append(sum(column << 4 * place for place, column in enumerate(places)))
+        first = sum(nibble << 4 * column for column, nibble in enumerate(nibbles))
+        second = sum(column << 4 * place for place, column in enumerate(places))
+        entries += [first, second if kept > 4 else second << 16 | first >> 16]
     values = {"PATTERNS": patterns, "PATTERN_TABLE": _largest_digit(layout.bits, patterns, word_groups) + 1}
     if layout.bits > 4:
         names = ("LOW_DIGITS", "LOW_POWER", "HIGH_FACTOR", "HIGH_SHIFT")
         values |= dict(zip(names, _parting(layout.bits, patterns, word_groups), strict=True))
     defines = "".join(f"#define {name} {value}u\n" for name, value in values.items())
-    table = ", ".join(f"{entry}u" for entry in entries)
-    return f"{defines}__device__ const __align__(8) u32 places_of_pattern[] = {{{table}}};\n"
+    fives = [sum(byte // 3**i % (3 if i < 4 else 4) << 4 * i + 1 for i in range(5)) for byte in range(256)]
+    fives += [sum((bits >> i & 1) << 4 * i for i in range(5)) for bits in range(32)]
+    return defines + _array("places_of_pattern", entries) + _array("codes_of_five", fives)
+
+
+def _array(name: str, entries: list[int]) -> str:
+    values = ", ".join(f"{entry}u" for entry in entries)
+    return f"__device__ const __align__(8) u32 {name}[] = {{{values}}};\n"
 
 
 def table_bytes(layout: Layout) -> int:
@@ -178,7 +189,7 @@ def structured_launch(
     pitch = parts * 4 * unit.pitch
     if tokens > 1:
         pitch += 96 - pitch % 64
-    marks = parts * 4 * 8 * (unit.groups | 1) if layout.numbers[3] > 1 else 0
+    marks = parts * (4 * 8 * (unit.groups | 1) + 16) if layout.numbers[3] > 1 else 0
     fixed = table_bytes(layout) + tokens * pitch * 2 + marks + 16
     per_tile = parts * ROWS * tokens * 4
     needed = -(-tiles // grid)

@@ -52,28 +52,27 @@ __device__ __forceinline__ void copy_piece(u8* shared, const u8* source, int val
 __device__ __forceinline__ void make_tables(u32* tables, int warp, int lane, int warps) {
     for (int entry = warp; entry < (int)PATTERN_TABLE; entry += warps)
         ((uint2*)tables)[entry * 32 + lane] = __ldg((const uint2*)places_of_pattern + min(entry, (int)PATTERNS - 1));
-    for (int entry = warp; entry < TRIT_ENTRIES + 32; entry += warps) {
-        u32 value = 0;
-        if (entry < TRIT_ENTRIES) {
-            u32 byte = entry;
-            for (int i = 0; i < 5; i++, byte /= 3) value |= (i < 4 ? byte % 3 : byte) << (4 * i + 1);
-        } else {
-            for (int i = 0; i < 5; i++) value |= ((u32)(entry - TRIT_ENTRIES) >> i & 1) << (4 * i);
-        }
-        tables[PATTERN_WORDS + entry * 32 + lane] = value;
-    }
+    for (int entry = warp; entry < TRIT_ENTRIES + 32; entry += warps)
+        tables[PATTERN_WORDS + entry * 32 + lane] = __ldg(codes_of_five + entry + (TRIT_ENTRIES ? 0 : 256));
 }
 
 // ---- Staging -------------------------------------------------------------------------------------------------------------
 // `bits` per row from bit `start` of rows of `width` bytes; the copy of a row begins at the multiple of 16 bytes before.
 template <int PIECE_COUNT> __device__ __forceinline__ void stage_stream(u8* to, const u8* from, int width, int row0, int rows, u32 start, int lane) {
-    const long long end = (long long)rows * width;
-#pragma unroll 1
-    for (int index = lane; index < 16 * PIECE_COUNT; index += 32) {
-        const int row = index / PIECE_COUNT, piece = index % PIECE_COUNT;
-        const long long at = (((long long)min(row0 + row, rows - 1) * width + (start >> 3)) & ~15ll) + 16 * piece;
-        const long long valid = end - at;
-        copy_piece(to + index * 16, from + (valid > 0 ? at : 0), valid > 16 ? 16 : valid > 0 ? (int)valid : 0);
+    const u32 end = (u32)rows * width, row = min(row0 + lane / 2, rows - 1);
+    const u32 at = ((row * width + (start >> 3)) & ~15u) + lane % 2 * 16;
+    to += lane / 2 * (PIECE_COUNT * 16) + lane % 2 * 16;
+    from += at;
+    const bool whole = at + 16 * PIECE_COUNT <= end;
+#pragma unroll
+    for (int piece = 0; piece < PIECE_COUNT; piece += 2) {
+        if (piece + lane % 2 >= PIECE_COUNT) continue;
+        if (whole) {
+            copy_whole<16>(to + piece * 16, from + piece * 16);
+        } else {
+            const int valid = (int)end - (int)(at + piece * 16);
+            copy_piece(to + piece * 16, from + (valid > 0 ? piece * 16 : -(int)at), valid > 16 ? 16 : valid > 0 ? valid : 0);
+        }
     }
 }
 
@@ -87,6 +86,7 @@ struct Stream {
         words = (const u32*)(stage + row * (PIECE_COUNT * 16)) + (bit >> 5);
         shift = bit & 31;
     }
+    __device__ __forceinline__ const u8* bytes() const { return (const u8*)words + (shift >> 3); }  // where units are whole bytes
     __device__ __forceinline__ u32 word(int k) const { return funnel_right(words[k], words[k + 1], shift); }
     __device__ __forceinline__ u32 at(int position) const {
         return position % 32 ? funnel_right(word(position / 32), word(position / 32 + 1), position % 32) : word(position / 32);
@@ -161,17 +161,18 @@ template <bool MARKED> __device__ __forceinline__ void level_bytes(u32& low, u32
 }
 
 // Eight columns from the levels of the kept weights. `places`: a nibble for each column, the kept weight in it or 7 for
-// none; then a nibble for each kept weight, the column it is in.
+// none; then (for up to four kept weights in the upper half, below which the columns 4 to 7 come again) a nibble for each
+// kept weight, the column it is in.
 template <bool MARKED> __device__ __forceinline__ void expand(u32 (&pair)[4], const Levels& levels, u32 codes, const uint2& places, const uint2& marks) {
     u32 low, high, low_rest = 0, high_rest = 0;
-    level_bytes<MARKED>(low, high, levels, codes, MARKED ? choose_bytes(marks.x, marks.y, places.y) : 0);
+    level_bytes<MARKED>(low, high, levels, codes, MARKED ? choose_bytes(marks.x, marks.y, KEPT > 4 ? places.y : places.y >> 16) : 0);
     if (KEPT > 4) {
         const u32 rest = (codes >> 16 & (0xfffu >> 4 * (7 - (KEPT > 4 ? KEPT : 4)))) | 0x7000u;
         level_bytes<MARKED>(low_rest, high_rest, levels, rest, MARKED ? choose_bytes(marks.x, marks.y, places.y >> 16) : 0);
     }
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        const u32 selector = half ? places.x >> 16 : places.x;
+        const u32 selector = half == 0 ? places.x : KEPT > 4 ? places.x >> 16 : places.y;
         const u32 a = choose_bytes(low, low_rest, selector), b = choose_bytes(high, high_rest, selector);
         pair[2 * half] = choose_bytes(a, b, 0x5140);
         pair[2 * half + 1] = choose_bytes(a, b, 0x7362);
@@ -189,7 +190,7 @@ struct Unit {
         auto entry = [&](const u8* table, u32 number_at_7, u32 mask) { return *(const u32*)(table + ((number_at_7 & mask << 7) | lane_bytes)); };
         u32 codes = entry(spread, 5 * j >= 7 ? signs.at(5 * j - 7) : signs.at(0) << (7 - 5 * j > 0 ? 7 - 5 * j : 0), 31);
         if (REGIONS == 2) codes |= entry(spread, 5 * j >= 7 ? regions.at(5 * j - 7) : regions.at(0) << (7 - 5 * j > 0 ? 7 - 5 * j : 0), 31) << 1;
-        if (REGIONS == 3) codes |= entry((const u8*)(tables + PATTERN_WORDS), j ? regions.at(8 * j - 7) : regions.at(0) << 7, 255);
+        if (REGIONS == 3) codes += tables[PATTERN_WORDS + regions.bytes()[j] * 32 + lane];
         return codes;
     }
     // To be called for i = 0, 1, ...: five[] slides along.
@@ -213,10 +214,21 @@ struct Unit {
 #pragma unroll
         for (int k = 0; k < 3; k++) five[k] = known[k];
         codes = known[0] >> (4 * p);
-        if (p + KEPT > 5) codes |= known[1] << (20 - 4 * p);
-        if (p + KEPT > 10) codes |= known[2] << (40 - 4 * p & 31);
+        if (p + KEPT > 5) codes += known[1] << (20 - 4 * p);
+        if (p + KEPT > 10) codes += known[2] << (40 - 4 * p & 31);
     }
 };
+
+// Whether one of the four units of a part has a marked column in its group number i: bit i % 32 of word i / 32.
+#define ANY_WORDS ((UNIT + 31) / 32)
+__device__ __forceinline__ u32 any_marked(const Weight& w, int part, int word, int lane) {
+    const int i = word * 32 + lane;
+    u32 marks = 0;
+#pragma unroll
+    for (int q = 0; q < 4; q++)
+        if (i < UNIT && (part * 4 + q) * UNIT + i < w.columns / 8) marks |= w.salient[(part * 4 + q) * UNIT + i];
+    return __ballot_sync(0xffffffffu, marks != 0);
+}
 
 __device__ __forceinline__ void byte_widths(const Weight& w, int& signs, int& regions) {
     const int kept = w.columns / 8 * KEPT;  // columns are a multiple of 8

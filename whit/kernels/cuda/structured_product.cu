@@ -10,7 +10,8 @@ structured_product(const u16* x, Weight w, const u16* bias, u16* y, int tokens, 
     u16* const xs = (u16*)(tables + TABLE_WORDS);
     const int pitch = parts * (4 * UNIT_PITCH) + 32 * (TOKENS > 1) + (TOKENS > 1 ? 64 - parts * (4 * UNIT_PITCH) % 64 : 0);  // halves: 4 pieces more than a multiple of 8
     uint2* const masks = (uint2*)(xs + TOKENS * pitch);
-    u8* const stage = (u8*)(masks + (REGIONS > 1 ? parts * (4 * MASK_PITCH) : 0)) + warp * ITEM_BYTES;
+    u32* const any = (u32*)(masks + (REGIONS > 1 ? parts * (4 * MASK_PITCH) : 0));
+    u8* const stage = (u8*)(any + (REGIONS > 1 ? parts * 4 : 0)) + warp * ITEM_BYTES;
     float* const partial = (float*)(stage + (WARP_COUNT - warp) * ITEM_BYTES + 16);
     int sign_width, region_width;
     byte_widths(w, sign_width, region_width);
@@ -35,6 +36,8 @@ structured_product(const u16* x, Weight w, const u16* bias, u16* y, int tokens, 
             if (REGIONS > 1)
                 for (int at = threadIdx.x; at < parts * (4 * UNIT); at += THREADS)
                     masks[at / UNIT * MASK_PITCH + at % UNIT] = mask_of(at < w.columns / 8 ? w.salient[at] : 0);
+            if (REGIONS > 1)
+                for (int at = warp; at < parts * ANY_WORDS; at += WARP_COUNT) any[at / ANY_WORDS * 4 + at % ANY_WORDS] = any_marked(w, at / ANY_WORDS, at % ANY_WORDS, lane);
             __syncthreads();
         }
 #pragma unroll 1
@@ -48,23 +51,27 @@ structured_product(const u16* x, Weight w, const u16* bias, u16* y, int tokens, 
             begin_unit(unit[1], stage, w, row0, r + 8, part, q, sign_width, region_width);
             const u16* const mine_x = xs + (TOKENS > 1 ? r * pitch : 0) + (part * 4 + q) * UNIT_PITCH;
             const uint2* const mine_masks = masks + (part * 4 + q) * MASK_PITCH;
+            u32 any_here[ANY_WORDS];
+#pragma unroll
+            for (int i = 0; i < ANY_WORDS; i++) any_here[i] = REGIONS > 1 ? any[part * 4 + i] : 0;
             float sums[NT][2][4];
 #pragma unroll
             for (int i = 0; i < NT * 8; i++) sums[i / 8][i / 4 % 2][i % 4] = 0.0f;
 #pragma unroll
             for (int i = 0; i < UNIT; i++) {
                 u32 pair[2][4];
-                const uint2 marks = REGIONS > 1 ? mine_masks[i] : make_uint2(0, 0);
                 u32 codes[2];
                 uint2 places[2];
 #pragma unroll
                 for (int h = 0; h < 2; h++) unit[h].group(codes[h], places[h], tables, lane, i);
-                if (REGIONS > 1 && __any_sync(0xffffffffu, marks.x | marks.y))
+                if (REGIONS > 1 && (any_here[i / 32] >> i % 32 & 1)) {
+                    const uint2 marks = mine_masks[i];
 #pragma unroll
                     for (int h = 0; h < 2; h++) expand<true>(pair[h], unit[h].levels, codes[h], places[h], marks);
-                else
+                } else {
 #pragma unroll
-                    for (int h = 0; h < 2; h++) expand<false>(pair[h], unit[h].levels, codes[h], places[h], marks);
+                    for (int h = 0; h < 2; h++) expand<false>(pair[h], unit[h].levels, codes[h], places[h], make_uint2(0, 0));
+                }
 #pragma unroll
                 for (int t = 0; t < NT; t++) {
                     const uint4 v = *(const uint4*)(mine_x + t * 8 * pitch + i * 8);
