@@ -21,6 +21,8 @@ UNIT_GROUPS = 40
 """Groups that a lane decodes in one go, about."""
 LONGEST_UNIT = 96
 DECODE_WARPS = 16
+LINES_BYTES = 32 * 144
+"""Shared memory in which a warp of `structured_decode` collects lines of the result."""
 MOST_VECTORS = 16
 MOST_WARPS = 20
 
@@ -209,5 +211,6 @@ def structured_decode_launch(layout: Layout, columns: int, memory: int) -> tuple
     unit = unit_of(layout)
     if unit is None or columns % GROUP_COLUMNS:
         return None
-    warps = min(DECODE_WARPS, (memory - table_bytes(layout) - 16) // unit.item_bytes)
-    return (32 * warps, table_bytes(layout) + warps * unit.item_bytes + 16) if warps > 0 else None
+    each = unit.item_bytes + LINES_BYTES
+    warps = min(DECODE_WARPS, (memory - table_bytes(layout) - 16) // each)
+    return (32 * warps, table_bytes(layout) + warps * each + 16) if warps > 0 else None

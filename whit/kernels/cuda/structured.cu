@@ -94,26 +94,37 @@ struct Stream {
 };
 
 // ---- Digits ----------------------------------------------------------------------------------------------------------------
+// The lowest digit of a number of at most `most`, which is divided by PATTERNS: by a factor rounded up where that is exact.
+__device__ __forceinline__ u32 take_digit(u32& rest, u64 most) {
+    constexpr u64 FACTOR = ((1ull << 32) + PATTERNS - 1) / PATTERNS, ABOVE = FACTOR * PATTERNS - (1ull << 32);
+    const u32 quotient = most * ABOVE < (1ull << 32) ? __umulhi(rest, (u32)FACTOR) : rest / PATTERNS;
+    const u32 digit = rest - quotient * PATTERNS;
+    rest = quotient;
+    return digit;
+}
 // A long word V = high * LOW_POWER + low. The quotient comes from the highest 32 bits of V, one too small at most.
 __device__ __forceinline__ void digits_of(u32 (&digits)[WORD_GROUPS], u32 lower, u32 upper) {
 #if WORD_BYTES > 4
     constexpr int SHIFT = 8 * WORD_BYTES - 32;
-    upper &= SHIFT == 32 ? 0xffffffffu : (1u << SHIFT % 32) - 1;
+    upper &= (1u << SHIFT) - 1;
     u32 high = __umulhi(funnel_right(lower, upper, SHIFT), HIGH_FACTOR) >> HIGH_SHIFT;
     u32 low = lower - high * LOW_POWER;
     if (low >= LOW_POWER) low -= LOW_POWER, high++;
+    u64 most_low = LOW_POWER - 1, most_high = ((1ull << 8 * WORD_BYTES) - 1) / LOW_POWER;
 #pragma unroll
     for (int i = 0; i < WORD_GROUPS; i++) {
         u32& rest = i < LOW_DIGITS ? low : high;
-        digits[i] = i == LOW_DIGITS - 1 || i == WORD_GROUPS - 1 ? rest : rest % PATTERNS;
-        rest /= PATTERNS;
+        u64& most = i < LOW_DIGITS ? most_low : most_high;
+        digits[i] = i == LOW_DIGITS - 1 || i == WORD_GROUPS - 1 ? rest : take_digit(rest, most);
+        most /= PATTERNS;
     }
 #else
     u32 rest = WORD_BYTES == 4 ? lower : lower & ((1u << 8 * WORD_BYTES % 32) - 1);
+    u64 most = (1ull << 8 * WORD_BYTES) - 1;
 #pragma unroll
     for (int i = 0; i < WORD_GROUPS; i++) {
-        digits[i] = i == WORD_GROUPS - 1 ? rest : rest % PATTERNS;
-        rest /= PATTERNS;
+        digits[i] = i == WORD_GROUPS - 1 ? rest : take_digit(rest, most);
+        most /= PATTERNS;
     }
 #endif
 }
@@ -190,7 +201,7 @@ struct Unit {
         auto entry = [&](const u8* table, u32 number_at_7, u32 mask) { return *(const u32*)(table + ((number_at_7 & mask << 7) | lane_bytes)); };
         u32 codes = entry(spread, 5 * j >= 7 ? signs.at(5 * j - 7) : signs.at(0) << (7 - 5 * j > 0 ? 7 - 5 * j : 0), 31);
         if (REGIONS == 2) codes |= entry(spread, 5 * j >= 7 ? regions.at(5 * j - 7) : regions.at(0) << (7 - 5 * j > 0 ? 7 - 5 * j : 0), 31) << 1;
-        if (REGIONS == 3) codes += tables[PATTERN_WORDS + regions.bytes()[j] * 32 + lane];
+        if (REGIONS == 3) codes += *(const u32*)((const u8*)(tables + PATTERN_WORDS) + (regions.bytes()[j] * 128 + lane * 4));
         return codes;
     }
     // To be called for i = 0, 1, ...: five[] slides along.
