@@ -22,7 +22,8 @@ CASES = [
 def test_products(layout, shape, dtype, splits, tmp_path):
     rows, columns = shape
     described = layout_of(layout, columns)
-    launch = place_codebook(described, rows, 8, 200_000, splits)
+    splits = min(splits, codebook_tiles(described))
+    launch = place_codebook(described, rows, 200_000, {splits: 8 // splits})
     assert launch.splits * launch.passes >= codebook_tiles(described)
     options = codebook_options(described, launch, dtype == torch.bfloat16, False)
     program = built("codebook_product", codebook_source(), options, tmp_path)
@@ -48,8 +49,9 @@ def test_products(layout, shape, dtype, splits, tmp_path):
 def test_every_launch_covers_the_weight(width, shape):
     rows, columns = shape
     described = layout_of(VectorCodebook(256, width, False), columns)
-    for processors, memory, splits in ((132, 232448, 8), (108, 166912, 1)):
-        launch = place_codebook(described, rows, processors, memory, splits)
-        assert launch.shared <= memory and launch.grid <= processors and launch.rows_each % 4 == 0
+    h200 = {1: 132, 2: 66, 3: 42, 4: 30, 5: 24, 6: 18, 7: 15, 8: 15}
+    for room, memory in ((h200, 232448), ({1: 108}, 166912)):
+        launch = place_codebook(described, rows, memory, room)
+        assert launch.shared <= memory and launch.clusters <= room[launch.splits] and launch.rows_each % 8 == 0
         assert launch.clusters * launch.rows_each >= rows > (launch.clusters - 1) * launch.rows_each
         assert launch.splits * launch.passes >= codebook_tiles(described)

@@ -17,24 +17,29 @@ from whit.kernels.structured_plan import (
 
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="needs g++")
 PRODUCTS = [
-    (StructuredBinary(4, 8, 0), (35, 1600), 1, torch.float16),
-    (StructuredBinary(4, 8, 0, means=True), (16, 640), 7, torch.bfloat16),
-    (StructuredBinary(5, 8, 0), (20, 1032), 1, torch.bfloat16),
-    (StructuredBinary(6, 8, 0, regions=2), (17, 400), 11, torch.float16),
-    (StructuredBinary(2, 8, 0, regions=1), (16, 1400), 1, torch.float16),
-    (StructuredBinary(7, 8, 0), (16, 96), 3, torch.float16),
+    (StructuredBinary(4, 8, 0), (35, 1600), 1, torch.float16, False),
+    (StructuredBinary(4, 8, 0), (100, 2600), 16, torch.float16, True),
+    (StructuredBinary(4, 8, 0, means=True), (16, 640), 7, torch.bfloat16, False),
+    (StructuredBinary(5, 8, 0), (20, 1320), 1, torch.bfloat16, True),
+    (StructuredBinary(6, 8, 0, regions=2), (17, 400), 11, torch.float16, False),
+    (StructuredBinary(2, 8, 0, regions=1), (16, 1400), 1, torch.float16, False),
+    (StructuredBinary(7, 8, 0), (16, 96), 3, torch.float16, False),
 ]
 
 
 @needs_compiler
-@pytest.mark.parametrize(("layout", "shape", "tokens", "dtype"), PRODUCTS, ids=str)
-def test_products(layout, shape, tokens, dtype, tmp_path):
+@pytest.mark.parametrize(("layout", "shape", "tokens", "dtype", "split"), PRODUCTS, ids=str)
+def test_products(layout, shape, tokens, dtype, split, tmp_path):
     rows, columns = shape
     described = layout_of(layout, columns)
     unit = unit_of(described)
-    launch = structured_launch(described, rows, columns, tokens, 2, 160_000)
+    parts = unit.parts(columns)
+    launch = structured_launch(described, rows, columns, tokens, 180_000, {1: 2, parts: 2}, split=split)
+    assert launch.splits == (parts if split else 1) and (not split or parts > 1)
     source = structured_source(described, "structured_product")
-    options = structured_options(described, unit, launch.threads, launch.tokens, dtype == torch.bfloat16, False)
+    options = structured_options(
+        described, unit, launch.threads, launch.tokens, dtype == torch.bfloat16, False, launch.splits
+    )
     program = built("structured_product", source, options, tmp_path)
     packed = random_packed(layout, rows, columns)
     x, bias = inputs(tokens, columns, dtype, "cpu"), torch.linspace(-1, 1, rows).to(dtype)
@@ -43,7 +48,7 @@ def test_products(layout, shape, tokens, dtype, tmp_path):
         executed(
             program,
             described,
-            (launch.parts, launch.tiles, launch.grid, launch.shared, descending, 1),
+            (launch.parts, launch.tiles, launch.grid, launch.shared, descending, launch.splits),
             tensors,
             shape,
             x,

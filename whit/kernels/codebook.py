@@ -28,11 +28,23 @@ from whit.kernels.linear import Implementation, register_implementation
 from whit.kernels.nvrtc import Argument, Kernel, kernel
 
 
+@lru_cache(maxsize=16)
+def clusters_at_once(index: int) -> dict[int, int]:
+    """By blocks of a cluster, how many clusters run at a time on device number `index`, a multiprocessor for a block."""
+    _, processors, memory = device_limits(index)
+    room = {1: processors}
+    if starts_early(index):
+        with torch.cuda.device(index):
+            probe = kernel('extern "C" __global__ void probe() {}', "probe", (), index)
+            more_than_half = memory // 2 + 1024
+            room |= {size: probe.clusters_at_once(512, more_than_half, size) for size in range(2, MOST_SPLITS + 1)}
+    return room
+
+
 @lru_cache(maxsize=1024)
 def codebook_launch(layout: Layout, rows: int, index: int) -> CodebookLaunch | None:
     """The launch on device number `index`, or None."""
-    _, processors, memory = device_limits(index)
-    return place_codebook(layout, rows, processors, memory, MOST_SPLITS if starts_early(index) else 1)
+    return place_codebook(layout, rows, device_limits(index)[2], clusters_at_once(index))
 
 
 @lru_cache(maxsize=1024)

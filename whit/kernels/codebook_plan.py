@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -13,6 +14,10 @@ TILE_GROUPS = 128
 TABLE_BYTES = TILE_GROUPS * (CODES // 2) * 4
 MOST_SPLITS = 8
 """Blocks of a cluster that every device with clusters takes."""
+BATCH = 8
+"""Rows that a warp looks up at a time."""
+TABLE_TIME, BATCH_TIME, CLUSTER_TIME = 1.5, 0.8, 0.5
+"""Estimates on an H200 in microseconds: of a tile of the table, of a batch of every warp, of meeting in a cluster."""
 WIDEST = 64
 LEAST_ROWS = 32
 """Rows for which a table is worth being made."""
@@ -52,30 +57,36 @@ def has_codebook_product(layout: Layout) -> bool:
 
 
 def place_codebook(
-    layout: Layout,
-    rows: int,
-    processors: int,
-    memory: int,
-    most_splits: int = MOST_SPLITS,
-    threads: int = 512,
-    resident: int = 2,
+    layout: Layout, rows: int, memory: int, clusters_at_once: Mapping[int, int], resident: int = 2
 ) -> CodebookLaunch | None:
-    """The launch on a device with `processors` multiprocessors of `memory` bytes; None if the kernel cannot run.
+    """The launch of the least estimated time; None if the kernel cannot run.
 
     Args:
-        most_splits: blocks that a cluster may have; 1 where there are no clusters.
-        threads: of a block: 512 or 1024.
+        layout: of the weight.
+        rows: outputs.
+        memory: bytes of shared memory that a block may have.
+        clusters_at_once: by blocks of a cluster, how many such clusters run at a time, each block on a multiprocessor
+            of its own: more of them would share, and the whole wait for these. {1: multiprocessors} without clusters.
         resident: blocks for which a multiprocessor has registers.
     """
     if not has_codebook_product(layout):
         return None
     tiles = codebook_tiles(layout)
-    passes = -(-tiles // min(most_splits, processors))
-    splits = -(-tiles // passes)
-    clusters = max(1, min(processors // splits, -(-rows // LEAST_ROWS)))
-    rows_each = -(-rows // (4 * clusters)) * 4
-    launch = CodebookLaunch(splits, passes, -(-rows // rows_each), rows_each, threads, resident)
-    return launch if launch.shared <= memory else None
+    found: list[tuple[float, CodebookLaunch]] = []
+    for most, room in clusters_at_once.items():
+        if room == 0:
+            continue
+        passes = -(-tiles // most)
+        splits = -(-tiles // passes)
+        if splits < most:
+            continue
+        clusters = min(room, -(-rows // LEAST_ROWS))
+        rows_each = -(-rows // (BATCH * clusters)) * BATCH
+        launch = CodebookLaunch(splits, passes, -(-rows // rows_each), rows_each, resident=resident)
+        if launch.shared <= memory:
+            batches = -(-rows_each // (BATCH * launch.threads // 32))
+            found.append((passes * (TABLE_TIME + batches * BATCH_TIME) + CLUSTER_TIME * (splits > 1), launch))
+    return min(found, key=lambda pair: pair[0])[1] if found else None
 
 
 @lru_cache(maxsize=1)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from whit.formats.base import Packed
+from whit.kernels.codebook import clusters_at_once
 from whit.kernels.cuda_layout import Layout
 from whit.kernels.cuda_linear import op_arguments, usable
 from whit.kernels.cuda_ops import aligned, device_limits, layout_from, starts_early, weight_of
@@ -31,15 +32,14 @@ from whit.kernels.structured_plan import (
 
 @lru_cache(maxsize=1024)
 def _launch(layout: Layout, rows: int, columns: int, vectors: int, index: int) -> StructuredLaunch | None:
-    _, processors, memory = device_limits(index)
-    return structured_launch(layout, rows, columns, vectors, processors, memory)
+    return structured_launch(layout, rows, columns, vectors, device_limits(index)[2], clusters_at_once(index))
 
 
 @lru_cache(maxsize=1024)
-def _compiled(layout: Layout, threads: int, tokens: int, bfloat: bool, index: int) -> Kernel:
+def _compiled(layout: Layout, threads: int, tokens: int, splits: int, bfloat: bool, index: int) -> Kernel:
     unit = unit_of(layout)
     assert unit is not None
-    options = structured_options(layout, unit, threads, tokens, bfloat, starts_early(index))
+    options = structured_options(layout, unit, threads, tokens, bfloat, starts_early(index), splits)
     return kernel(structured_source(layout, "structured_product"), "structured_product", options, index)
 
 
@@ -57,7 +57,7 @@ def launch_structured(
     x = x if x.data_ptr() % 16 == 0 else x.clone()
     out = torch.empty(x.shape[0], rows, dtype=x.dtype, device=x.device)
     with torch.cuda.device(x.device):
-        run = _compiled(layout, launch.threads, launch.tokens, x.dtype == torch.bfloat16, index)
+        run = _compiled(layout, launch.threads, launch.tokens, launch.splits, x.dtype == torch.bfloat16, index)
         arguments: list[Argument] = [
             ctypes.c_void_p(x.data_ptr()),
             weight_of(layout, tensors, rows, columns),
@@ -65,7 +65,8 @@ def launch_structured(
             ctypes.c_void_p(out.data_ptr()),
             *(ctypes.c_int(number) for number in (x.shape[0], launch.parts, launch.tiles)),
         ]
-        run.launch(launch.grid, launch.threads, launch.shared, arguments, early=starts_early(index))
+        early = starts_early(index)
+        run.launch(launch.grid, launch.threads, launch.shared, arguments, early=early, cluster=launch.splits)
     return out
 
 

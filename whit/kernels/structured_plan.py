@@ -6,6 +6,7 @@ default. Other patterns and blocks of columns are decoded group by group (`cuda/
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import combinations
@@ -25,6 +26,7 @@ LINES_BYTES = 32 * 144
 """Shared memory in which a warp of `structured_decode` collects lines of the result."""
 MOST_VECTORS = 16
 MOST_WARPS = 20
+ENOUGH_WARPS = 12
 
 
 @dataclass(frozen=True)
@@ -139,7 +141,7 @@ def structured_source(layout: Layout, name: str) -> str:
 
 
 def structured_options(
-    layout: Layout, unit: Unit, threads: int, tokens: int, bfloat: bool, early: bool
+    layout: Layout, unit: Unit, threads: int, tokens: int, bfloat: bool, early: bool, splits: int = 1
 ) -> tuple[str, ...]:
     """Preprocessor options of both; `tokens`: 1, 8 or 16 vectors."""
     facts = (option for option in layout.defines() if not option.startswith("-DALIGN"))  # which rows differ in
@@ -152,13 +154,15 @@ def structured_options(
         "TOKENS": tokens,
         "UNIT": unit.groups,
         "ALIGN": 1,
+        "SPLITS": splits,
     }
     return (*facts, *(f"-D{key}={int(value)}" for key, value in values.items()))
 
 
 @dataclass(frozen=True)
 class StructuredLaunch:
-    """`grid` blocks of `threads`, `parts` items across a row, `tiles` row tiles a round, `shared` bytes."""
+    """`grid` blocks of `threads`, clusters of `splits`, `parts` items across a row, `tiles` row tiles a round, `shared`
+    bytes, for up to `tokens` vectors."""
 
     grid: int
     threads: int
@@ -166,10 +170,18 @@ class StructuredLaunch:
     tiles: int
     shared: int
     tokens: int
+    splits: int = 1
 
 
 def structured_launch(
-    layout: Layout, rows: int, columns: int, vectors: int, processors: int, memory: int, most_warps: int = MOST_WARPS
+    layout: Layout,
+    rows: int,
+    columns: int,
+    vectors: int,
+    memory: int,
+    clusters_at_once: Mapping[int, int],
+    most_warps: int = MOST_WARPS,
+    split: bool | None = None,
 ) -> StructuredLaunch | None:
     """The launch of `structured_product`; None if it cannot take the call.
 
@@ -178,32 +190,42 @@ def structured_launch(
         rows: outputs.
         columns: inputs.
         vectors: of x.
-        processors: multiprocessors of the device.
         memory: bytes of shared memory that a block may have.
+        clusters_at_once: as for `codebook_plan.place_codebook`.
         most_warps: of a block.
+        split: whether the columns are split over a cluster; if not given, where x leaves no room for enough warps.
     """
     unit = unit_of(layout)
     if unit is None or columns % GROUP_COLUMNS or not 1 <= vectors <= MOST_VECTORS:
         return None
     tokens = 1 if vectors == 1 else 8 if vectors <= 8 else 16
     tiles, parts = -(-rows // ROWS), unit.parts(columns)
-    grid = min(tiles, processors)
-    pitch = parts * 4 * unit.pitch
-    if tokens > 1:
-        pitch += 96 - pitch % 64
-    marks = parts * (4 * 8 * (unit.groups | 1) + 16) if layout.numbers[3] > 1 else 0
-    fixed = table_bytes(layout) + tokens * pitch * 2 + marks + 16
-    per_tile = parts * ROWS * tokens * 4
-    needed = -(-tiles // grid)
-    for warps in range(min(most_warps, 16 if tokens > 1 else most_warps), 0, -2):
-        left = memory - fixed - warps * unit.item_bytes
-        if left < per_tile or (warps > 2 and needed * parts <= warps - 2):
+    found = None
+    for splits in (1, parts) if split is None else (parts,) if split else (1,):
+        room = clusters_at_once.get(splits, 0)
+        if room == 0:
             continue
-        rounds = -(-needed // min(needed, left // per_tile))
+        blocks, here = min(tiles, room), parts // splits
+        pitch = here * 4 * unit.pitch
+        if tokens > 1:
+            pitch += 96 - pitch % 64
+        marks = here * (4 * 8 * (unit.groups | 1) + 16) if layout.numbers[3] > 1 else 0
+        fixed = table_bytes(layout) + tokens * pitch * 2 + marks + 16
+        per_tile = here * ROWS * tokens * 4
+        needed = -(-tiles // blocks)
+        useful = min(most_warps, 16 if tokens > 1 else most_warps, -(-needed * here // 2) * 2)
+        warps = min(useful, (memory - fixed - per_tile) // unit.item_bytes // 2 * 2)
+        while warps > 2 and min(needed, (memory - fixed - warps * unit.item_bytes) // per_tile) * here < warps:
+            warps -= 2  # a round must hold an item for every warp
+        if warps < 2:
+            continue
+        rounds = -(-needed // min(needed, (memory - fixed - warps * unit.item_bytes) // per_tile))
         per_round = -(-needed // rounds)
         shared = fixed + warps * unit.item_bytes + per_round * per_tile
-        return StructuredLaunch(grid, 32 * warps, parts, per_round, shared, tokens)
-    return None
+        found = StructuredLaunch(blocks * splits, 32 * warps, parts, per_round, shared, tokens, splits)
+        if warps >= min(useful, ENOUGH_WARPS):
+            break
+    return found
 
 
 def structured_decode_launch(layout: Layout, columns: int, memory: int) -> tuple[int, int] | None:

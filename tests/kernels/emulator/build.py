@@ -39,6 +39,7 @@ MEANINGS = {
     "void copies_wait(": "template <int LEFT> static void copies_wait() { finish_groups(LEFT); }",
     "void wait_for_previous_kernel(": "static void wait_for_previous_kernel() {}",
     "void prefetch_item(": "static void prefetch_item(const Weight&, int, int, int) {}",
+    "void prefetch_line(": "static void prefetch_line(const u8*) {}",
     "void product(int": "static void product(int (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1)"
     " { u32 a[4] = {a0, a1, a2, a3}, b[2] = {b0, b1}; tensor_product(c, 4, a, 2, b, bytes_times_bytes); }",
     "void product(float": "static void product(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1)"
@@ -59,6 +60,7 @@ MEANINGS = {
     "void products_wait(": "template <int LEFT> static void products_wait() { finish_products(LEFT); }",
     "void cluster_arrive(": "",
     "void cluster_wait(": "",
+    "void cluster_leave(": "static void cluster_leave() { cluster_arrive(), cluster_wait(); }",
     "uint4 peer_words(": "",
     "u32 descriptor_of(": "static u32 descriptor_of(const u8* tile) { return (tile - shared_memory) / 16; }",
     "void warpgroup_product(": "static void warpgroup_product(float (&c)[TOKENS / 2], const u32 (&a)[4],"

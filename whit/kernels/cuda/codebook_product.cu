@@ -42,8 +42,35 @@ __device__ __forceinline__ float codeword_entry(const u8* codebook, int word, in
     return (float)((int)(trits % 3) - 1);
 }
 
+__device__ __forceinline__ void prefetch_line(const u8* from) {
+#if EARLY
+    asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
+#endif
+}
+
+// No block of a cluster goes while another one reads its memory; nothing is made visible.
+__device__ __forceinline__ void cluster_leave() {
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;\n\tbarrier.cluster.wait.aligned;" ::: "memory");
+}
+
+// The codewords that a warp multiplies, as the second operand of the product.
+struct Codewords {
+    u32 b[STEPS][SHARE][2];
+    __device__ __forceinline__ void load(const u8* codebook, int warp, int lane) {
+#pragma unroll
+        for (int step = 0; step < STEPS; step++)
+#pragma unroll
+            for (int n = 0; n < SHARE; n++)
+#pragma unroll
+                for (int half = 0; half < 2; half++) {
+                    const int word = 8 * (warp / 4 * SHARE + n) + lane / 4, k = 16 * step + 8 * half + lane % 4 * 2;
+                    b[step][n][half] = pair_of_floats(codeword_entry(codebook, word, k), codeword_entry(codebook, word, k + 1));
+                }
+    }
+};
+
 // The table of one tile: entry (group of the word j, codeword k, word i) at j * GROUP_BYTES + k * 128 + i * 4.
-__device__ __forceinline__ void make_table(float* table, const u16* x, const Weight& w, int tile, int warp, int lane) {
+__device__ __forceinline__ void make_table(float* table, const u16* x, const Codewords& codewords, int columns, int tile, int warp, int lane) {
     const int q = lane % 4, r = lane / 4, j = warp % 4, first = warp / 4 * SHARE;
     float sums[2][SHARE][4];
 #pragma unroll
@@ -52,14 +79,11 @@ __device__ __forceinline__ void make_table(float* table, const u16* x, const Wei
     for (int step = 0; step < STEPS; step++) {
         u32 a[2][4];
 #pragma unroll
-        for (int i = 0; i < 8; i++) a[i / 4][i % 4] = x_pair(x, w.columns, tile * TILE + 4 * (16 * (i / 4) + r + 8 * (i % 2)) + j, 16 * step + 2 * q + 8 * (i % 4 / 2));
+        for (int i = 0; i < 8; i++) a[i / 4][i % 4] = x_pair(x, columns, tile * TILE + 4 * (16 * (i / 4) + r + 8 * (i % 2)) + j, 16 * step + 2 * q + 8 * (i % 4 / 2));
 #pragma unroll
         for (int n = 0; n < SHARE; n++) {
-            const int word = 8 * (first + n) + r, k = 16 * step + 2 * q;
-            const u32 b0 = pair_of_floats(codeword_entry(w.zeros, word, k), codeword_entry(w.zeros, word, k + 1));
-            const u32 b1 = pair_of_floats(codeword_entry(w.zeros, word, k + 8), codeword_entry(w.zeros, word, k + 9));
-            product(sums[0][n], a[0], b0, b1);
-            product(sums[1][n], a[1], b0, b1);
+            product(sums[0][n], a[0], codewords.b[step][n][0], codewords.b[step][n][1]);
+            product(sums[1][n], a[1], codewords.b[step][n][0], codewords.b[step][n][1]);
         }
     }
     // Lane q of a quad begins with words 8 q on and goes round: at every store 32 lanes write to 32 banks.
@@ -97,28 +121,39 @@ codebook_product(const u16* x, Weight w, const u16* bias, u16* y, int passes, in
     const int cluster = blockIdx.x / SPLITS, rank = blockIdx.x % SPLITS;
     float* const partial = (float*)(memory + 4 * GROUP_BYTES);
     const int row0 = cluster * rows_each, rows = max(0, min(rows_each, w.rows - row0));
-    const int each = (rows_each + WARP_COUNT - 1) / WARP_COUNT, begin = warp * each, end = min(rows, begin + each);
+    const int batches = (rows + AT_ONCE - 1) / AT_ONCE;
+    auto codes_of = [&](int tile) { return w.codes[0] + (size_t)row0 * w.width + min(tile * TILE + lane * 4, w.width - 4); };
+    if (warp < batches && lane < AT_ONCE) prefetch_line(codes_of(rank) - lane * 4 + (size_t)min(warp * AT_ONCE + lane, rows - 1) * w.width);
     wait_for_previous_kernel();
+    Codewords codewords;
+    codewords.load(w.zeros, warp, lane);
 #pragma unroll 1
     for (int pass = 0; pass < passes; pass++) {
-        const int tile = pass * SPLITS + rank, byte = tile * TILE + lane * 4;
-        const u8* const codes = w.codes[0] + (size_t)row0 * w.width + byte;
+        const int tile = pass * SPLITS + rank;
+        // Beyond the last column the table is zero, whatever the code: lanes there read the end of the row again.
+        const u8* const codes = codes_of(tile);
         auto load = [&](u32 (&word)[AT_ONCE], int row) {
+            if (row + AT_ONCE <= rows) {
+                const u8* from = codes + (u32)(row * w.width);
 #pragma unroll
-            for (int i = 0; i < AT_ONCE; i++) word[i] = byte < w.width && row + i < end ? __ldg((const u32*)(codes + (size_t)(row + i) * w.width)) : 0;
+                for (int i = 0; i < AT_ONCE; i++, from += w.width) word[i] = __ldg((const u32*)from);
+            } else {
+#pragma unroll
+                for (int i = 0; i < AT_ONCE; i++) word[i] = __ldg((const u32*)(codes + (u32)(min(row + i, rows - 1) * w.width)));
+            }
         };
         u32 word[AT_ONCE];
-        load(word, begin);
+        if (warp < batches) load(word, warp * AT_ONCE);
         if (pass > 0) __syncthreads();
-        make_table((float*)memory, x, w, tile, warp, lane);
+        make_table((float*)memory, x, codewords, w.columns, tile, warp, lane);
         __syncthreads();
 #pragma unroll 1
-        for (int row = begin; row < end; row += AT_ONCE) {
+        for (int batch = warp; batch < batches; batch += WARP_COUNT) {
             u32 next[AT_ONCE];
-            load(next, row + AT_ONCE);
+            if (batch + WARP_COUNT < batches) load(next, (batch + WARP_COUNT) * AT_ONCE);
             float v[AT_ONCE];
 #pragma unroll
-            for (int i = 0; i < AT_ONCE; i++) v[i] = row + i < end ? looked_up(memory, word[i], lane * 4) : 0.0f;
+            for (int i = 0; i < AT_ONCE; i++) v[i] = looked_up(memory, word[i], lane * 4);
             // Sums over the lanes; rows part among them on the way.
 #pragma unroll
             for (int half = AT_ONCE / 2, across = 16; half > 0; half /= 2, across /= 2)
@@ -129,19 +164,32 @@ codebook_product(const u16* x, Weight w, const u16* bias, u16* y, int passes, in
                 }
             v[0] += __shfl_xor_sync(0xffffffffu, v[0], 2);
             v[0] += __shfl_xor_sync(0xffffffffu, v[0], 1);
-            const int mine = row + (lane & 16 ? 4 : 0) + (lane & 8 ? 2 : 0) + (lane & 4 ? 1 : 0);
-            if (lane % 4 == 0 && mine < end) partial[mine] = pass > 0 ? partial[mine] + v[0] : v[0];
+            const int mine = batch * AT_ONCE + (lane & 16 ? 4 : 0) + (lane & 8 ? 2 : 0) + (lane & 4 ? 1 : 0);
+            if (lane % 4 == 0 && mine < rows) partial[mine] = pass > 0 ? partial[mine] + v[0] : v[0];
 #pragma unroll
             for (int i = 0; i < AT_ONCE; i++) word[i] = next[i];
         }
     }
 #if SPLITS > 1
     cluster_arrive();
+#endif
+    int four = threadIdx.x * SPLITS + rank;
+    float scale[4], shift[4];
+    auto load_scales = [&]() {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            if (four * 4 + i >= rows) break;
+            scale[i] = float_of_half(__ldg((const u16*)w.scalars + row0 + four * 4 + i));
+            shift[i] = bias ? float_of_x(bias[row0 + four * 4 + i]) : 0.0f;
+        }
+    };
+    load_scales();
+#if SPLITS > 1
     cluster_wait();
 #else
     __syncthreads();
 #endif
-    for (int four = threadIdx.x * SPLITS + rank; four * 4 < rows; four += THREADS * SPLITS) {
+    for (; four * 4 < rows; four += THREADS * SPLITS, load_scales()) {
         float total[4] = {0.0f, 0.0f, 0.0f, 0.0f};
 #pragma unroll
         for (int i = 0; i < SPLITS; i++) {
@@ -150,13 +198,10 @@ codebook_product(const u16* x, Weight w, const u16* bias, u16* y, int passes, in
             total[2] += __uint_as_float(part.z), total[3] += __uint_as_float(part.w);
         }
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const int row = row0 + four * 4 + i;
-            if (four * 4 + i < rows) y[row] = x_of_float(total[i] * float_of_half(__ldg((const u16*)w.scalars + row)) + (bias ? float_of_x(bias[row]) : 0.0f));
-        }
+        for (int i = 0; i < 4; i++)
+            if (four * 4 + i < rows) y[row0 + four * 4 + i] = x_of_float(total[i] * scale[i] + shift[i]);
     }
 #if SPLITS > 1
-    cluster_arrive();
-    cluster_wait();
+    cluster_leave();
 #endif
 }
