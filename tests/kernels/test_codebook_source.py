@@ -39,7 +39,7 @@ def test_products(layout, shape, dtype, splits, tmp_path):
     expected = x.double() @ weight.T + bias.double()
     size = x.double().abs() @ weight.abs().T
     stated = (2.0**-11 if dtype == torch.float16 else 2.0**-8) * expected.abs() + 2.0**-18 * size + 1e-7
-    assert (stated <= error_bound(x, weight, expected, "warpgroup")).all()
+    assert (stated <= error_bound(x, weight, expected, "table")).all()
     assert ((results[0].double() - expected).abs() <= stated).all()
     assert torch.equal(*results)
 

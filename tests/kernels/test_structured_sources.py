@@ -58,7 +58,7 @@ def test_products(layout, shape, tokens, dtype, split, tmp_path):
     ]
     weight = packed.unpack().double()
     expected = x.double() @ weight.T + bias.double()
-    assert ((results[0].double() - expected).abs() <= error_bound(x, weight, expected, "warpgroup")).all()
+    assert ((results[0].double() - expected).abs() <= error_bound(x, weight, expected, "structured")).all()
     assert torch.equal(*results)
 
 

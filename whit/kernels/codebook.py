@@ -30,7 +30,7 @@ from whit.kernels.nvrtc import Argument, Kernel, kernel
 
 @lru_cache(maxsize=16)
 def clusters_at_once(index: int) -> dict[int, int]:
-    """By blocks of a cluster, how many clusters run at a time on device number `index`, a multiprocessor for a block."""
+    """By blocks of a cluster, how many clusters run at a time on a device, each block on its own multiprocessor."""
     _, processors, memory = device_limits(index)
     room = {1: processors}
     if starts_early(index):

@@ -237,7 +237,7 @@ class Kernel:
         _check(status, "launch a kernel")
 
     def clusters_at_once(self, threads: int, shared: int, cluster: int) -> int:
-        """How many clusters of `cluster` blocks of `threads`, `shared` bytes each, the device runs at a time (Hopper)."""
+        """How many clusters of `cluster` blocks, `shared` bytes each, run at a time on the device (needs Hopper)."""
         status = _driver().cuFuncSetAttribute(self._function, _MAX_DYNAMIC_SHARED_MEMORY, max(shared, self._shared))
         _check(status, f"reserve {shared} bytes of shared memory")
         self._shared = max(shared, self._shared)
