@@ -6,7 +6,13 @@ import torch
 from tests.kernels.emulator.build import COMPILER, built, executed
 from tests.kernels.test_cuda_kernels import error_bound, inputs, random_packed
 from whit.formats.vector_codebook import VectorCodebook
-from whit.kernels.codebook_plan import codebook_options, codebook_source, codebook_tiles, place_codebook
+from whit.kernels.codebook_plan import (
+    clusters_at_once,
+    codebook_options,
+    codebook_source,
+    codebook_tiles,
+    place_codebook,
+)
 from whit.kernels.cuda_layout import layout_of
 
 CASES = [
@@ -49,9 +55,14 @@ def test_products(layout, shape, dtype, splits, tmp_path):
 def test_every_launch_covers_the_weight(width, shape):
     rows, columns = shape
     described = layout_of(VectorCodebook(256, width, False), columns)
-    h200 = {1: 132, 2: 66, 3: 42, 4: 30, 5: 24, 6: 18, 7: 15, 8: 15}
-    for room, memory in ((h200, 232448), ({1: 108}, 166912)):
+    for room, memory in ((clusters_at_once(132, True), 232448), (clusters_at_once(108, False), 166912)):
         launch = place_codebook(described, rows, memory, room)
         assert launch.shared <= memory and launch.clusters <= room[launch.splits] and launch.rows_each % 8 == 0
         assert launch.clusters * launch.rows_each >= rows > (launch.clusters - 1) * launch.rows_each
         assert launch.splits * launch.passes >= codebook_tiles(described)
+
+
+def test_clusters_of_an_h200_are_those_found_to_run_at_once():
+    room = clusters_at_once(132, True)
+    assert (room[1], room[2], room[3], room[4], room[8]) == (132, 66, 39, 30, 15)
+    assert clusters_at_once(108, False) == {1: 108}

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from whit.formats.base import Packed
 from whit.kernels.codebook_plan import (
-    MOST_SPLITS,
     CodebookLaunch,
+    clusters_at_once,
     codebook_options,
     codebook_source,
     has_codebook_product,
@@ -28,23 +28,11 @@ from whit.kernels.linear import Implementation, register_implementation
 from whit.kernels.nvrtc import Argument, Kernel, kernel
 
 
-@lru_cache(maxsize=16)
-def clusters_at_once(index: int) -> dict[int, int]:
-    """By blocks of a cluster, how many clusters run at a time on a device, each block on its own multiprocessor."""
-    _, processors, memory = device_limits(index)
-    room = {1: processors}
-    if starts_early(index):
-        with torch.cuda.device(index):
-            probe = kernel('extern "C" __global__ void probe() {}', "probe", (), index)
-            more_than_half = memory // 2 + 1024
-            room |= {size: probe.clusters_at_once(512, more_than_half, size) for size in range(2, MOST_SPLITS + 1)}
-    return room
-
-
 @lru_cache(maxsize=1024)
 def codebook_launch(layout: Layout, rows: int, index: int) -> CodebookLaunch | None:
     """The launch on device number `index`, or None."""
-    return place_codebook(layout, rows, device_limits(index)[2], clusters_at_once(index))
+    _, processors, memory = device_limits(index)
+    return place_codebook(layout, rows, memory, clusters_at_once(processors, starts_early(index)))
 
 
 @lru_cache(maxsize=1024)

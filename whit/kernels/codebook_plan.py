@@ -12,12 +12,13 @@ from whit.kernels.cuda_plan import source_of
 CODES = 256
 TILE_GROUPS = 128
 TABLE_BYTES = TILE_GROUPS * (CODES // 2) * 4
-MOST_SPLITS = 8
-"""Blocks of a cluster that every device with clusters takes."""
+SHARES = {2: 132, 3: 117, 4: 120, 5: 100, 6: 90, 7: 105, 8: 120}
+"""By blocks of a cluster, how many of an H200's 132 multiprocessors such clusters can fill: its groups of them differ in
+size. Found by trying for 3, 4 and 8; with one cluster more, the last would wait for or share with another."""
 BATCH = 8
 """Rows that a warp looks up at a time."""
-TABLE_TIME, BATCH_TIME, CLUSTER_TIME = 1.5, 0.8, 0.5
-"""Estimates on an H200 in microseconds: of a tile of the table, of a batch of every warp, of meeting in a cluster."""
+TABLE_TIME, BATCH_TIME, CLUSTER_TIME = 1.25, 0.85, 1.5
+"""Measured on an H200 in microseconds: of a tile of the table, of a batch of every warp, of clusters of more than two."""
 WIDEST = 64
 LEAST_ROWS = 32
 """Rows for which a table is worth being made."""
@@ -33,7 +34,7 @@ class CodebookLaunch:
     clusters: int
     rows_each: int
     threads: int = 512
-    resident: int = 2
+    resident: int = 1
 
     @property
     def grid(self) -> int:
@@ -56,8 +57,19 @@ def has_codebook_product(layout: Layout) -> bool:
     return layout.kind == VECTOR_CODEBOOK and layout.numbers[0] == CODES and layout.numbers[1] <= WIDEST
 
 
+def clusters_at_once(processors: int, clusters: bool) -> dict[int, int]:
+    """By blocks of a cluster, how many run at a time, each block on a multiprocessor of its own.
+
+    Args:
+        processors: multiprocessors of the device.
+        clusters: the device has them.
+    """
+    larger = {size: processors * share // (132 * size) for size, share in SHARES.items()} if clusters else {}
+    return {1: processors} | larger
+
+
 def place_codebook(
-    layout: Layout, rows: int, memory: int, clusters_at_once: Mapping[int, int], resident: int = 2
+    layout: Layout, rows: int, memory: int, clusters_at_once: Mapping[int, int], resident: int = 1
 ) -> CodebookLaunch | None:
     """The launch of the least estimated time; None if the kernel cannot run.
 
@@ -65,8 +77,7 @@ def place_codebook(
         layout: of the weight.
         rows: outputs.
         memory: bytes of shared memory that a block may have.
-        clusters_at_once: by blocks of a cluster, how many such clusters run at a time, each block on a multiprocessor
-            of its own: more of them would share, and the whole wait for these. {1: multiprocessors} without clusters.
+        clusters_at_once: see there.
         resident: blocks for which a multiprocessor has registers.
     """
     if not has_codebook_product(layout):
@@ -85,7 +96,7 @@ def place_codebook(
         launch = CodebookLaunch(splits, passes, -(-rows // rows_each), rows_each, resident=resident)
         if launch.shared <= memory:
             batches = -(-rows_each // (BATCH * launch.threads // 32))
-            found.append((passes * (TABLE_TIME + batches * BATCH_TIME) + CLUSTER_TIME * (splits > 1), launch))
+            found.append((passes * (TABLE_TIME + batches * BATCH_TIME) + CLUSTER_TIME * (splits > 2), launch))
     return min(found, key=lambda pair: pair[0])[1] if found else None
 
 

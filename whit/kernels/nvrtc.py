@@ -236,18 +236,6 @@ class Kernel:
         status = _driver().cuLaunchKernelEx(ctypes.byref(config), self._function, pointers, None)
         _check(status, "launch a kernel")
 
-    def clusters_at_once(self, threads: int, shared: int, cluster: int) -> int:
-        """How many clusters of `cluster` blocks, `shared` bytes each, run at a time on the device (needs Hopper)."""
-        status = _driver().cuFuncSetAttribute(self._function, _MAX_DYNAMIC_SHARED_MEMORY, max(shared, self._shared))
-        _check(status, f"reserve {shared} bytes of shared memory")
-        self._shared = max(shared, self._shared)
-        attributes = (_Attribute * 1)(_Attribute(id=_CLUSTER_DIMENSION, value=(cluster, 1, 1)))
-        config = _Config(cluster, 1, 1, threads, 1, 1, shared, None, attributes, 1)
-        count = ctypes.c_int()
-        status = _driver().cuOccupancyMaxActiveClusters(ctypes.byref(count), self._function, ctypes.byref(config))
-        _check(status, f"count clusters of {cluster} blocks")
-        return count.value
-
 
 def device_options(capability: tuple[int, int], options: Sequence[str], *, specific: bool = False) -> tuple[str, ...]:
     """All options of a compilation for devices of a compute capability.

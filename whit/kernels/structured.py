@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from whit.formats.base import Packed
-from whit.kernels.codebook import clusters_at_once
+from whit.kernels.codebook_plan import clusters_at_once
 from whit.kernels.cuda_layout import Layout
 from whit.kernels.cuda_linear import op_arguments, usable
 from whit.kernels.cuda_ops import aligned, device_limits, layout_from, starts_early, weight_of
@@ -32,7 +32,9 @@ from whit.kernels.structured_plan import (
 
 @lru_cache(maxsize=1024)
 def _launch(layout: Layout, rows: int, columns: int, vectors: int, index: int) -> StructuredLaunch | None:
-    return structured_launch(layout, rows, columns, vectors, device_limits(index)[2], clusters_at_once(index))
+    _, processors, memory = device_limits(index)
+    room = clusters_at_once(processors, starts_early(index))
+    return structured_launch(layout, rows, columns, vectors, memory, room)
 
 
 @lru_cache(maxsize=1024)
