@@ -13,12 +13,12 @@ CODES = 256
 TILE_GROUPS = 128
 TABLE_BYTES = TILE_GROUPS * (CODES // 2) * 4
 SHARES = {2: 132, 3: 117, 4: 120, 5: 100, 6: 90, 7: 105, 8: 120}
-"""By blocks of a cluster, how many of an H200's 132 multiprocessors such clusters can fill: its groups of them differ in
+"""By blocks of a cluster, how many of an H200's 132 multiprocessors such clusters can fill, whose groups differ in
 size. Found by trying for 3, 4 and 8; with one cluster more, the last would wait for or share with another."""
 BATCH = 8
 """Rows that a warp looks up at a time."""
 TABLE_TIME, BATCH_TIME, CLUSTER_TIME = 1.25, 0.85, 1.5
-"""Measured on an H200 in microseconds: of a tile of the table, of a batch of every warp, of clusters of more than two."""
+"""Measured on an H200 in microseconds: a tile of the table, a batch of every warp, a cluster of more than two."""
 WIDEST = 64
 LEAST_ROWS = 32
 """Rows for which a table is worth being made."""

@@ -215,6 +215,9 @@ def structured_launch(
         needed = -(-tiles // blocks)
         useful = min(most_warps, 16 if tokens > 1 else most_warps, -(-needed * here // 2) * 2)
         warps = min(useful, (memory - fixed - per_tile) // unit.item_bytes // 2 * 2)
+        in_one_round = (memory - fixed - needed * per_tile) // unit.item_bytes // 2 * 2
+        if ENOUGH_WARPS <= in_one_round < warps:
+            warps = in_one_round
         while warps > 2 and min(needed, (memory - fixed - warps * unit.item_bytes) // per_tile) * here < warps:
             warps -= 2  # a round must hold an item for every warp
         if warps < 2:
