@@ -62,6 +62,8 @@ FORMATS: dict[str, Format] = {
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (28672, 8192))
 """(rows, columns): outputs, inputs."""
 COUNTS = (1, 16, 64, 256, 2048)
+NOT_TUNED = ("plain", "cuda decode + matmul", "cuda structured product", "cuda table product")
+"""Versions that have one launch for a weight and a device."""
 SEED = 0
 
 
@@ -147,7 +149,7 @@ def measure(
         size = layout.bytes(rows, columns)
         weights = [random_packed(layout, rows, columns, generator) for _ in range(copies_for(size, cache, moved))]
         calls = [lambda w=w: packed_linear(x, w) for w in weights]
-        if tuning and explain(x, weights[0]) not in ("plain", "cuda decode + matmul"):
+        if tuning and explain(x, weights[0]) not in NOT_TUNED:
             key, shape = tune(x, weights[0], lambda calls=calls: seconds_per_call(calls, 8)[0])
             keep_tuned(torch.cuda.get_device_name(), {key: shape})
             print(f"    {key}: {shape}", flush=True)

@@ -48,11 +48,15 @@ OTHERS = [
     VectorCodebook(256, 12, False),
     VectorCodebook(256, 8, True),
     VectorCodebook(64, 5, True),
+    VectorCodebook(256, 17, False),
     StructuredBinary(4, 8, 0),
+    StructuredBinary(5, 8, 0, means=True),
+    StructuredBinary(6, 8, 0, regions=2),
+    StructuredBinary(2, 8, 0, regions=1),
     StructuredBinary(2, 8, 64, regions=2),
     StructuredBinary(1, 1, 128, means=True),
 ]
-"""Formats that are decoded for every number of vectors, or multiplied by `wide` alone."""
+"""Formats that `gemv` and `small` do not multiply."""
 SHAPES = [(16, 128), (48, 512), (33, 200), (7, 13), (130, 1000), (256, 4096), (100, 11008)]
 COUNTS = [1, 2, 7, 8, 9, 16, 17, 32, 33, 150, 600]
 ROUNDOFF = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
@@ -112,7 +116,7 @@ def error_bound(x, weight, expected, version="", block=128):
     size = x.double().abs() @ weight.abs().T
     if "decode" in version:
         return u * expected.abs() + (2 * u + 2.0**-18) * size + 1e-7
-    if len(x) > 1 or "warpgroup" in version:
+    if len(x) > 1 or any(name in version for name in ("warpgroup", "structured", "table")):
         return u * expected.abs() + (u + 2.0**-18) * size + 1e-7
     padded = torch.nn.functional.pad(x.double().abs(), (0, -x.shape[1] % block)).reshape(len(x), -1, block).amax(-1)
     blocks = torch.nn.functional.pad(weight.abs(), (0, -x.shape[1] % block)).reshape(len(weight), -1, block).sum(-1)

@@ -35,6 +35,7 @@ from whit.kernels.cuda_wide import (
     wide_supports,
 )
 from whit.kernels.nvrtc import Argument, Kernel, kernel, tensor_map
+from whit.kernels.structured_plan import structured_decode_launch, structured_options, structured_source, unit_of
 
 FEW = 32
 """Most vectors that `small` multiplies."""
@@ -160,10 +161,25 @@ def layout_from(fields: list[int]) -> Layout:
     return Layout(kind, bits, scalars, bool(asymmetric), group, width, groups, names, tuple(numbers))  # type: ignore[arg-type]
 
 
+@lru_cache(maxsize=256)
+def _structured_decoder(layout: Layout, threads: int, bfloat: bool, index: int) -> Kernel:
+    unit = unit_of(layout)
+    assert unit is not None
+    options = structured_options(layout, unit, threads, 1, bfloat, early=False)
+    return kernel(structured_source(layout, "structured_decode"), "decode", options, index)
+
+
 def _decode(layout: Layout, weight: Weight, out: Tensor) -> None:
     index = out.device.index
+    _, processors, memory = device_limits(index)
+    found = structured_decode_launch(layout, out.shape[1], memory)
+    if found is not None:
+        threads, shared = found
+        run = _structured_decoder(layout, threads, out.dtype == torch.bfloat16, index)
+        run.launch(processors, threads, shared, [weight, _pointer(out)])
+        return
     run = _decoder(layout, out.dtype == torch.bfloat16, index)
-    run.launch(8 * device_limits(index)[1], DECODE_THREADS, decode_shared(layout), [weight, _pointer(out)])
+    run.launch(8 * processors, DECODE_THREADS, decode_shared(layout), [weight, _pointer(out)])
 
 
 @torch.library.custom_op("whit::packed_product", mutates_args=(), device_types="cuda")

@@ -33,10 +33,13 @@ MEANINGS = {
     "void copy4(": "static void copy4(void* to, const u8* from, int valid) { copy_later<4>(to, from, valid); }",
     "void copy_whole(": "template <int BYTES> static void copy_whole(u8* to, const u8* from)"
     " { copy_later<BYTES>(to, from, BYTES); }",
+    "void copy_piece(": "static void copy_piece(u8* to, const u8* from, int valid)"
+    " { copy_later<16>(to, from, valid); }",
     "void copies_commit(": "static void copies_commit() { close_group(); }",
     "void copies_wait(": "template <int LEFT> static void copies_wait() { finish_groups(LEFT); }",
     "void wait_for_previous_kernel(": "static void wait_for_previous_kernel() {}",
     "void prefetch_item(": "static void prefetch_item(const Weight&, int, int, int) {}",
+    "void prefetch_line(": "static void prefetch_line(const u8*) {}",
     "void product(int": "static void product(int (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1)"
     " { u32 a[4] = {a0, a1, a2, a3}, b[2] = {b0, b1}; tensor_product(c, 4, a, 2, b, bytes_times_bytes); }",
     "void product(float": "static void product(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1)"
@@ -57,6 +60,7 @@ MEANINGS = {
     "void products_wait(": "template <int LEFT> static void products_wait() { finish_products(LEFT); }",
     "void cluster_arrive(": "",
     "void cluster_wait(": "",
+    "void cluster_leave(": "static void cluster_leave() { cluster_arrive(), cluster_wait(); }",
     "uint4 peer_words(": "",
     "u32 descriptor_of(": "static u32 descriptor_of(const u8* tile) { return (tile - shared_memory) / 16; }",
     "void warpgroup_product(": "static void warpgroup_product(float (&c)[TOKENS / 2], const u32 (&a)[4],"
@@ -78,6 +82,8 @@ CALLS = {
     "gemv": "gemv((const u16*)x, weight, (const u16*)bias, (u16*)y, chunk, tiles)",
     "small": "small((const u16*)x, weight, (const u16*)bias, (u16*)y, tokens, chunk, tiles)",
     "decode": "decode(weight, (u16*)y)",
+    "structured_product": "structured_product((const u16*)x, weight, (const u16*)bias, (u16*)y, tokens, chunk, tiles)",
+    "codebook_product": "codebook_product((const u16*)x, weight, (const u16*)bias, (u16*)y, chunk, tiles)",
     "wide": "wide({{(u64)x, (u64)weight.columns, (u64)tokens}}, weight, (const u16*)bias, (u16*)y, tokens)",
 }
 MAIN = """
@@ -130,6 +136,11 @@ def compiled(name: str, layout: Layout, launch: Launch | WideShape, tokens: int,
     else:
         options = options_of(layout, launch.shape, launch.depth, tokens, bfloat, early=False)
         source = source_of(*parts_of(name, launch.shape))
+    return built(name, source, options, folder)
+
+
+def built(name: str, source: str, options: Sequence[str], folder: Path) -> Path:
+    """An executable that runs the kernel `name` of a source once."""
     source = '#include "emulator.h"\n' + translated(source)
     path = folder / f"{name}.cpp"
     path.write_text(source + MAIN.replace("CALL", CALLS[name]), encoding="utf-8")
@@ -166,18 +177,32 @@ def run(
     Raises:
         subprocess.CalledProcessError: the kernel touched memory that is not its own.
     """
+    rows = shape[0]
+    if isinstance(launch, WideShape):
+        shared = shared_bytes(layout, launch)
+        numbers = [0, 0, launch.grid(rows, len(x)), -(-shared // 1024) * 1024, int(descending), launch.splits]
+    else:
+        numbers = [launch.chunk, launch.tiles, launch.grid, launch.shared, int(descending), launch.shape.share]
+    return executed(program, layout, numbers, tensors, shape, x, bias)
+
+
+def executed(
+    program: Path,
+    layout: Layout,
+    launch: Sequence[int],
+    tensors: Sequence[Tensor],
+    shape: tuple[int, int],
+    x: Tensor,
+    bias: Tensor | None,
+) -> Tensor:
+    """As `run`; `launch`: two numbers for the kernel, blocks, shared memory, if descending, blocks of a cluster."""
     given = iter(tensors)
     blobs = [next(given) if name else None for name in layout.names] + [x, bias]
     rows, columns = shape
     out = torch.empty((rows, columns) if program.name == "decode" else (len(x), rows), dtype=x.dtype)
     sizes = [0 if blob is None else blob.numel() * blob.element_size() for blob in blobs]
     sizes.append(out.numel() * out.element_size())
-    numbers = [rows, columns, layout.width, layout.groups, len(x)]
-    if isinstance(launch, WideShape):
-        shared = shared_bytes(layout, launch)
-        numbers += [0, 0, launch.grid(rows, len(x)), -(-shared // 1024) * 1024, int(descending), launch.splits]
-    else:
-        numbers += [launch.chunk, launch.tiles, launch.grid, launch.shared, int(descending), launch.shape.share]
+    numbers = [rows, columns, layout.width, layout.groups, len(x), *launch]
     header = torch.tensor([*sizes, *numbers]).view(torch.uint8)
     content = [blob.contiguous().reshape(-1).view(torch.uint8) for blob in blobs if blob is not None and blob.numel()]
     source, target = program.with_suffix(".in"), program.with_suffix(".out")

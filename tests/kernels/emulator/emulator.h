@@ -138,6 +138,8 @@ static int __reduce_add_sync(unsigned, int v) {
 static unsigned __ballot_sync(unsigned, unsigned v) {
     return collective(&v, 1, [](Slots s, int) { unsigned m = 0; for (int i = 0; i < 32; i++) m |= (s[i][0] ? 1u : 0u) << i; return m; });
 }
+static int __any_sync(unsigned all, unsigned v) { return __ballot_sync(all, v) != 0; }
+static unsigned __umulhi(unsigned a, unsigned b) { return (unsigned)((uint64_t)a * b >> 32); }
 static unsigned __shfl_xor_sync(unsigned, unsigned v, int with) {
     return collective(&v, 1, [with](Slots s, int lane) { return s[lane ^ with][0]; });
 }
