@@ -25,7 +25,8 @@ from whit.formats.outlier_int8 import OutlierInt8
 from whit.kernels.int8_product import int32_product
 from whit.kernels.launching import usable
 from whit.kernels.linear import Implementation, register_implementation
-from whit.kernels.outlier_launch import Weight, many_tokens, one_token
+from whit.kernels.outlier_launch import Weight, one_token
+from whit.kernels.outlier_many import many_tokens
 
 MOST_COLUMNS = 32768
 ADDRESSED = 2**31

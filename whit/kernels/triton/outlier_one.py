@@ -1,0 +1,127 @@
+"""One token times an LLM.int8() weight: the only launch."""
+
+# mypy: ignore-errors
+# ruff: noqa: PLR0915, SIM102
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from whit.kernels.triton.outlier_codes import LEVELS, codes_of
+from whit.kernels.triton.small_numbers import dot4, sums_of_bytes
+
+
+@triton.jit
+def one_token(
+    x,
+    words,  # codes, four to an int32
+    absmax,
+    place,
+    index,
+    wide,
+    bias,
+    out,
+    rows,
+    width,  # int32 words of a row
+    stored,
+    absmax_step,
+    threshold,
+    DYNAMIC: tl.constexpr,
+    WIDE: tl.constexpr,
+    LISTED: tl.constexpr,
+    BIAS: tl.constexpr,
+    WORDS: tl.constexpr,
+    ROWS: tl.constexpr,
+    ITEMS: tl.constexpr,
+    LOOP: tl.constexpr,
+    EARLY: tl.constexpr,
+    HARDWARE: tl.constexpr,
+):
+    """y of one token. A program takes ROWS rows at a time and asks for them before it looks at x.
+
+    Outliers without a 16-bit weight are multiplied as a whole row, zeros elsewhere, with codes that are in registers
+    already: any number of them costs the same, none nothing.
+    """
+    LOOSE: tl.constexpr = DYNAMIC or (LISTED and not WIDE)
+    first = tl.program_id(0)
+    blocks = tl.cdiv(rows, ROWS)
+    word = tl.arange(0, WORDS)
+    lane = tl.arange(0, ROWS)
+    item = tl.arange(0, ITEMS)
+    inside = word < width
+    row = first * ROWS + lane
+    weights = tl.load(
+        words + row.to(tl.int64)[:, None] * width + word[None, :], mask=(row < rows)[:, None] & inside[None, :], other=0
+    )
+    column = word[:, None] * 4 + tl.arange(0, 4)[None, :]
+    if LISTED:
+        spot = tl.load(place + column, mask=inside[:, None], other=-1)
+    if WIDE:
+        listed = tl.load(index + item, mask=item < stored, other=0)
+    if EARLY:  # nothing above depends on the kernel before
+        gdc_launch_dependents()
+        gdc_wait()
+    values = tl.load(x + column, mask=inside[:, None], other=0.0).to(tl.float32)
+    magnitude = tl.abs(values)
+    if WIDE:
+        beside = tl.load(x + listed, mask=item < stored, other=0.0).to(tl.float32)
+        if DYNAMIC:
+            beside = tl.where(tl.abs(beside) >= threshold, beside, 0.0)
+    if DYNAMIC:
+        crossing = magnitude >= threshold
+    elif LISTED:
+        crossing = spot >= 0
+    else:
+        crossing = column < 0
+    bits = tl.where(crossing, 0.0, magnitude).to(tl.int32, bitcast=True)
+    largest = tl.max(tl.max(bits, axis=1), axis=0).to(tl.float32, bitcast=True)
+    if LOOSE:
+        loose = crossing
+        if WIDE:
+            loose = loose & (spot < 0)
+        large = tl.where(loose, values, 0.0)
+        some = tl.max(tl.max(loose.to(tl.int32), axis=1), axis=0) > 0
+    code = tl.where(crossing, 0, codes_of(tl.where(crossing, 0.0, values), largest))
+    packed = tl.sum((code & 255) << (tl.arange(0, 4) * 8)[None, :], axis=1)
+
+    for block in range(first, blocks, tl.num_programs(0)):
+        row = block * ROWS + lane
+        here = row < rows
+        start = row.to(tl.int64)
+        if LOOP:
+            following = row + tl.num_programs(0) * ROWS
+            ahead = tl.load(
+                words + following.to(tl.int64)[:, None] * width + word[None, :],
+                mask=(following < rows)[:, None] & inside[None, :],
+                other=0,
+            )
+        steps = tl.load(absmax + row * absmax_step, mask=here, other=0.0) / LEVELS
+        if WIDE:
+            known = here[:, None] & (item < stored)[None, :]
+            beside_weight = tl.load(wide + start[:, None] * stored + item[None, :], mask=known, other=0.0)
+        total = tl.sum(dot4(weights, packed[None, :], HARDWARE), axis=1).to(tl.float32) * (largest / LEVELS)
+        if LOOSE:
+            if some:
+                total += tl.sum(sums_of_bytes(weights, large, -1, HARDWARE, WORDS), axis=1)
+        total = total * steps
+        if WIDE:
+            total += tl.sum(beside_weight.to(tl.float32) * beside[None, :], axis=1)
+            for begin in range(ITEMS, stored, ITEMS):
+                here_too = begin + item < stored
+                other = tl.load(x + tl.load(index + begin + item, mask=here_too, other=0), mask=here_too, other=0.0)
+                other = other.to(tl.float32)
+                if DYNAMIC:
+                    other = tl.where(tl.abs(other) >= threshold, other, 0.0)
+                more = tl.load(
+                    wide + start[:, None] * stored + begin + item[None, :],
+                    mask=here[:, None] & here_too[None, :],
+                    other=0.0,
+                )
+                total += tl.sum(more.to(tl.float32) * other[None, :], axis=1)
+        if BIAS:
+            given = tl.load(bias + row, mask=here, other=0.0)
+            total += given.to(out.dtype.element_ty).to(tl.float32)
+        tl.store(out + row, total.to(out.dtype.element_ty), mask=here)
+        if LOOP:
+            weights = ahead
