@@ -5,6 +5,7 @@ compiled without fused multiply-adds.
 """
 
 # mypy: ignore-errors
+# ruff: noqa: PLR0915
 from __future__ import annotations
 
 import triton
