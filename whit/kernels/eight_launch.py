@@ -10,7 +10,6 @@ from torch import Tensor
 
 from whit.formats.minifloat import Minifloat, NumberSystem, number_system
 from whit.kernels.launching import (
-    asked_ahead,
     capability,
     choose_tile,
     fitted,
@@ -156,7 +155,6 @@ def product(
     kernels.scaled_product[(-(-tokens // tile.m) * -(-rows // tile.n),)](
         one,
         other,
-        right,
         scales if steps is None else steps,
         scales,
         scales if bias is None else bias,
@@ -178,7 +176,6 @@ def product(
         EVEN=columns % tile.k == 0,
         STAGES=tile.stages,
         PART=128,
-        AHEAD=asked_ahead(tokens, columns, right) if early else 0,
         EARLY=early,
         num_warps=tile.warps,
         launch_pdl=early,

@@ -22,8 +22,6 @@ from whit.formats.base import Packed
 from whit.kernels.found import keep_shapes, read_shapes, shape_from
 from whit.kernels.nvrtc import cache_folder
 
-ASKED_AHEAD = 64
-"""Most tokens for which weights are asked for ahead."""
 HALVES = (torch.float16, torch.bfloat16)
 SMALLEST_SIDE, LARGEST_SIDE = 16, 512
 """Of a tile that tensor cores multiply."""
@@ -149,14 +147,6 @@ def use_tile(device: str, key: str, tile: Tile | None) -> None:
 def device_name(device: torch.device) -> str:
     """Name under which shapes are filed."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
-
-
-def asked_ahead(tokens: int, columns: int, codes: Tensor) -> int:
-    """Bytes of each row of 8-bit codes that a product has fetched into the L2 cache before its inputs are there.
-
-    For few tokens, whose product takes as long as the memory needs for the codes: all of them.
-    """
-    return columns if tokens <= ASKED_AHEAD and columns % 16 == 0 and codes.data_ptr() % 16 == 0 else 0
 
 
 def power_of_two(size: int) -> int:

@@ -11,6 +11,8 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from whit.kernels.launching import choose_tile, interpreted, power_of_two, processors, registers, starts_early
 
+PICKED = 16
+"""Outliers of one token without a 16-bit weight that are picked; more are multiplied as a whole row."""
 ITEMS, MOST_ITEMS = 16, 128
 """Stored 16-bit columns that are multiplied at a time: at least and at most."""
 
@@ -105,6 +107,7 @@ def one_token(x: Tensor, weight: Weight, out: Tensor) -> None:
     kernels.one_token[(programs,)](
         x,
         weight.codes.view(torch.int32),
+        weight.codes,
         weight.absmax,
         weight.place(),
         weight.or_any(weight.index),
@@ -113,6 +116,7 @@ def one_token(x: Tensor, weight: Weight, out: Tensor) -> None:
         out,
         weight.rows,
         words,
+        weight.columns,
         weight.stored,
         weight.absmax_step,
         weight.threshold,
@@ -123,6 +127,7 @@ def one_token(x: Tensor, weight: Weight, out: Tensor) -> None:
         WORDS=power_of_two(words),
         ROWS=tile.n,
         ITEMS=min(MOST_ITEMS, max(ITEMS, power_of_two(weight.stored))),
+        PICKED=PICKED,
         LOOP=programs < blocks,
         HARDWARE=not interpreted(),
         EARLY=early,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from whit.kernels.launching import Tile, asked_ahead, choose_tile, interpreted, power_of_two, processors, starts_early
+from whit.kernels.launching import Tile, choose_tile, interpreted, power_of_two, processors, starts_early
 from whit.kernels.outlier_launch import Weight
 
 FEW = 32
@@ -19,8 +19,8 @@ ITEMS = 16
 """Outlier columns that cost next to nothing; of more, each costs a little."""
 DENSE_SHARE = 16
 """If more than one column in so many is an outlier, whole rows are multiplied."""
-LATE = 1024
-"""Most tokens for which the product fetches outlier columns for itself."""
+LATE, LATE_PLACED = FEW, 1024
+"""Most tokens for which the product fetches outlier columns itself: in general, and if some are stored in 16 bit."""
 WEIGHT_ROWS = 128
 MOST_PARTS = 4
 DIVIDED = 1024
@@ -103,7 +103,7 @@ def _split_tokens(x: Tensor, weight: Weight, split: _Split) -> None:
             launch_pdl=early,
         )
     share = -(-tokens // (8 * processors(x.device)))
-    late = tokens <= LATE
+    late = is_late(tokens, weight)
     gathering = -(-weight.rows // WEIGHT_ROWS) if weight.loose and not late else 0
     size = power_of_two(max(columns, 8))
     looks = source.value == sources.ALL_TOKENS.value
@@ -150,16 +150,23 @@ def _split_tokens(x: Tensor, weight: Weight, split: _Split) -> None:
     )
 
 
+def is_late(tokens: int, weight: Weight) -> bool:
+    """Whether the product fetches outlier columns, not the launch before it."""
+    return tokens <= (LATE if weight.wide is None else LATE_PLACED)
+
+
 def divided(tiles: int, tile: Tile, columns: int, many: int) -> tuple[int, int, int]:
     """Tiles that one program takes each, those that are divided, and among how many programs.
 
-    The last round of tiles, if it leaves at least half of `many` multiprocessors idle, is divided along the columns.
+    The last round of tiles is divided along the columns if that takes less of a round of `many` multiprocessors; each
+    further part is given a twentieth of a round for adding up.
     """
     slots = tile.tail * many
     if not slots or tiles % slots == 0:
         return tiles, 0, 1
     rest = tiles % slots
-    parts = min(slots // rest, MOST_PARTS, -(-columns // tile.k))
+    most = min(MOST_PARTS, -(-columns // tile.k))
+    parts = min(range(1, most + 1), key=lambda count: -(-rest * count // slots) / count + (count - 1) / 20)
     return (tiles - rest, rest, parts) if parts > 1 and rest <= DIVIDED else (tiles, 0, 1)
 
 
@@ -216,9 +223,8 @@ def _product(x: Tensor, weight: Weight, split: _Split, out: Tensor) -> None:
         N=tile.n,
         K=tile.k,
         ITEMS=ITEMS,
-        LATE=tokens <= LATE,
-        CHUNK=min(tile.k, 128 if tile.m <= 32 else 64),
-        AHEAD=asked_ahead(tokens, columns, weight.codes) if early else 0,
+        LATE=is_late(tokens, weight),
+        CHUNK=tile.k if tile.m <= 32 else 64,
         GROUP=tile.group,
         DESCRIPTOR=descriptor,
         EVEN=columns % tile.k == 0,

@@ -9,7 +9,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from whit.kernels.triton.small_numbers import E4M3, INT8, limited, nearest, scale_of, whole
-from whit.kernels.triton.tiles import ask, operand, tile_start
+from whit.kernels.triton.tiles import operand, tile_start
 
 
 @triton.jit
@@ -73,7 +73,6 @@ def round_tokens(
 def scaled_product(
     left,  # (tokens, columns), 8 or 16 bits: pointer or descriptor
     right,  # (rows, columns), 8 bits: pointer or descriptor
-    weight,  # the same: pointer
     input_scales,
     scales,
     bias,
@@ -95,7 +94,6 @@ def scaled_product(
     EVEN: tl.constexpr,
     STAGES: tl.constexpr,
     PART: tl.constexpr,
-    AHEAD: tl.constexpr,  # bytes of each row that are asked for before the kernel before has ended
     EARLY: tl.constexpr,
 ):
     """One tile (M, N) of y: the product of codes, or (WIDEN) of 16-bit inputs with codes, then scales and bias."""
@@ -103,8 +101,6 @@ def scaled_product(
     token = first + tl.arange(0, M)
     row = second + tl.arange(0, N)
     known, here = token < tokens, row < rows
-    if AHEAD > 0:  # the weight does not depend on the kernel before
-        ask(weight, second, rows, columns, N, AHEAD)
     by_row = tl.load(scales + row * scale_step, mask=here, other=0.0).to(tl.float32) * factor
     if EARLY:
         gdc_launch_dependents()

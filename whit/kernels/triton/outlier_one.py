@@ -1,7 +1,7 @@
 """One token times an LLM.int8() weight: the only launch."""
 
 # mypy: ignore-errors
-# ruff: noqa: PLR0915, SIM102
+# ruff: noqa: PLR0915
 from __future__ import annotations
 
 import triton
@@ -13,9 +13,22 @@ from whit.kernels.triton.small_numbers import dot4, sums_of_bytes
 
 
 @triton.jit
+def _largest_and_count(one, some, other, more):
+    """The larger number, and the sum of the counts."""
+    return tl.maximum(one, other), some + more
+
+
+@triton.jit
+def _both(one, other, two, more):
+    """Sums of pairs."""
+    return one + two, other + more
+
+
+@triton.jit
 def one_token(
     x,
     words,  # codes, four to an int32
+    codes,
     absmax,
     place,
     index,
@@ -24,6 +37,7 @@ def one_token(
     out,
     rows,
     width,  # int32 words of a row
+    columns,
     stored,
     absmax_step,
     threshold,
@@ -34,14 +48,16 @@ def one_token(
     WORDS: tl.constexpr,
     ROWS: tl.constexpr,
     ITEMS: tl.constexpr,
+    PICKED: tl.constexpr,
     LOOP: tl.constexpr,
     EARLY: tl.constexpr,
     HARDWARE: tl.constexpr,
 ):
     """y of one token. A program takes ROWS rows at a time and asks for them before it looks at x.
 
-    Outliers without a 16-bit weight are multiplied as a whole row, zeros elsewhere, with codes that are in registers
-    already: any number of them costs the same, none nothing.
+    Up to PICKED outliers without a 16-bit weight are picked one after the other by integer reductions, and their codes
+    fetched. More are multiplied as a whole row, zeros elsewhere, with the codes that are there already: any number of
+    them costs the same.
     """
     LOOSE: tl.constexpr = DYNAMIC or (LISTED and not WIDE)
     first = tl.program_id(0)
@@ -62,7 +78,8 @@ def one_token(
     if EARLY:  # nothing above depends on the kernel before
         gdc_launch_dependents()
         gdc_wait()
-    values = tl.load(x + column, mask=inside[:, None], other=0.0).to(tl.float32)
+    given = tl.load(x + column, mask=inside[:, None], other=0.0)
+    values = given.to(tl.float32)
     magnitude = tl.abs(values)
     if WIDE:
         beside = tl.load(x + listed, mask=item < stored, other=0.0).to(tl.float32)
@@ -75,15 +92,30 @@ def one_token(
     else:
         crossing = column < 0
     bits = tl.where(crossing, 0.0, magnitude).to(tl.int32, bitcast=True)
-    largest = tl.max(tl.max(bits, axis=1), axis=0).to(tl.float32, bitcast=True)
     if LOOSE:
         loose = crossing
         if WIDE:
             loose = loose & (spot < 0)
-        large = tl.where(loose, values, 0.0)
-        some = tl.max(tl.max(loose.to(tl.int32), axis=1), axis=0) > 0
+        large = tl.where(loose, given, 0.0).to(given.dtype)
+        of_word, in_word = tl.reduce((bits, loose.to(tl.int32)), 1, _largest_and_count)
+        bits, count = tl.reduce((of_word, in_word), 0, _largest_and_count)
+        many = count > PICKED
+    else:
+        bits = tl.max(tl.max(bits, axis=1), axis=0)
+    largest = bits.to(tl.float32, bitcast=True)
     code = tl.where(crossing, 0, codes_of(tl.where(crossing, 0.0, values), largest))
     packed = tl.sum((code & 255) << (tl.arange(0, 4) * 8)[None, :], axis=1)
+
+    if LOOSE and PICKED > 0:
+        place_of_item = tl.arange(0, PICKED)
+        chosen = tl.full((PICKED,), columns, dtype=tl.int32)
+        if not many:
+            latest = -1
+            for taken in range(count):
+                later = tl.where(loose & (column > latest), column, columns)
+                latest = tl.min(tl.min(later, axis=1), axis=0)
+                chosen = tl.where(place_of_item == taken, latest, chosen)
+        picked = tl.load(x + chosen, mask=chosen < columns, other=0.0).to(tl.float32)
 
     for block in range(first, blocks, tl.num_programs(0)):
         row = block * ROWS + lane
@@ -100,10 +132,23 @@ def one_token(
         if WIDE:
             known = here[:, None] & (item < stored)[None, :]
             beside_weight = tl.load(wide + start[:, None] * stored + item[None, :], mask=known, other=0.0)
-        total = tl.sum(dot4(weights, packed[None, :], HARDWARE), axis=1).to(tl.float32) * (largest / LEVELS)
+        if LOOSE and PICKED > 0:
+            known = here[:, None] & (chosen < columns)[None, :]
+            decoded = tl.load(codes + start[:, None] * columns + chosen[None, :], mask=known, other=0)
+        products = dot4(weights, packed[None, :], HARDWARE)
         if LOOSE:
-            if some:
-                total += tl.sum(sums_of_bytes(weights, large, -1, HARDWARE, WORDS), axis=1)
+            if many:
+                beyond = sums_of_bytes(weights, large.to(tl.float32), -1, HARDWARE, WORDS)
+                whole, outer = tl.reduce((products, beyond), 1, _both)
+            else:
+                whole = tl.sum(products, axis=1)
+                if PICKED > 0:
+                    outer = tl.sum(decoded.to(tl.float32) * picked[None, :], axis=1)
+                else:
+                    outer = tl.zeros((ROWS,), dtype=tl.float32)
+            total = whole.to(tl.float32) * (largest / LEVELS) + outer
+        else:
+            total = tl.sum(products, axis=1).to(tl.float32) * (largest / LEVELS)
         total = total * steps
         if WIDE:
             total += tl.sum(beside_weight.to(tl.float32) * beside[None, :], axis=1)

@@ -9,7 +9,7 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from whit.kernels.triton.outlier_codes import LEVELS
-from whit.kernels.triton.tiles import ask, operand, tile_start
+from whit.kernels.triton.tiles import operand, tile_start
 
 
 @triton.jit
@@ -19,6 +19,77 @@ def _add_product(inputs, weight, total, HALF: tl.constexpr):
         return tl.dot(inputs, tl.trans(weight.to(inputs.dtype)), total)
     else:  # both 16-bit types, and codes, are exact in tf32
         return tl.dot(inputs.to(tl.float32), tl.trans(weight.to(tl.float32)), total, input_precision="tf32")
+
+
+@triton.jit
+def _integer_sums(
+    left,
+    right,
+    first,
+    second,
+    begin,
+    end,
+    tokens,
+    rows,
+    columns,
+    M: tl.constexpr,
+    N: tl.constexpr,
+    K: tl.constexpr,
+    DESCRIPTOR: tl.constexpr,
+    EVEN: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """The product of codes over the columns from begin to end: (M, N) int32."""
+    sums = tl.zeros((M, N), dtype=tl.int32)
+    for start in tl.range(begin, end, K, num_stages=STAGES):
+        one = operand(left, first, start, tokens, columns, M, K, DESCRIPTOR, EVEN)
+        other = operand(right, second, start, rows, columns, N, K, DESCRIPTOR, EVEN)
+        sums = tl.dot(one, tl.trans(other), sums, out_dtype=tl.int32)
+    return sums
+
+
+@triton.jit
+def _add_listed(
+    x,
+    weight,
+    listed,
+    places,
+    total,
+    begin,
+    count,
+    token,
+    row,
+    tokens,
+    rows,
+    columns,
+    width,  # of a row of the weight
+    ITEMS: tl.constexpr,
+    PLACES: tl.constexpr,  # whether places says where the weight of a column is
+    HALF: tl.constexpr,
+):
+    """total plus the products of the listed columns from number `begin` on, ITEMS at a time."""
+    item = tl.arange(0, ITEMS)
+    known, here = (token < tokens)[:, None], (row < rows)[:, None]
+    for start in tl.range(begin, count, ITEMS, num_stages=1):
+        number = start + item
+        column = tl.load(listed + number, mask=number < count, other=0)
+        where = tl.load(places + number, mask=number < count, other=0) if PLACES else number
+        some = (number < count)[None, :]
+        inputs = tl.load(x + token.to(tl.int64)[:, None] * columns + column[None, :], mask=known & some, other=0.0)
+        other = tl.load(weight + row.to(tl.int64)[:, None] * width + where[None, :], mask=here & some, other=0)
+        total = _add_product(inputs, other, total, HALF)
+    return total
+
+
+@triton.jit
+def _finish(total, bias, out, token, row, tokens, rows, kind: tl.constexpr, BIAS: tl.constexpr):
+    """Bias, rounding and the store of a tile."""
+    known, here = token < tokens, row < rows
+    if BIAS:
+        total += tl.load(bias + row, mask=here, other=0.0).to(kind).to(tl.float32)[None, :]
+    tl.store(
+        out + token.to(tl.int64)[:, None] * rows + row[None, :], total.to(kind), mask=known[:, None] & here[None, :]
+    )
 
 
 @triton.jit
@@ -62,7 +133,6 @@ def split_product(
     ITEMS: tl.constexpr,
     LATE: tl.constexpr,
     CHUNK: tl.constexpr,  # columns at a time where there are more loose ones
-    AHEAD: tl.constexpr,  # bytes of each row that are asked for before the kernel before has ended
     GROUP: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
     EVEN: tl.constexpr,
@@ -94,20 +164,40 @@ def split_product(
     from_row = row.to(tl.int64)[:, None]
     item = tl.arange(0, ITEMS)
     kind = x.dtype.element_ty
-    if AHEAD > 0:  # the weight does not depend on the kernel before
-        ask(codes, second, rows, columns, N, AHEAD)
     # What the end of the tile needs is asked for now: it arrives while the tensor cores work.
     by_row = tl.load(absmax + row * absmax_step, mask=here, other=0.0) / LEVELS
     if EARLY:
         gdc_launch_dependents()
         gdc_wait()
     by_token = tl.load(input_absmax + token, mask=known, other=0.0) / LEVELS
+    placed_count = 0
+    if PLACED:
+        placed_count = tl.load(counts + 1) if COUNTED else stored
     if LOOSE:
         loose_count = tl.load(counts) if COUNTED else stored
-        few = tl.where(loose_count <= most, loose_count, 0)
-        some = (item < few)[None, :]
+        if loose_count > most:  # so many that whole rows cost less: all columns, zeros for those that are not loose
+            if part == 0:
+                sums = _integer_sums(
+                    left, right, first, second, 0, columns, tokens, rows, columns, M, N, K, DESCRIPTOR, EVEN, STAGES
+                )
+                total = sums.to(tl.float32) * by_token[:, None]
+                for start in tl.range(0, columns, CHUNK, num_stages=3):
+                    column = start + tl.arange(0, CHUNK)
+                    marked = tl.load(marks + column, mask=column < columns, other=0) != 0
+                    many = operand(x, first, start, tokens, columns, M, CHUNK, False, EVEN)
+                    rows_of_codes = operand(codes, second, start, rows, columns, N, CHUNK, False, EVEN)
+                    total = _add_product(tl.where(marked[None, :], many, 0.0).to(kind), rows_of_codes, total, EXACT)
+                total = total * by_row[None, :]
+                if PLACED:
+                    total = _add_listed(
+                        x, wide, placed, spots, total, 0, placed_count, token, row, tokens, rows, columns, stored,
+                        ITEMS, COUNTED, HALF,
+                    )  # fmt: skip
+                _finish(total, bias, out, token, row, tokens, rows, kind, BIAS)
+            return
+        some = (item < loose_count)[None, :]
         if LATE:
-            column = tl.load(loose + item, mask=item < few, other=0)
+            column = tl.load(loose + item, mask=item < loose_count, other=0)
             inputs = tl.load(x + from_token + column[None, :], mask=known[:, None] & some, other=0.0)
             decoded = tl.load(codes + from_row * columns + column[None, :], mask=here[:, None] & some, other=0)
         else:
@@ -116,7 +206,6 @@ def split_product(
             )
             decoded = tl.load(loose_codes + row[:, None] * ITEMS + item[None, :], mask=here[:, None] & some, other=0)
     if PLACED:
-        placed_count = tl.load(counts + 1) if COUNTED else stored
         some = (item < placed_count)[None, :]
         where = tl.load(spots + item, mask=item < placed_count, other=0) if COUNTED else item
         if LATE:
@@ -128,12 +217,9 @@ def split_product(
             )
         weight = tl.load(wide + from_row * stored + where[None, :], mask=here[:, None] & some, other=0.0)
 
-    sums = tl.zeros((M, N), dtype=tl.int32)
-    for start in tl.range(from_column, to_column, K, num_stages=STAGES):
-        one = operand(left, first, start, tokens, columns, M, K, DESCRIPTOR, EVEN)
-        other = operand(right, second, start, rows, columns, N, K, DESCRIPTOR, EVEN)
-        sums = tl.dot(one, tl.trans(other), sums, out_dtype=tl.int32)
-
+    sums = _integer_sums(
+        left, right, first, second, from_column, to_column, tokens, rows, columns, M, N, K, DESCRIPTOR, EVEN, STAGES
+    )
     if PARTS > 1:
         if program >= whole:
             cell = tl.arange(0, M)[:, None] * N + tl.arange(0, N)[None, :]
@@ -148,32 +234,15 @@ def split_product(
     total = sums.to(tl.float32) * by_token[:, None]
     if LOOSE:
         total = _add_product(inputs, decoded, total, EXACT)
-        for start in tl.range(ITEMS, few, ITEMS, num_stages=1):  # more than most models have
-            column = tl.load(loose + start + item, mask=start + item < few, other=0)
-            some = (start + item < few)[None, :]
-            inputs = tl.load(x + from_token + column[None, :], mask=known[:, None] & some, other=0.0)
-            decoded = tl.load(codes + from_row * columns + column[None, :], mask=here[:, None] & some, other=0)
-            total = _add_product(inputs, decoded, total, EXACT)
-        # So many that whole rows cost less: all columns, with zeros for those that are not loose.
-        for start in tl.range(0, tl.where(loose_count <= most, 0, columns), CHUNK, num_stages=3):
-            wanted = start + tl.arange(0, CHUNK)
-            marked = tl.load(marks + wanted, mask=wanted < columns, other=0) != 0
-            many = operand(x, first, start, tokens, columns, M, CHUNK, False, EVEN)
-            whole_rows = operand(codes, second, start, rows, columns, N, CHUNK, False, EVEN)
-            total = _add_product(tl.where(marked[None, :], many, 0.0).to(kind), whole_rows, total, EXACT)
+        total = _add_listed(
+            x, codes, loose, loose, total, ITEMS, loose_count, token, row, tokens, rows, columns, columns,
+            ITEMS, True, EXACT,
+        )  # fmt: skip
     total = total * by_row[None, :]
     if PLACED:
         total = _add_product(large, weight, total, HALF)
-        for start in tl.range(ITEMS, placed_count, ITEMS, num_stages=1):
-            listed = start + item
-            column = tl.load(placed + listed, mask=listed < placed_count, other=0)
-            where = tl.load(spots + listed, mask=listed < placed_count, other=0) if COUNTED else listed
-            some = (listed < placed_count)[None, :]
-            large = tl.load(x + from_token + column[None, :], mask=known[:, None] & some, other=0.0)
-            weight = tl.load(wide + from_row * stored + where[None, :], mask=here[:, None] & some, other=0.0)
-            total = _add_product(large, weight, total, HALF)
-    if BIAS:
-        total += tl.load(bias + row, mask=here, other=0.0).to(kind).to(tl.float32)[None, :]
-    tl.store(
-        out + token.to(tl.int64)[:, None] * rows + row[None, :], total.to(kind), mask=known[:, None] & here[None, :]
-    )
+        total = _add_listed(
+            x, wide, placed, spots, total, ITEMS, placed_count, token, row, tokens, rows, columns, stored,
+            ITEMS, COUNTED, HALF,
+        )  # fmt: skip
+    _finish(total, bias, out, token, row, tokens, rows, kind, BIAS)

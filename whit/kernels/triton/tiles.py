@@ -25,22 +25,6 @@ def tile_start(tile, tokens, rows, M: tl.constexpr, N: tl.constexpr, GROUP: tl.c
 
 
 @triton.jit
-def ask(matrix, first, rows, columns, N: tl.constexpr, BYTES: tl.constexpr):
-    """Have the first BYTES, a multiple of 16, of N rows of a matrix of bytes fetched into the L2 cache (Hopper)."""
-    row = tl.minimum(first + tl.arange(0, N), rows - 1)
-    address = (matrix + row.to(tl.int64) * columns).to(tl.int64)
-    size = tl.full((N,), BYTES, dtype=tl.int32)
-    tl.inline_asm_elementwise(
-        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.b32 $0, 0;",
-        "=r,l,r",
-        [address, size],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=1,
-    )
-
-
-@triton.jit
 def operand(
     source, first, start, limit, columns, R: tl.constexpr, C: tl.constexpr, DESCRIPTOR: tl.constexpr, EVEN: tl.constexpr
 ):
