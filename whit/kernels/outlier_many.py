@@ -19,8 +19,8 @@ ITEMS = 16
 """Outlier columns that cost next to nothing; of more, each costs a little."""
 DENSE_SHARE = 16
 """If more than one column in so many is an outlier, whole rows are multiplied."""
-LATE, LATE_PLACED = FEW, 1024
-"""Most tokens for which the product fetches outlier columns itself: in general, and if some are stored in 16 bit."""
+GATHERED, LATE = FEW, 1024
+"""Most tokens for which the product fetches, of outlier columns, codes and inputs for itself."""
 WEIGHT_ROWS = 128
 MOST_PARTS = 4
 DIVIDED = 1024
@@ -103,8 +103,8 @@ def _split_tokens(x: Tensor, weight: Weight, split: _Split) -> None:
             launch_pdl=early,
         )
     share = -(-tokens // (8 * processors(x.device)))
-    late = is_late(tokens, weight)
-    gathering = -(-weight.rows // WEIGHT_ROWS) if weight.loose and not late else 0
+    late = is_late(tokens)
+    gathering = -(-weight.rows // WEIGHT_ROWS) if weight.loose and gathers(tokens) else 0
     size = power_of_two(max(columns, 8))
     looks = source.value == sources.ALL_TOKENS.value
     kernels.split_tokens[(gathering + 1 + -(-tokens // share),)](
@@ -150,9 +150,14 @@ def _split_tokens(x: Tensor, weight: Weight, split: _Split) -> None:
     )
 
 
-def is_late(tokens: int, weight: Weight) -> bool:
-    """Whether the product fetches outlier columns, not the launch before it."""
-    return tokens <= (LATE if weight.wide is None else LATE_PLACED)
+def is_late(tokens: int) -> bool:
+    """Whether the product fetches the inputs of outlier columns, not the launch before it."""
+    return tokens <= LATE
+
+
+def gathers(tokens: int) -> bool:
+    """Whether the launch before the product gathers the codes of outlier columns."""
+    return tokens > GATHERED
 
 
 def divided(tiles: int, tile: Tile, columns: int, many: int) -> tuple[int, int, int]:
@@ -223,7 +228,8 @@ def _product(x: Tensor, weight: Weight, split: _Split, out: Tensor) -> None:
         N=tile.n,
         K=tile.k,
         ITEMS=ITEMS,
-        LATE=is_late(tokens, weight),
+        LATE=is_late(tokens),
+        GATHERED=gathers(tokens),
         CHUNK=tile.k if tile.m <= 32 else 64,
         GROUP=tile.group,
         DESCRIPTOR=descriptor,

@@ -1,7 +1,7 @@
 """One token times an LLM.int8() weight: the only launch."""
 
 # mypy: ignore-errors
-# ruff: noqa: PLR0915
+# ruff: noqa: PLR0915, SIM102
 from __future__ import annotations
 
 import triton
@@ -22,6 +22,52 @@ def _largest_and_count(one, some, other, more):
 def _both(one, other, two, more):
     """Sums of pairs."""
     return one + two, other + more
+
+
+@triton.jit
+def _rows_of(words, row, rows, width, word, inside):
+    """Whole rows of codes, four to an int32."""
+    pointers = words + row.to(tl.int64)[:, None] * width + word[None, :]
+    return tl.load(pointers, mask=(row < rows)[:, None] & inside[None, :], other=0)
+
+
+@triton.jit
+def _finish(
+    total,
+    x,
+    index,
+    wide,
+    bias,
+    out,
+    beside,
+    row,
+    rows,
+    stored,
+    threshold,
+    DYNAMIC: tl.constexpr,
+    WIDE: tl.constexpr,
+    BIAS: tl.constexpr,
+    ITEMS: tl.constexpr,
+):
+    """Stored columns in 16 bit, of which `beside` are the first inputs; bias; the store."""
+    here = row < rows
+    if WIDE:
+        item = tl.arange(0, ITEMS)
+        start = row.to(tl.int64)[:, None] * stored
+        weight = tl.load(wide + start + item[None, :], mask=here[:, None] & (item < stored)[None, :], other=0.0)
+        total += tl.sum(weight.to(tl.float32) * beside[None, :], axis=1)
+        for begin in range(ITEMS, stored, ITEMS):
+            some = begin + item < stored
+            other = tl.load(x + tl.load(index + begin + item, mask=some, other=0), mask=some, other=0.0)
+            other = other.to(tl.float32)
+            if DYNAMIC:
+                other = tl.where(tl.abs(other) >= threshold, other, 0.0)
+            weight = tl.load(wide + start + begin + item[None, :], mask=here[:, None] & some[None, :], other=0.0)
+            total += tl.sum(weight.to(tl.float32) * other[None, :], axis=1)
+    if BIAS:
+        given = tl.load(bias + row, mask=here, other=0.0)
+        total += given.to(out.dtype.element_ty).to(tl.float32)
+    tl.store(out + row, total.to(out.dtype.element_ty), mask=here)
 
 
 @triton.jit
@@ -67,9 +113,7 @@ def one_token(
     item = tl.arange(0, ITEMS)
     inside = word < width
     row = first * ROWS + lane
-    weights = tl.load(
-        words + row.to(tl.int64)[:, None] * width + word[None, :], mask=(row < rows)[:, None] & inside[None, :], other=0
-    )
+    weights = _rows_of(words, row, rows, width, word, inside)
     column = word[:, None] * 4 + tl.arange(0, 4)[None, :]
     if LISTED:
         spot = tl.load(place + column, mask=inside[:, None], other=-1)
@@ -81,6 +125,7 @@ def one_token(
     given = tl.load(x + column, mask=inside[:, None], other=0.0)
     values = given.to(tl.float32)
     magnitude = tl.abs(values)
+    beside = 0.0
     if WIDE:
         beside = tl.load(x + listed, mask=item < stored, other=0.0).to(tl.float32)
         if DYNAMIC:
@@ -106,67 +151,45 @@ def one_token(
     code = tl.where(crossing, 0, codes_of(tl.where(crossing, 0.0, values), largest))
     packed = tl.sum((code & 255) << (tl.arange(0, 4) * 8)[None, :], axis=1)
 
+    if LOOSE:
+        if many:
+            for block in range(first, blocks, tl.num_programs(0)):
+                row = block * ROWS + lane
+                if LOOP:
+                    ahead = _rows_of(words, row + tl.num_programs(0) * ROWS, rows, width, word, inside)
+                steps = tl.load(absmax + row * absmax_step, mask=row < rows, other=0.0) / LEVELS
+                beyond = sums_of_bytes(weights, large.to(tl.float32), -1, HARDWARE, WORDS)
+                whole, outer = tl.reduce((dot4(weights, packed[None, :], HARDWARE), beyond), 1, _both)
+                total = (whole.to(tl.float32) * (largest / LEVELS) + outer) * steps
+                _finish(
+                    total, x, index, wide, bias, out, beside, row, rows, stored, threshold, DYNAMIC, WIDE, BIAS, ITEMS
+                )
+                if LOOP:
+                    weights = ahead
+            return
     if LOOSE and PICKED > 0:
         place_of_item = tl.arange(0, PICKED)
         chosen = tl.full((PICKED,), columns, dtype=tl.int32)
-        if not many:
-            latest = -1
-            for taken in range(count):
-                later = tl.where(loose & (column > latest), column, columns)
-                latest = tl.min(tl.min(later, axis=1), axis=0)
-                chosen = tl.where(place_of_item == taken, latest, chosen)
+        latest = -1
+        for taken in range(count):
+            later = tl.where(loose & (column > latest), column, columns)
+            latest = tl.min(tl.min(later, axis=1), axis=0)
+            chosen = tl.where(place_of_item == taken, latest, chosen)
         picked = tl.load(x + chosen, mask=chosen < columns, other=0.0).to(tl.float32)
 
     for block in range(first, blocks, tl.num_programs(0)):
         row = block * ROWS + lane
         here = row < rows
-        start = row.to(tl.int64)
         if LOOP:
-            following = row + tl.num_programs(0) * ROWS
-            ahead = tl.load(
-                words + following.to(tl.int64)[:, None] * width + word[None, :],
-                mask=(following < rows)[:, None] & inside[None, :],
-                other=0,
-            )
+            ahead = _rows_of(words, row + tl.num_programs(0) * ROWS, rows, width, word, inside)
         steps = tl.load(absmax + row * absmax_step, mask=here, other=0.0) / LEVELS
-        if WIDE:
-            known = here[:, None] & (item < stored)[None, :]
-            beside_weight = tl.load(wide + start[:, None] * stored + item[None, :], mask=known, other=0.0)
         if LOOSE and PICKED > 0:
             known = here[:, None] & (chosen < columns)[None, :]
-            decoded = tl.load(codes + start[:, None] * columns + chosen[None, :], mask=known, other=0)
-        products = dot4(weights, packed[None, :], HARDWARE)
-        if LOOSE:
-            if many:
-                beyond = sums_of_bytes(weights, large.to(tl.float32), -1, HARDWARE, WORDS)
-                whole, outer = tl.reduce((products, beyond), 1, _both)
-            else:
-                whole = tl.sum(products, axis=1)
-                if PICKED > 0:
-                    outer = tl.sum(decoded.to(tl.float32) * picked[None, :], axis=1)
-                else:
-                    outer = tl.zeros((ROWS,), dtype=tl.float32)
-            total = whole.to(tl.float32) * (largest / LEVELS) + outer
-        else:
-            total = tl.sum(products, axis=1).to(tl.float32) * (largest / LEVELS)
+            decoded = tl.load(codes + row.to(tl.int64)[:, None] * columns + chosen[None, :], mask=known, other=0)
+        total = tl.sum(dot4(weights, packed[None, :], HARDWARE), axis=1).to(tl.float32) * (largest / LEVELS)
+        if LOOSE and PICKED > 0:
+            total += tl.sum(decoded.to(tl.float32) * picked[None, :], axis=1)
         total = total * steps
-        if WIDE:
-            total += tl.sum(beside_weight.to(tl.float32) * beside[None, :], axis=1)
-            for begin in range(ITEMS, stored, ITEMS):
-                here_too = begin + item < stored
-                other = tl.load(x + tl.load(index + begin + item, mask=here_too, other=0), mask=here_too, other=0.0)
-                other = other.to(tl.float32)
-                if DYNAMIC:
-                    other = tl.where(tl.abs(other) >= threshold, other, 0.0)
-                more = tl.load(
-                    wide + start[:, None] * stored + begin + item[None, :],
-                    mask=here[:, None] & here_too[None, :],
-                    other=0.0,
-                )
-                total += tl.sum(more.to(tl.float32) * other[None, :], axis=1)
-        if BIAS:
-            given = tl.load(bias + row, mask=here, other=0.0)
-            total += given.to(out.dtype.element_ty).to(tl.float32)
-        tl.store(out + row, total.to(out.dtype.element_ty), mask=here)
+        _finish(total, x, index, wide, bias, out, beside, row, rows, stored, threshold, DYNAMIC, WIDE, BIAS, ITEMS)
         if LOOP:
             weights = ahead

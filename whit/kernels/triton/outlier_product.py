@@ -131,7 +131,8 @@ def split_product(
     N: tl.constexpr,
     K: tl.constexpr,
     ITEMS: tl.constexpr,
-    LATE: tl.constexpr,
+    LATE: tl.constexpr,  # whether inputs of outlier columns are fetched from x
+    GATHERED: tl.constexpr,  # whether their codes have been gathered
     CHUNK: tl.constexpr,  # columns at a time where there are more loose ones
     GROUP: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
@@ -196,15 +197,17 @@ def split_product(
                 _finish(total, bias, out, token, row, tokens, rows, kind, BIAS)
             return
         some = (item < loose_count)[None, :]
+        column = tl.load(loose + item, mask=item < loose_count, other=0)
         if LATE:
-            column = tl.load(loose + item, mask=item < loose_count, other=0)
             inputs = tl.load(x + from_token + column[None, :], mask=known[:, None] & some, other=0.0)
-            decoded = tl.load(codes + from_row * columns + column[None, :], mask=here[:, None] & some, other=0)
         else:
             inputs = tl.load(
                 loose_inputs + token[:, None] * ITEMS + item[None, :], mask=known[:, None] & some, other=0.0
             )
+        if GATHERED:
             decoded = tl.load(loose_codes + row[:, None] * ITEMS + item[None, :], mask=here[:, None] & some, other=0)
+        else:
+            decoded = tl.load(codes + from_row * columns + column[None, :], mask=here[:, None] & some, other=0)
     if PLACED:
         some = (item < placed_count)[None, :]
         where = tl.load(spots + item, mask=item < placed_count, other=0) if COUNTED else item

@@ -127,9 +127,9 @@ def split_tokens(
     """Codes and largest magnitudes of some tokens per program, and what the product needs for outlier columns.
 
     loose and placed (columns,) int32 get the outlier columns without and with a 16-bit weight, ascending, spots where
-    the latter are stored, counts how many there are, and marks (columns,) int8 which columns are loose. Unless LATE,
-    of the first ITEMS of each the inputs go to loose_inputs and placed_inputs (tokens, ITEMS), and codes to loose_codes
-    (rows, ITEMS); otherwise the product fetches them for itself.
+    the latter are stored, counts how many there are, and marks (columns,) int8 which columns are loose. Of the first
+    ITEMS of each, unless LATE, the inputs go to loose_inputs and placed_inputs (tokens, ITEMS), and if `gathering` the
+    codes to loose_codes (rows, ITEMS); otherwise the product fetches them for itself.
     """
     # Programs that gather come first: their chain of loads is the longest.
     program = tl.program_id(0) - gathering - 1
@@ -185,7 +185,7 @@ def split_tokens(
                 tl.store(placed + rank_beside, column, mask=beside)
                 tl.store(spots + rank_beside, spot, mask=beside)
                 tl.store(counts + 1, tl.sum(tl.sum(beside.to(tl.int32), axis=1), axis=0))
-    elif LOOSE and not LATE:
+    elif LOOSE:
         block = program + gathering + 1
         item = tl.arange(0, ITEMS)
         if FROM == STORED:
@@ -193,6 +193,8 @@ def split_tokens(
             chosen = tl.load(index + item, mask=item < count, other=0)
         else:
             count = tl.sum(tl.sum(without.to(tl.int32), axis=1), axis=0)
+            if LATE:
+                rank = _ranks(without)
             tl.store(scratch + block * ITEMS + rank, column, mask=without & (rank < ITEMS))
             tl.debug_barrier()
             chosen = tl.load(scratch + block * ITEMS + item, mask=item < count, other=0)
