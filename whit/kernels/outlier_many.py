@@ -21,6 +21,8 @@ DENSE_SHARE = 16
 """If more than one column in so many is an outlier, whole rows are multiplied."""
 GATHERED, LATE = FEW, 1024
 """Most tokens for which the product fetches, of outlier columns, codes and inputs for itself."""
+DENSE = 1 << 30
+"""Most tokens for which whole rows are multiplied if so many columns are outliers."""
 WEIGHT_ROWS = 128
 MOST_PARTS = 4
 DIVIDED = 1024
@@ -230,6 +232,7 @@ def _product(x: Tensor, weight: Weight, split: _Split, out: Tensor) -> None:
         ITEMS=ITEMS,
         LATE=is_late(tokens),
         GATHERED=gathers(tokens),
+        DENSE=tokens <= DENSE,
         CHUNK=tile.k if tile.m <= 32 else 64,
         GROUP=tile.group,
         DESCRIPTOR=descriptor,

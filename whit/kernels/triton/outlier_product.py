@@ -133,6 +133,7 @@ def split_product(
     ITEMS: tl.constexpr,
     LATE: tl.constexpr,  # whether inputs of outlier columns are fetched from x
     GATHERED: tl.constexpr,  # whether their codes have been gathered
+    DENSE: tl.constexpr,  # whether many loose columns are multiplied as whole rows
     CHUNK: tl.constexpr,  # columns at a time where there are more loose ones
     GROUP: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
@@ -176,26 +177,27 @@ def split_product(
         placed_count = tl.load(counts + 1) if COUNTED else stored
     if LOOSE:
         loose_count = tl.load(counts) if COUNTED else stored
-        if loose_count > most:  # so many that whole rows cost less: all columns, zeros for those that are not loose
-            if part == 0:
-                sums = _integer_sums(
-                    left, right, first, second, 0, columns, tokens, rows, columns, M, N, K, DESCRIPTOR, EVEN, STAGES
-                )
-                total = sums.to(tl.float32) * by_token[:, None]
-                for start in tl.range(0, columns, CHUNK, num_stages=3):
-                    column = start + tl.arange(0, CHUNK)
-                    marked = tl.load(marks + column, mask=column < columns, other=0) != 0
-                    many = operand(x, first, start, tokens, columns, M, CHUNK, False, EVEN)
-                    rows_of_codes = operand(codes, second, start, rows, columns, N, CHUNK, False, EVEN)
-                    total = _add_product(tl.where(marked[None, :], many, 0.0).to(kind), rows_of_codes, total, EXACT)
-                total = total * by_row[None, :]
-                if PLACED:
-                    total = _add_listed(
-                        x, wide, placed, spots, total, 0, placed_count, token, row, tokens, rows, columns, stored,
-                        ITEMS, COUNTED, HALF,
-                    )  # fmt: skip
-                _finish(total, bias, out, token, row, tokens, rows, kind, BIAS)
-            return
+        if DENSE:
+            if loose_count > most:  # so many that whole rows cost less: all columns, zeros for those that are not loose
+                if part == 0:
+                    sums = _integer_sums(
+                        left, right, first, second, 0, columns, tokens, rows, columns, M, N, K, DESCRIPTOR, EVEN, STAGES
+                    )
+                    total = sums.to(tl.float32) * by_token[:, None]
+                    for start in tl.range(0, columns, CHUNK, num_stages=3):
+                        column = start + tl.arange(0, CHUNK)
+                        marked = tl.load(marks + column, mask=column < columns, other=0) != 0
+                        many = operand(x, first, start, tokens, columns, M, CHUNK, False, EVEN)
+                        rows_of_codes = operand(codes, second, start, rows, columns, N, CHUNK, False, EVEN)
+                        total = _add_product(tl.where(marked[None, :], many, 0.0).to(kind), rows_of_codes, total, EXACT)
+                    total = total * by_row[None, :]
+                    if PLACED:
+                        total = _add_listed(
+                            x, wide, placed, spots, total, 0, placed_count, token, row, tokens, rows, columns, stored,
+                            ITEMS, COUNTED, HALF,
+                        )  # fmt: skip
+                    _finish(total, bias, out, token, row, tokens, rows, kind, BIAS)
+                return
         some = (item < loose_count)[None, :]
         column = tl.load(loose + item, mask=item < loose_count, other=0)
         if LATE:
