@@ -15,7 +15,7 @@ from torch import Tensor
 
 from whit.kernels.launching import power_of_two, processors, runs_triton, starts_early
 
-KEYS_AT_ONCE, MOST_AT_ONCE = 64, 256
+KEYS_AT_ONCE, MOST_AT_ONCE = 64, 128
 """Keys that one program of the attention kernel takes in a step: if there are many programs, and if there are few."""
 KEYS_PER_WARP = 16
 PROGRAMS_PER_PROCESSOR = 4

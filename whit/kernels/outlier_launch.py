@@ -11,7 +11,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from whit.kernels.launching import choose_tile, interpreted, power_of_two, processors, registers, starts_early
 
-PICKED = 16
+PICKED = 8
 """Outliers of one token without a 16-bit weight that are picked; more are multiplied as a whole row."""
 ITEMS, MOST_ITEMS = 16, 128
 """Stored 16-bit columns that are multiplied at a time: at least and at most."""

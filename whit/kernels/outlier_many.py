@@ -21,8 +21,8 @@ DENSE_SHARE = 16
 """If more than one column in so many is an outlier, whole rows are multiplied."""
 GATHERED, LATE = FEW, 1024
 """Most tokens for which the product fetches, of outlier columns, codes and inputs for itself."""
-DENSE = 1 << 30
-"""Most tokens for which whole rows are multiplied if so many columns are outliers."""
+DENSE = 1024
+"""Most tokens for which whole rows are multiplied if so many columns are outliers; for more, that would cost all."""
 WEIGHT_ROWS = 128
 MOST_PARTS = 4
 DIVIDED = 1024
@@ -165,15 +165,13 @@ def gathers(tokens: int) -> bool:
 def divided(tiles: int, tile: Tile, columns: int, many: int) -> tuple[int, int, int]:
     """Tiles that one program takes each, those that are divided, and among how many programs.
 
-    The last round of tiles is divided along the columns if that takes less of a round of `many` multiprocessors; each
-    further part is given a twentieth of a round for adding up.
+    The last round of tiles, if it leaves at least half of `many` multiprocessors idle, is divided along the columns.
     """
     slots = tile.tail * many
     if not slots or tiles % slots == 0:
         return tiles, 0, 1
     rest = tiles % slots
-    most = min(MOST_PARTS, -(-columns // tile.k))
-    parts = min(range(1, most + 1), key=lambda count: -(-rest * count // slots) / count + (count - 1) / 20)
+    parts = min(slots // rest, MOST_PARTS, -(-columns // tile.k))
     return (tiles - rest, rest, parts) if parts > 1 and rest <= DIVIDED else (tiles, 0, 1)
 
 

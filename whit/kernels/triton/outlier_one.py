@@ -170,9 +170,10 @@ def one_token(
     if LOOSE and PICKED > 0:
         place_of_item = tl.arange(0, PICKED)
         chosen = tl.full((PICKED,), columns, dtype=tl.int32)
+        keys = tl.where(loose, column, columns)
         latest = -1
         for taken in range(count):
-            later = tl.where(loose & (column > latest), column, columns)
+            later = tl.where(keys > latest, keys, columns)
             latest = tl.min(tl.min(later, axis=1), axis=0)
             chosen = tl.where(place_of_item == taken, latest, chosen)
         picked = tl.load(x + chosen, mask=chosen < columns, other=0.0).to(tl.float32)

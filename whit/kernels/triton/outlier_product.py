@@ -172,34 +172,13 @@ def split_product(
         gdc_launch_dependents()
         gdc_wait()
     by_token = tl.load(input_absmax + token, mask=known, other=0.0) / LEVELS
-    placed_count = 0
-    if PLACED:
-        placed_count = tl.load(counts + 1) if COUNTED else stored
     if LOOSE:
         loose_count = tl.load(counts) if COUNTED else stored
-        if DENSE:
-            if loose_count > most:  # so many that whole rows cost less: all columns, zeros for those that are not loose
-                if part == 0:
-                    sums = _integer_sums(
-                        left, right, first, second, 0, columns, tokens, rows, columns, M, N, K, DESCRIPTOR, EVEN, STAGES
-                    )
-                    total = sums.to(tl.float32) * by_token[:, None]
-                    for start in tl.range(0, columns, CHUNK, num_stages=3):
-                        column = start + tl.arange(0, CHUNK)
-                        marked = tl.load(marks + column, mask=column < columns, other=0) != 0
-                        many = operand(x, first, start, tokens, columns, M, CHUNK, False, EVEN)
-                        rows_of_codes = operand(codes, second, start, rows, columns, N, CHUNK, False, EVEN)
-                        total = _add_product(tl.where(marked[None, :], many, 0.0).to(kind), rows_of_codes, total, EXACT)
-                    total = total * by_row[None, :]
-                    if PLACED:
-                        total = _add_listed(
-                            x, wide, placed, spots, total, 0, placed_count, token, row, tokens, rows, columns, stored,
-                            ITEMS, COUNTED, HALF,
-                        )  # fmt: skip
-                    _finish(total, bias, out, token, row, tokens, rows, kind, BIAS)
-                return
-        some = (item < loose_count)[None, :]
-        column = tl.load(loose + item, mask=item < loose_count, other=0)
+        few = loose_count
+        if DENSE:  # so many that whole rows cost less
+            few = tl.where(loose_count <= most, loose_count, 0)
+        some = (item < few)[None, :]
+        column = tl.load(loose + item, mask=item < few, other=0)
         if LATE:
             inputs = tl.load(x + from_token + column[None, :], mask=known[:, None] & some, other=0.0)
         else:
@@ -211,6 +190,7 @@ def split_product(
         else:
             decoded = tl.load(codes + from_row * columns + column[None, :], mask=here[:, None] & some, other=0)
     if PLACED:
+        placed_count = tl.load(counts + 1) if COUNTED else stored
         some = (item < placed_count)[None, :]
         where = tl.load(spots + item, mask=item < placed_count, other=0) if COUNTED else item
         if LATE:
@@ -240,9 +220,16 @@ def split_product(
     if LOOSE:
         total = _add_product(inputs, decoded, total, EXACT)
         total = _add_listed(
-            x, codes, loose, loose, total, ITEMS, loose_count, token, row, tokens, rows, columns, columns,
+            x, codes, loose, loose, total, ITEMS, few, token, row, tokens, rows, columns, columns,
             ITEMS, True, EXACT,
         )  # fmt: skip
+        if DENSE:  # all columns, with zeros for those that are not loose
+            for start in tl.range(0, tl.where(loose_count <= most, 0, columns), CHUNK, num_stages=3):
+                wanted = start + tl.arange(0, CHUNK)
+                marked = tl.load(marks + wanted, mask=wanted < columns, other=0) != 0
+                many = operand(x, first, start, tokens, columns, M, CHUNK, False, EVEN)
+                rows_of_codes = operand(codes, second, start, rows, columns, N, CHUNK, False, EVEN)
+                total = _add_product(tl.where(marked[None, :], many, 0.0).to(kind), rows_of_codes, total, EXACT)
     total = total * by_row[None, :]
     if PLACED:
         total = _add_product(large, weight, total, HALF)
