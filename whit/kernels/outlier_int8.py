@@ -5,8 +5,8 @@
     more            the same, and with "dynamic" one launch before, in which columns are marked
 
 Nothing has a shape that depends on data and nothing waits for the device: outlier columns are listed in a buffer as
-long as the row, and the product loops over as many as the device counted. If they are more than a sixteenth, or in any
-case with one token, whole rows are multiplied instead, zeros standing for the other columns: codes are read anyway.
+long as the row, and the product loops over as many as the device counted. If they are more than 8 of one token, or a
+sixteenth of the columns with up to 1024, whole rows are multiplied instead, zeros standing for the other columns.
 Codes and integer sums are those of the plain meaning, bit for bit; what follows is float32 (outlier columns: 16-bit
 products, exact, with float32 sums) where the plain meaning has float64. Bound on the difference, with u the spacing of
 the inputs' type and O the outlier columns, k of them:
