@@ -12,14 +12,15 @@ finds in models up to 13B. Times are medians over replays, per call. Beside our 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import platform
+import statistics
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from peers import bitsandbytes_calls
 from reports import write_report
 from torch import Tensor
 
@@ -195,25 +196,28 @@ def measure_baselines(case: Case, x: Tensor, generator: torch.Generator) -> None
 
 def measure_bitsandbytes(case: Case, x: Tensor) -> None:
     """Layers of bitsandbytes, if it is installed; it asks the device for sizes, so there is no graph."""
-    if importlib.util.find_spec("bitsandbytes") is None:
-        return
-    import bitsandbytes
-
     for threshold in (6.0, 0.0):
-        layer = bitsandbytes.nn.Linear8bitLt(
-            case.columns, case.rows, bias=False, has_fp16_weights=False, threshold=threshold
-        ).cuda()
-        half = x.half()
-        for _ in range(3):
-            layer(half)
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        for _ in range(20):
-            layer(half)
-        end.record()
-        end.synchronize()
-        version = bitsandbytes.__version__
-        case.keep(f"bitsandbytes {version}, threshold {threshold:g}", "", start.elapsed_time(end) * 1e-3 / 20)
+        try:
+            found = bitsandbytes_calls(case.rows, case.columns, case.copies(case.dense_bytes // 2), threshold, x)
+        except Exception as error:
+            print(f"   bitsandbytes failed: {type(error).__name__}: {str(error)[:200]}", flush=True)
+            return
+        if found is None:
+            return
+        version, calls = found
+        times = []
+        for _ in range(8):
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            for call in calls:
+                call()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end) * 1e-3 / len(calls))
+        times.sort()
+        more = {"copies": len(calls), "spread_seconds": times[6] - times[2]}
+        name = f"bitsandbytes {version}, threshold {threshold:g}"
+        case.keep(name, "without a graph", statistics.median(times), **more)
 
 
 def measure(case: Case, names: list[str], dtype: torch.dtype, tuning: bool) -> list[dict[str, Any]]:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peers import GEMLITE_BITS, GEMLITE_GROUP, gemlite_calls
 from reports import write_report
 from torch import Tensor
 
@@ -101,7 +102,14 @@ def ceilings() -> dict[str, float]:
 
 
 def measure(
-    rows: int, columns: int, tokens: int, names: list[str], cache: int, dtype: torch.dtype, tuning: bool
+    rows: int,
+    columns: int,
+    tokens: int,
+    names: list[str],
+    cache: int,
+    dtype: torch.dtype,
+    tuning: bool,
+    peers: bool,
 ) -> list[dict[str, Any]]:
     """The dense baseline and every format on one shape and number of vectors."""
     generator = torch.Generator("cuda").manual_seed(SEED)
@@ -154,6 +162,15 @@ def measure(
             keep_tuned(torch.cuda.get_device_name(), {key: shape})
             print(f"    {key}: {shape}", flush=True)
         add(name, explain(x, weights[0]), size, calls)
+        del weights, calls
+    for bits in GEMLITE_BITS if peers else ():
+        size = rows * columns * bits // 8 + 4 * rows * columns // GEMLITE_GROUP
+        try:
+            found = gemlite_calls(bits, rows, columns, copies_for(size, cache, moved), x)
+            if found is not None:
+                add(f"GemLite {bits} (g{GEMLITE_GROUP})", f"gemlite {found[0]}", size, found[1])
+        except Exception as error:
+            print(f"    GemLite failed: {type(error).__name__}: {str(error)[:200]}", flush=True)
     return records
 
 
@@ -196,6 +213,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["float16", "bfloat16"], default="float16")
     parser.add_argument("--step", default="6", help="step of docs/kernels.md that is measured")
     parser.add_argument("--tune", action="store_true", help="find and keep the fastest launch shapes first")
+    parser.add_argument("--peers", action="store_true", help="also GemLite, if it is installed (it tunes itself first)")
     parser.add_argument("--compile", type=int, default=0, metavar="N", help="compile beforehand in N processes")
     arguments = parser.parse_args()
     torch.manual_seed(SEED)
@@ -224,7 +242,7 @@ def main() -> None:
         for shape, tokens in itertools.product(arguments.shapes, arguments.counts):
             rows, columns = map(int, shape.split("x"))
             cache = properties.L2_cache_size
-            records += measure(rows, columns, tokens, arguments.formats, cache, dtype, arguments.tune)
+            records += measure(rows, columns, tokens, arguments.formats, cache, dtype, arguments.tune, arguments.peers)
             if arguments.output:  # after every case: what was measured is kept if a later one fails
                 write_report(report, arguments.output)
 

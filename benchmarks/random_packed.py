@@ -10,16 +10,31 @@ import torch
 from torch import Tensor, nn
 
 from whit.formats.base import Format, Packed, TensorSpec
+from whit.formats.nm_index import encode_mask
+from whit.formats.structured_binary import StructuredBinary
 from whit.formats.trits import PER_BYTE
 from whit.models.packed import PackedEmbedding, PackedLinear, PackedModule, replace_module
 
 SCALE = 0.02
+PATTERN_ROWS = 16
+"""Rows of N:M patterns that are drawn; others repeat them."""
 
 
 def random_packed(layout: Format, rows: int, columns: int, generator: torch.Generator) -> Packed:
     """A weight of `rows` x `columns` on the device of the generator."""
     tensors = {name: _random(name, spec, layout, generator) for name, spec in layout.specs(rows, columns).items()}
+    if isinstance(layout, StructuredBinary) and layout.n < layout.m:
+        tensors["index"] = _patterns(layout, rows, columns, generator)
     return Packed(layout, rows, columns, tensors)
+
+
+def _patterns(layout: StructuredBinary, rows: int, columns: int, generator: torch.Generator) -> Tensor:
+    """The index of kept columns: any n of every m."""
+    groups = -(-columns // layout.m)
+    score = torch.rand(PATTERN_ROWS, groups, layout.m, generator=generator, device=generator.device)
+    kept = torch.zeros_like(score, dtype=torch.bool).scatter_(2, score.topk(layout.n, 2).indices, True)
+    index = encode_mask(kept.flatten(1)[:, :columns], layout.n, layout.m)
+    return index.repeat(-(-rows // PATTERN_ROWS), 1)[:rows].contiguous()
 
 
 def _scale(name: str, layout: Format) -> float:

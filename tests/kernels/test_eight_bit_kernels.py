@@ -5,16 +5,11 @@ As in `test_outlier_int8_kernels.py`, kernels run in Triton's interpreter where 
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
 
+from tests.kernels.interpreter import needs_interpreter, run_interpreted
 from whit.formats import Packed
 from whit.formats.quantised_inputs import QuantisedInputs
 from whit.formats.scaled_codes import ScaledCodes
@@ -24,9 +19,6 @@ from whit.kernels.launching import interpreted
 needs_gpu = pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9),
     reason="needs a CUDA device of compute capability 8.9",
-)
-needs_interpreter = pytest.mark.skipif(
-    not interpreted(), reason="runs in Triton's interpreter, started by a test below"
 )
 PAIRS = [("int8", "int8"), ("e4m3fn", "e4m3fn"), ("e4m3", "e4m3fn"), ("e5m2", "e4m3fn"), ("e4m3fn", "e5m2")]
 ALONE = [("int8", 0), ("int8", -1), ("e4m3fn", 0), ("e5m2", 0), ("e3m4", 0), ("e2m5fn", 0), ("e4m3fn", 16)]
@@ -127,16 +119,9 @@ def test_interpreted_kernels_are_traced_without_a_break() -> None:
         assert torch.equal(compiled(x, packed), packed_linear(x, packed))
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 @pytest.mark.skipif(interpreted(), reason="this is the interpreter's process")
 def test_kernels_in_the_interpreter() -> None:
-    root = Path(__file__).resolve().parents[2]
-    path = os.pathsep.join([str(root), *([os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else [])])
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, "-m", "pytest", "-x", "-k", "interpreted", str(Path(__file__).resolve())]
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-2000:]
-    assert " passed" in done.stdout
+    run_interpreted(__file__)
 
 
 def test_what_the_kernels_leave_alone() -> None:

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from whit.kernels.launching import power_of_two, processors, runs_triton, starts_early
 
-KEYS_AT_ONCE = 64
-"""Keys that one program of the attention kernel takes in a step."""
+KEYS_AT_ONCE, MOST_AT_ONCE = 64, 128
+"""Keys that one program of the attention kernel takes in a step: if there are many programs, and if there are few."""
+KEYS_PER_WARP = 16
 PROGRAMS_PER_PROCESSOR = 4
 """How many programs the attention kernel is divided into, at most, for each multiprocessor."""
 
@@ -181,11 +182,22 @@ def rotate(vectors: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
 
 
 def splits_for(device: torch.device, sequences: int, heads: int, length: int) -> int:
-    """Into how many parts the keys of a head are divided so that the device has enough to do."""
+    """Into how many parts the keys of a head are divided so that the device has enough to do.
+
+    As few as possible if every program has a multiprocessor for itself: adding parts takes as long as attending.
+    """
     if not has_kernels(device):
         return 1
+    large = -(-length // MOST_AT_ONCE)
+    if sequences * heads * large <= processors(device):
+        return max(1, large)
     wanted = -(-PROGRAMS_PER_PROCESSOR * processors(device) // (sequences * heads))
     return max(1, min(wanted, -(-length // KEYS_AT_ONCE)))
+
+
+def keys_at_once(programs: int, keys: int, many: int) -> int:
+    """Keys that a program of `programs` takes in a step, each having `keys`, on a device of `many` multiprocessors."""
+    return KEYS_AT_ONCE if programs > many else min(MOST_AT_ONCE, max(KEYS_AT_ONCE, power_of_two(keys)))
 
 
 def _start(device: torch.device) -> dict[str, bool]:
@@ -238,6 +250,7 @@ def launch_rotate_and_attend(
     heads = query.shape[1] // size
     out = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     splits = place.partial.shape[1]
+    keys = keys_at_once(sequences * heads * splits, -(-length // splits), processors(query.device))
     run: Any = kernels.rotate_and_attend[(sequences * heads, splits)]
     run(
         query,
@@ -261,9 +274,11 @@ def launch_rotate_and_attend(
         GROUP=heads // key_heads,
         SIZE=size,
         WIDE=power_of_two(size),
-        KEYS=KEYS_AT_ONCE,
+        KEYS=keys,
         SPLITS=splits,
-        num_warps=4,
+        PARTS=power_of_two(splits),
+        LOOP=-(-length // splits) > keys,
+        num_warps=keys // KEYS_PER_WARP,
         **_start(query.device),
     )
     return out

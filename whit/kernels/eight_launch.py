@@ -28,7 +28,7 @@ DECODED_ROWS, DECODED_COLUMNS, SCALES = 16, 256, 1024
 
 def _kind(native: torch.dtype | None) -> int:
     """The constant of the kernels for a dtype of codes."""
-    from whit.kernels.triton import eight_bit as kernels
+    from whit.kernels.triton import small_numbers as kernels
 
     kinds = {None: kernels.UNROUNDED, torch.int8: kernels.INT8, E4M3: kernels.E4M3}
     return int(kinds.get(native, kernels.E5M2).value)
@@ -53,7 +53,7 @@ def one_token(
     out: Tensor,
 ) -> None:
     """The only launch for one token; see `whit.kernels.eight_bit.eight_bit_product`."""
-    from whit.kernels.triton import eight_bit as kernels
+    from whit.kernels.triton import eight_one as kernels
 
     rows = len(codes)
     numbers, weights = number_system(inputs) if inputs else None, number_system(weight)
@@ -64,7 +64,9 @@ def one_token(
     blocks, early = -(-rows // tile.n), starts_early(x.device)
     programs = min(blocks, tile.group * processors(x.device))
     mantissa, factor = _mantissa(weights)
-    unit = weights.native == E4M3 and not interpreted() and capability(x.device) >= (8, 9)
+    unit = not interpreted() and (
+        weights.native == torch.int8 or (weights.native == E4M3 and capability(x.device) >= (8, 9))
+    )
     kernels.one_token[(programs,)](
         x,
         codes.view(torch.int32),
@@ -81,7 +83,7 @@ def one_token(
         INPUTS=_kind(None if numbers is None else numbers.native),
         BITS=weights.bits,
         MANTISSA=mantissa,
-        E4M3_UNIT=unit,
+        UNIT=unit,
         STATIC=input_scale is not None,
         BIAS=bias is not None,
         WORDS=power_of_two(words),
@@ -101,7 +103,7 @@ def round_tokens(
     x: Tensor, input_scale: Tensor | None, numbers: NumberSystem, scales: Tensor, rows: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Codes (m, columns) in the native dtype, float32 scales (m,), and those of `rows` rows of the weight."""
-    from whit.kernels.triton import eight_bit as kernels
+    from whit.kernels.triton import eight_many as kernels
 
     tokens, columns = x.shape
     rounded = torch.empty(tokens, columns, dtype=numbers.native, device=x.device)
@@ -137,8 +139,8 @@ def product(
     left: Tensor, right: Tensor, scales: Tensor, steps: Tensor | None, bias: Tensor | None, out: Tensor
 ) -> None:
     """Codes times codes or, without `steps`, 16-bit inputs times codes; scales and bias, into `out`."""
-    from whit.kernels.triton import eight_bit as kernels
-    from whit.kernels.triton.outlier_int8 import described
+    from whit.kernels.triton import eight_many as kernels
+    from whit.kernels.triton.tiles import described
 
     (tokens, columns), rows = left.shape, len(right)
     tile = choose_tile("eight-bit" if steps is not None else "weight-only", max(tokens, 2), rows, columns, left.device)
@@ -182,7 +184,7 @@ def product(
 
 def decode(codes: Tensor, scales: Tensor, group: int, numbers: NumberSystem, out: Tensor) -> None:
     """The dense weight into `out` (rows, columns)."""
-    from whit.kernels.triton import eight_bit as kernels
+    from whit.kernels.triton import eight_decode as kernels
 
     rows, columns = out.shape
     mantissa, factor = _mantissa(numbers)

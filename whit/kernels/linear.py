@@ -92,8 +92,21 @@ def choose_several(x: Tensor, weights: Sequence[Packed]) -> SeveralProducts | No
     return None
 
 
+LooksUp = Callable[[Tensor, Packed, torch.dtype], bool]
+LookUp = Callable[[Tensor, Packed, torch.dtype], Tensor]
+_LOOK_UPS: dict[str, list[tuple[LooksUp, LookUp]]] = {}
+
+
+def register_look_up(format_name: str, supports: LooksUp, look_up: LookUp) -> None:
+    """Offer a faster embedding for one format, (ids, packed, dtype) -> rows; later registrations are asked first."""
+    _LOOK_UPS.setdefault(format_name, []).insert(0, (supports, look_up))
+
+
 def packed_embedding(ids: Tensor, packed: Packed, dtype: torch.dtype) -> Tensor:
     """Rows `ids` (any shape, integer) of the packed matrix: (*ids.shape, columns) in `dtype`."""
+    for supports, look_up in _LOOK_UPS.get(packed.format.name, ()):
+        if supports(ids, packed, dtype):
+            return look_up(ids, packed, dtype)
     if ids.is_cuda and ids.numel() <= FEW_IDS:  # finding duplicates would wait for the device
         table = packed.format.unpack_rows(packed.tensors, packed.rows, packed.columns, ids.reshape(-1))
         return table.to(dtype).view(*ids.shape, packed.columns)

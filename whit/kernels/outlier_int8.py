@@ -5,11 +5,13 @@
     more            the same, and with "dynamic" one launch before, in which columns are marked
 
 Nothing has a shape that depends on data and nothing waits for the device: outlier columns are listed in a buffer as
-long as the row, and the product loops over as many as the device counted. Codes and integer sums are those of the plain
-meaning, bit for bit; what follows is float32 (outlier columns: 16-bit products, exact, with float32 sums) where the
-plain meaning has float64. Bound on the difference, with u the spacing of the inputs' type and O the outlier columns:
+long as the row, and the product loops over as many as the device counted. If they are more than 8 of one token, or a
+sixteenth of the columns with up to 1024, whole rows are multiplied instead, zeros standing for the other columns.
+Codes and integer sums are those of the plain meaning, bit for bit; what follows is float32 (outlier columns: 16-bit
+products, exact, with float32 sums) where the plain meaning has float64. Bound on the difference, with u the spacing of
+the inputs' type and O the outlier columns, k of them:
 
-    |error| <= u |y| + 2^-21 (s_t a_i / 127^2 |sum_j d_tj c_ij| + |b_i|) + 2^-18 sum_{j in O} |x_tj v_ij|
+    |error| <= u |y| + 2^-21 (s_t a_i / 127^2 |sum_j d_tj c_ij| + |b_i|) + (2^-18 + k 2^-27) sum_{j in O} |x_tj v_ij|
 
 so a token's output may differ in its last bit with what it is batched with, "static" or not. Left to the plain meaning:
 `compat`, granularity "tensor", float32 inputs, gradients, rows of more than 32768 columns.
@@ -25,7 +27,8 @@ from whit.formats.outlier_int8 import OutlierInt8
 from whit.kernels.int8_product import int32_product
 from whit.kernels.launching import usable
 from whit.kernels.linear import Implementation, register_implementation
-from whit.kernels.outlier_launch import Weight, many_tokens, one_token
+from whit.kernels.outlier_launch import Weight, one_token
+from whit.kernels.outlier_many import many_tokens
 
 MOST_COLUMNS = 32768
 ADDRESSED = 2**31

@@ -89,6 +89,8 @@ def rotate_and_attend(  # noqa: PLR0915
     WIDE: tl.constexpr,
     KEYS: tl.constexpr,
     SPLITS: tl.constexpr,
+    PARTS: tl.constexpr,  # the least power of two that is no smaller
+    LOOP: tl.constexpr,  # whether a part may be longer than KEYS
     EARLY: tl.constexpr,
 ):
     """One program: one head of one sequence, a part of the keys. The last part to arrive adds all parts, in order."""
@@ -132,11 +134,12 @@ def rotate_and_attend(  # noqa: PLR0915
         weight = weight * kept + tl.sum(share_of, axis=0)
         total = total * kept + tl.sum(share_of[:, None] * held.to(tl.float32), axis=0)
         largest = top
-        row += KEYS
-        inside = (row < end)[:, None] & here[None, :]
-        offset = row[:, None] * SIZE + column[None, :]
-        known = tl.load(keys + cache + offset, mask=inside, other=0.0)
-        held = tl.load(values + cache + offset, mask=inside, other=0.0)
+        if LOOP:
+            row += KEYS
+            inside = (row < end)[:, None] & here[None, :]
+            offset = row[:, None] * SIZE + column[None, :]
+            known = tl.load(keys + cache + offset, mask=inside, other=0.0)
+            held = tl.load(values + cache + offset, mask=inside, other=0.0)
     if split == SPLITS - 1:
         fresh = _rotated(key + sequence * key_stride + shared * SIZE, cos, sin, column, here, SIZE)
         given = tl.load(value + sequence * value_stride + shared * SIZE + column, mask=here, other=0.0)
@@ -161,17 +164,20 @@ def rotate_and_attend(  # noqa: PLR0915
         tl.debug_barrier()
         ticket = tl.atomic_add(arrived + head, 1, sem="acq_rel")
         if ticket == SPLITS - 1:
-            best = -1e30
-            for part in range(SPLITS):
-                theirs = partial + (head * SPLITS + part) * (SIZE + 2)
-                best = tl.maximum(best, tl.load(theirs + SIZE, cache_modifier=".cg"))
-            sum_of = 0.0
-            both = tl.zeros((WIDE,), dtype=tl.float32)
-            for part in range(SPLITS):
-                theirs = partial + (head * SPLITS + part) * (SIZE + 2)
-                factor = tl.exp(tl.load(theirs + SIZE, cache_modifier=".cg") - best)
-                sum_of += factor * tl.load(theirs + SIZE + 1, cache_modifier=".cg")
-                both += factor * tl.load(theirs + column, mask=here, other=0.0, cache_modifier=".cg")
+            part = tl.arange(0, PARTS)
+            theirs = partial + (head * SPLITS + part) * (SIZE + 2)
+            known_part = part < SPLITS
+            tops = tl.load(theirs + SIZE, mask=known_part, other=-1e30, cache_modifier=".cg")
+            weights = tl.load(theirs + SIZE + 1, mask=known_part, other=0.0, cache_modifier=".cg")
+            totals = tl.load(
+                theirs[:, None] + column[None, :],
+                mask=known_part[:, None] & here[None, :],
+                other=0.0,
+                cache_modifier=".cg",
+            )
+            factor = tl.exp(tops - tl.max(tops, axis=0))
+            sum_of = tl.sum(factor * weights, axis=0)
+            both = tl.sum(factor[:, None] * totals, axis=0)
             tl.store(answer, (both / sum_of).to(out.dtype.element_ty), mask=here)
             tl.store(arrived + head, 0)
 
