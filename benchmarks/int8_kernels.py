@@ -29,7 +29,7 @@ from whit.formats.outlier_int8 import OutlierInt8
 from whit.formats.quantised_inputs import QuantisedInputs
 from whit.formats.scaled_codes import ScaledCodes
 from whit.kernels import explain, packed_linear
-from whit.kernels.launching import Tile, device_name, keep_tuned, power_of_two, tile_key, use_tile
+from whit.kernels.tile_tuning import tune_tiles
 from whit.kernels.timing import copies_for, seconds_per_call
 
 SHAPES = ((4096, 4096), (11008, 4096))
@@ -69,53 +69,11 @@ def loud_columns(columns: int) -> Tensor:
     return torch.arange(1, LOUD + 1, device="cuda") * (columns // (LOUD + 2)) + 5
 
 
-def candidates(kind: str, tokens: int, width: int) -> list[Tile]:
-    """Launch shapes among which `--tune` chooses; `width` bytes of codes in a row."""
-    if tokens == 1:
-        warps = max(1, power_of_two(width // 4) // 256)
-        shapes = [(8, warps, 2), (8, 2 * warps, 2), (4, warps, 4), (16, warps, 2)]
-        return [Tile(1, rows, 0, count, 1, group) for rows, count, group in shapes]
-    if tokens <= 32:
-        return [Tile(16, 32, 256, 4, 4, 4), Tile(16, 32, 128, 4, 6, 4)]
-    shapes = [(64, 128, 4, 4, 8, 0), (128, 128, 4, 3, 8, 0), (128, 256, 8, 4, 16, 0)]
-    if kind == "outlier-int8":
-        shapes += [(128, 256, 8, 4, 16, 1), (64, 128, 4, 4, 8, 2)]
-    return [Tile(m, n, 128, warps, stages, group, True, tail) for m, n, warps, stages, group, tail in shapes]
-
-
-def tuned_kind(case: str, tokens: int) -> str:
-    """What the shape of a case is filed under, if the case is the one by which it is chosen."""
-    if case == "dynamic":
-        return "outlier-int8"
-    if case == "int8-w8a8":
-        return "eight-bit"
-    if case == "fp8-w8a16" and tokens <= 16:
-        return "one-8" if tokens == 1 else "weight-only"
-    return "one-4" if case == "fp4-w4a16" and tokens == 1 else ""
-
-
-def tune(kind: str, tokens: int, packed: Packed, seconds: Callable[[], float]) -> dict[str, float]:
-    """Try the candidates, keep and use the fastest; the time of each."""
-    device = device_name(torch.device("cuda", 0))
-    codes = packed.tensors.get("codes", packed.tensors.get("weight_codes"))
-    assert codes is not None
-    width = codes.shape[1]
-    key = tile_key(kind, tokens, packed.rows, width)
-    times: dict[Tile, float] = {}
-    errors = []
-    for tile in candidates(kind, tokens, width):
-        use_tile(device, key, tile)
-        try:
-            times[tile] = seconds()
-        except Exception as error:  # a shape that this device or compiler cannot launch
-            errors.append(f"{tile}: {str(error).splitlines()[0][:100] if str(error) else type(error).__name__}")
-            torch.cuda.synchronize()
-    for line in errors[:2]:
-        print("   not launched:", line, flush=True)
-    best = min(times, key=times.__getitem__)
-    use_tile(device, key, best)
-    keep_tuned(device, {key: best})
-    return {str(tuple(asdict(tile).values())): time for tile, time in sorted(times.items(), key=lambda item: item[1])}
+def chooses(case: str, tokens: int) -> bool:
+    """Whether the launch shape of a case is found by it: others share that of its kind."""
+    if case.startswith("fp8"):
+        return case == "fp8-w8a16" and tokens <= 16
+    return case in ("dynamic", "int8-w8a8") or (case == "fp4-w4a16" and tokens == 1)
 
 
 @dataclass
@@ -233,9 +191,10 @@ def measure(case: Case, names: list[str], dtype: torch.dtype, tuning: bool) -> l
         others = (random_packed(name, case.rows, case.columns, generator) for _ in range(case.copies(size) - 1))
         calls = [lambda w=w: packed_linear(x, w) for w in (first, *others)]
         more = {}
-        kind = tuned_kind(name, case.tokens)
-        if tuning and kind:
-            more["tried"] = tune(kind, case.tokens, first, lambda calls=calls: seconds_per_call(calls, 6)[0])
+        if tuning and chooses(name, case.tokens):
+            times = tune_tiles(x, first, lambda calls=calls: seconds_per_call(calls, 6)[0])
+            ordered = sorted(times.items(), key=lambda item: item[1])
+            more["tried"] = {str(tuple(asdict(tile).values())): time for tile, time in ordered}
             for tile, time in list(more["tried"].items())[:4]:
                 print(f"      {time * 1e6:9.2f} us  {tile}", flush=True)
         case.time(name, explain(x, first), size, calls, **more)
