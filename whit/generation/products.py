@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from whit.formats.base import Packed
 from whit.kernels import packed_linear
-from whit.kernels.linear import SeveralProducts, choose_several
+from whit.kernels.linear import choose_several, several_products
 from whit.models.packed import PackedLinear, TiedPackedLinear
 
 
@@ -93,7 +93,7 @@ class Products:
         """How the products run, for reports: "joined", "one launch", "branches" or "in turn"."""
         if self._joined is not None:
             return "joined"
-        if self._together(inputs) is not None:
+        if self._meet and choose_several(inputs, self._weights()) is not None:
             return "one launch"
         return "branches" if self._branches and inputs.is_cuda else "in turn"
 
@@ -107,17 +107,20 @@ class Products:
                 else torch.nn.functional.linear(inputs, weight, bias)
             )
             return list(torch.split(out, self._rows, -1))
-        together = self._together(inputs)
+        together = several_products(inputs, self._weights()) if self._meet else None
         if together is not None:
-            return together.products(inputs, [module.packed for module in self._packed])
+            return together
         if self._branches and inputs.is_cuda and torch.cuda.is_current_stream_capturing():
             return self._beside(inputs)
         return [module(inputs) for module in self.modules]
 
-    def _together(self, inputs: Tensor) -> SeveralProducts | None:
-        if not self._packed or not self._branches:
-            return None
-        return choose_several(inputs, [module.packed for module in self._packed])
+    @property
+    def _meet(self) -> bool:
+        """Whether one launch may take all of them."""
+        return bool(self._packed) and self._branches
+
+    def _weights(self) -> list[Packed]:
+        return [module.packed for module in self._packed]
 
     def _beside(self, inputs: Tensor) -> list[Tensor]:
         main = torch.cuda.current_stream(inputs.device)

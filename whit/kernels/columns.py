@@ -11,13 +11,15 @@ Where a mask of kept weights is given, q_j is zero wherever the weight is not ke
 
 Everything is held transposed, (columns, rows), as in `whit.methods.feedback` and `whit.methods.billm_refined`, whose
 loops are the plain meaning of these kernels. On a GPU they are CUDA C++ compiled at first use, or Triton where NVRTC is
-missing; on a CPU numba compiles them. Callers ask `available` first.
+missing or cannot compile them; on a CPU numba compiles them. Callers ask `available` first, and launch a block by
+`attempted`: the one block whose kernel does not compile takes the plain loop.
 """
 
 from __future__ import annotations
 
 import ctypes
 import importlib.util
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import lru_cache
 from importlib.resources import files
@@ -36,6 +38,7 @@ MOST_COLUMNS = 128
 # Up to so many rows so many threads share a row and make a CUDA block: few rows occupy the device only so.
 CUDA_SHAPES = ((8448, 4, 128), (16896, 2, 64))
 CUDA_WIDE_SHAPE = (1, 64)
+_KIND = "column loops"
 
 
 @lru_cache(maxsize=1)
@@ -55,7 +58,12 @@ def available(device: torch.device, *, masked: bool = False) -> bool:
 
 def writes_halves(device: torch.device) -> bool:
     """Whether the kernels there also write errors as bfloat16 numbers: those in CUDA C++ do."""
-    return device.type == "cuda" and nvrtc_found()
+    return device.type == "cuda" and nvrtc_found() and not nvrtc.failed(_KIND)
+
+
+def attempted(launch: Callable[..., object], *arguments: object) -> bool:
+    """Call what launches a kernel of this module for a block; False, and nothing changed, if it cannot be compiled."""
+    return nvrtc.attempted(_KIND, launch, *arguments)
 
 
 def feedback_levels(

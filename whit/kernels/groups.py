@@ -12,6 +12,7 @@ The loops of `whit.methods.group_feedback` are the plain meaning.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib.resources import files
@@ -20,16 +21,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from whit.kernels import nvrtc
 from whit.kernels.columns import nvrtc_found
 
 THREADS, LANES = 128, 8
 WIDEST = 16
 MOST_GROUPS = 12
+_KIND = "loops over groups of columns"
 
 
 def available(device: torch.device, width: int) -> bool:
     """Whether the kernel takes groups of that many columns there."""
-    return device.type == "cuda" and width <= WIDEST and nvrtc_found()
+    return device.type == "cuda" and width <= WIDEST and nvrtc_found() and not nvrtc.failed(_KIND)
+
+
+def attempted(launch: Callable[..., object], *arguments: object) -> bool:
+    """Call `Words.take`; False, and nothing changed, if the kernel cannot be compiled."""
+    return not nvrtc.failed(_KIND) and nvrtc.attempted(_KIND, launch, *arguments)
 
 
 @dataclass(frozen=True)
@@ -80,8 +88,6 @@ class Words:
             errors: E, (rows, columns), written.
             results: t, or the new q for descent, (rows, columns), written. All with neighbouring columns side by side.
         """
-        from whit.kernels.nvrtc import kernel
-
         rows = len(values)
         inner = inner.contiguous()  # a small part of a matrix
         tensors = (values, gradient, inner, codes, errors, results)
@@ -101,7 +107,7 @@ class Words:
         device = values.device.index
         with torch.cuda.device(device):
             options = cuda_options(width, half, self.inverse is not None)
-            run = kernel(cuda_source(), "round_groups", options, device)
+            run = nvrtc.kernel(cuda_source(), "round_groups", options, device)
             run.launch(-(-rows * LANES // THREADS), THREADS, 0, arguments)
 
 

@@ -2,7 +2,8 @@
 
 The plain meaning is the format's own (`Format.linear`: by default it unpacks the weight and multiplies). Faster
 implementations register themselves with a predicate; the first that supports the call is used. `explain` says which,
-and is what `whit inspect` shows.
+and is what `whit inspect` shows. One whose kernel turns out not to compile or launch on this machine is given up for
+its format, with one warning, and the next is used.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from whit.formats.base import Packed
+from whit.kernels.nvrtc import CompilationError, failed, give_up
 
 FEW_IDS = 64
 """Ids up to which an embedding looks each of them up without asking which are the same."""
@@ -42,7 +44,7 @@ def register_implementation(format_name: str, implementation: Implementation) ->
 def choose(x: Tensor, packed: Packed) -> Implementation:
     """The implementation `packed_linear` will use for this call."""
     for candidate in _IMPLEMENTATIONS.get(packed.format.name, ()):
-        if candidate.supports(x, packed):
+        if candidate.supports(x, packed) and not failed((candidate.name, packed.format)):
             return candidate
     return PLAIN
 
@@ -63,7 +65,14 @@ def packed_linear(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tens
     Returns:
         (..., rows) in the dtype of x.
     """
-    return choose(x, packed).linear(x, packed, bias)
+    chosen = choose(x, packed)
+    if chosen is PLAIN:
+        return packed.linear(x, bias)
+    try:
+        return chosen.linear(x, packed, bias)
+    except CompilationError as error:
+        give_up((chosen.name, packed.format), f"products of {packed.format} by {chosen.name!r}", error)
+    return packed_linear(x, packed, bias)
 
 
 @dataclass(frozen=True)
@@ -87,7 +96,7 @@ def choose_several(x: Tensor, weights: Sequence[Packed]) -> SeveralProducts | No
     """The version that multiplies all of these at once, or None."""
     names = {packed.format.name for packed in weights}
     for candidate in _SEVERAL.get(names.pop(), ()) if len(names) == 1 else ():
-        if candidate.supports(x, weights):
+        if candidate.supports(x, weights) and not failed((candidate.name, weights[0].format, "several")):
             return candidate
     return None
 
@@ -100,6 +109,19 @@ _LOOK_UPS: dict[str, list[tuple[LooksUp, LookUp]]] = {}
 def register_look_up(format_name: str, supports: LooksUp, look_up: LookUp) -> None:
     """Offer a faster embedding for one format, (ids, packed, dtype) -> rows; later registrations are asked first."""
     _LOOK_UPS.setdefault(format_name, []).insert(0, (supports, look_up))
+
+
+def several_products(x: Tensor, weights: Sequence[Packed]) -> list[Tensor] | None:
+    """x W_i^T for each weight, by the version for all at once; None where there is none, or it fails."""
+    chosen = choose_several(x, weights)
+    if chosen is None:
+        return None
+    try:
+        return chosen.products(x, weights)
+    except CompilationError as error:
+        layout = weights[0].format
+        give_up((chosen.name, layout, "several"), f"joint products of {layout} by {chosen.name!r}", error)
+    return several_products(x, weights)
 
 
 def packed_embedding(ids: Tensor, packed: Packed, dtype: torch.dtype) -> Tensor:

@@ -11,16 +11,18 @@ import torch
 from torch import Tensor
 
 from whit.kernels.columns import nvrtc_found
+from whit.kernels.nvrtc import attempted, failed, kernel
 
 WARPS = 4
+_KIND = "iterations of weighted k-means"
 
 
 def available(device: torch.device) -> bool:
     """Whether the kernel can run there."""
-    return device.type == "cuda" and nvrtc_found()
+    return device.type == "cuda" and nvrtc_found() and not failed(_KIND)
 
 
-def lloyd(values: Tensor, mass: Tensor, levels: Tensor, iterations: int) -> None:
+def lloyd(values: Tensor, mass: Tensor, levels: Tensor, iterations: int) -> bool:
     """Move the levels of each row, in place: values go to the nearest level (the upper one in the middle), and every
     level to the weighted mean of its values, until nothing moves. A level without values stays.
 
@@ -29,9 +31,14 @@ def lloyd(values: Tensor, mass: Tensor, levels: Tensor, iterations: int) -> None
         mass: positive weights of the columns, float64 (k,).
         levels: ascending, float64 (rows, count); changed.
         iterations: at most.
-    """
-    from whit.kernels.nvrtc import kernel
 
+    Returns:
+        False, and nothing has changed, if the kernel cannot be compiled.
+    """
+    return attempted(_KIND, _launch, values, mass, levels, iterations)
+
+
+def _launch(values: Tensor, mass: Tensor, levels: Tensor, iterations: int) -> None:
     rows, count = values.shape
     if not rows or not count:
         return

@@ -9,7 +9,8 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import os
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
@@ -56,6 +57,37 @@ class TensorMap(ctypes.Structure):
 
 class CompilationError(WhitError):
     """A CUDA kernel could not be compiled or loaded on this machine."""
+
+
+_FAILED: set[Hashable] = set()
+"""Kinds of kernels that could not be compiled or launched in this process."""
+
+
+def failed(kind: Hashable) -> bool:
+    """Whether kernels of a kind have failed here before, so that a slower version is to be taken."""
+    return bool(_FAILED) and kind in _FAILED
+
+
+def attempted(kind: str, launch: Callable[..., object], *arguments: object) -> bool:
+    """Launch a kernel; False if it cannot be compiled or launched here: nothing has run, and the caller falls back.
+
+    Args:
+        kind: of kernels that need not be tried again after that (see `failed`), as the warning names it.
+        launch: called with `arguments`; raises `CompilationError` before a kernel has changed anything.
+    """
+    try:
+        launch(*arguments)
+    except CompilationError as error:
+        give_up(kind, kind, error)
+        return False
+    return True
+
+
+def give_up(kind: Hashable, name: str, error: CompilationError) -> None:
+    """Remember that a kind has failed, and warn the first time."""
+    if kind not in _FAILED:
+        _FAILED.add(kind)
+        warnings.warn(f"{name} run in a slower version: {error}", stacklevel=3)
 
 
 def compiler_library() -> ctypes.CDLL:

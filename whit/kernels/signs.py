@@ -17,11 +17,13 @@ from torch import Tensor
 
 from whit.kernels.columns import nvrtc_found
 from whit.kernels.cpu.compiling import runs_compiled, shared_out
+from whit.kernels.nvrtc import attempted, failed, kernel
 
 CUDA_THREADS = 128
 # Blocks beside each other along the columns; and parts in which sums over columns are taken.
 COLUMN_BLOCKS = 1024
 SUM_PARTS = 32
+_KIND = "sums over two-bit codes"
 
 
 def signed_sums(products: Tensor, codes: Tensor) -> Tensor:
@@ -35,7 +37,9 @@ def signed_sums(products: Tensor, codes: Tensor) -> Tensor:
         float32 (k, 2, rows): smaller, larger magnitude.
     """
     if _on_cuda(products):
-        return _cuda_sums(products.contiguous(), codes.contiguous())
+        found = _cuda_sums(products.contiguous(), codes.contiguous())
+        if found is not None:
+            return found
     if not _compiled(products):
         signed = products * patterns(codes).sum(0).unsqueeze(1)
         large = (codes > 1).unsqueeze(1)
@@ -60,8 +64,8 @@ def pattern_rows(codes: Tensor) -> Tensor:
     columns, rows = codes.shape
     if _on_cuda(codes):
         out = torch.empty(columns, 2 * rows, dtype=torch.bfloat16, device=codes.device)
-        _launch("pattern_rows", rows, min(columns, COLUMN_BLOCKS), (codes.contiguous(), out), (columns, rows))
-        return out
+        if _ran("pattern_rows", rows, min(columns, COLUMN_BLOCKS), (codes.contiguous(), out), (columns, rows)):
+            return out
     return patterns(codes).transpose(0, 1).reshape(columns, 2 * rows)
 
 
@@ -77,8 +81,8 @@ def decode_signs(codes: Tensor, low: Tensor, high: Tensor, book: Tensor) -> Tens
         values = torch.empty(codes.shape, device=codes.device)
         columns, rows = codes.shape
         tensors = (codes.contiguous(), low.contiguous(), high.contiguous(), book.contiguous(), values)
-        _launch("decode_signs", rows, min(columns, COLUMN_BLOCKS), tensors, (columns, rows))
-        return values
+        if _ran("decode_signs", rows, min(columns, COLUMN_BLOCKS), tensors, (columns, rows)):
+            return values
     if not _compiled(low):
         magnitude = torch.where(codes > 1, high[book], low[book])
         return torch.where(codes % 2 == 1, magnitude, -magnitude)
@@ -90,20 +94,22 @@ def decode_signs(codes: Tensor, low: Tensor, high: Tensor, book: Tensor) -> Tens
     return values
 
 
-def _cuda_sums(products: Tensor, codes: Tensor) -> Tensor:
+def _cuda_sums(products: Tensor, codes: Tensor) -> Tensor | None:
     """Sums over parts of the columns by the kernel, then over the parts: the same order on every run."""
     columns, count, rows = products.shape
     chunk = max(1, -(-columns // SUM_PARTS))
     parts = -(-columns // chunk)
     sums = torch.empty(parts, count, 2, rows, device=products.device)
-    _launch("signed_sums", rows, parts, (products, codes, sums), (columns, count, rows, chunk))
-    return sums.sum(0)
+    ran = _ran("signed_sums", rows, parts, (products, codes, sums), (columns, count, rows, chunk))
+    return sums.sum(0) if ran else None
+
+
+def _ran(name: str, rows: int, height: int, tensors: Sequence[Tensor], numbers: Sequence[int]) -> bool:
+    """Run a kernel of signs.cu on blocks of rows, `height` of each; False if it cannot be compiled."""
+    return attempted(_KIND, _launch, name, rows, height, tensors, numbers)
 
 
 def _launch(name: str, rows: int, height: int, tensors: Sequence[Tensor], numbers: Sequence[int]) -> None:
-    """Run a kernel of signs.cu on blocks of rows, `height` of each."""
-    from whit.kernels.nvrtc import kernel
-
     if not rows or not height:
         return
     device = tensors[0].device.index
@@ -122,7 +128,7 @@ def cuda_source() -> str:
 
 
 def _on_cuda(tensor: Tensor) -> bool:
-    return tensor.is_cuda and tensor.dtype in (torch.float32, torch.uint8) and nvrtc_found()
+    return tensor.is_cuda and tensor.dtype in (torch.float32, torch.uint8) and nvrtc_found() and not failed(_KIND)
 
 
 def _compiled(tensor: Tensor) -> bool:

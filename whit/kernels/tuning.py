@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from whit.formats.base import Format, Packed
-from whit.kernels.linear import explain, packed_linear
+from whit.kernels.linear import choose, explain
 from whit.kernels.nvrtc import CompilationError
 from whit.kernels.timing import copies_for, seconds_per_call
 
@@ -119,7 +119,7 @@ def _tune_one(packed: Packed, vectors: int, dtype: torch.dtype) -> TunedProduct 
         Packed(packed.format, packed.rows, packed.columns, {key: item.clone() for key, item in packed.tensors.items()})
         for _ in range(copies)
     ]
-    calls = [partial(packed_linear, x, weight) for weight in (packed, *others)]
+    calls = [partial(_product, x, weight) for weight in (packed, *others)]
     with torch.cuda.device(device), torch.inference_mode():
         name, before = explain(x, packed), seconds_per_call(calls)[0]
         tried = tuner.tune(x, packed, lambda: seconds_per_call(calls, QUICK)[0])
@@ -127,3 +127,8 @@ def _tune_one(packed: Packed, vectors: int, dtype: torch.dtype) -> TunedProduct 
     kernel = explain(x, packed)
     layout = packed.format.to_json()
     return TunedProduct(layout, packed.rows, packed.columns, vectors, name, kernel, before, after, tried)
+
+
+def _product(x: Tensor, packed: Packed) -> Tensor:
+    """As `packed_linear`, but a launch that cannot be compiled is an error: nothing else is timed in its place."""
+    return choose(x, packed).linear(x, packed, None)

@@ -42,8 +42,7 @@ def descend_columns(
         factor: of `moment`, if it was prepared before.
     """
     factor = factor or SplitFactor(moment)
-    fast = rounder if isinstance(rounder, LevelRounder) and rounder.fast(values) else None
-    diagonal = [] if fast else torch.diagonal(moment).tolist()
+    diagonal: list[float] = []
     columns = len(values)
     for first in range(0, columns, factor.panel_columns):
         panel = factor.panel(first, min(first + factor.panel_columns, columns), values.shape[1])
@@ -52,12 +51,14 @@ def descend_columns(
             inner, part = moment[start:stop, start:stop], slice(start, stop)
             slope = panel.taken_off(gradient[part], part) if start > first else gradient[part]
             change = torch.empty_like(values[part])
-            if fast is not None:
+            if isinstance(rounder, LevelRounder) and rounder.fast(values):
                 halves = panel.halves(start, stop) if columns_kernel.writes_halves(values.device) else None
-                fast.descend_block(start, values[part], slope, inner, codes[part], change, halves)
-                if halves is None:
-                    panel.put(start, change)
-                continue
+                given = (start, values[part], slope, inner, codes[part], change, halves)
+                if columns_kernel.attempted(rounder.descend_block, *given):
+                    if halves is None:
+                        panel.put(start, change)
+                    continue
+            diagonal = diagonal or torch.diagonal(moment).tolist()
             for j in range(stop - start):
                 column = start + j
                 here = slope[j]

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from whit.kernels.columns import writes_halves
+from whit.kernels.columns import attempted, writes_halves
 from whit.kernels.split_product import Panel, SplitFactor
 from whit.methods.rounders import BlockRounder, join_rounders
 
@@ -72,9 +72,10 @@ def round_with_feedback(
             done = errors[start:stop]
             if isinstance(rounder, BlockRounder) and rounder.fast(weight):
                 inner, halves = upper[start:stop, start:stop], pending.halves(start, stop)
-                rounder.round_block(start, block.contiguous(), inner, codes[start:stop], done, halves)
-                pending.finish(start, stop, halves is not None)
-                continue
+                given = (start, block.contiguous(), inner, codes[start:stop], done, halves)
+                if attempted(rounder.round_block, *given):
+                    pending.finish(start, stop, halves is not None)
+                    continue
             inner = upper[start:stop, start:stop].T.contiguous()
             diagonal = diagonal or torch.diagonal(upper).tolist()
             for j in range(stop - start):

@@ -17,7 +17,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from whit.kernels.groups import MOST_GROUPS, Words, available
+from whit.kernels.groups import MOST_GROUPS, Words, attempted, available
 from whit.kernels.split_product import add_product, product
 from whit.methods.codebook_learning import nearest_words
 
@@ -122,8 +122,9 @@ def round_groups(
         values = torch.addmm(weight[:, begin:end], errors[:, :begin], upper[:begin, begin:end], alpha=-1)
         if fast is not None:
             here, mine = slice(begin, end), codes[:, first : first + len(block)]
-            fast.take(first, len(block), values, values, upper[here, here], mine, errors[:, here], current[:, here])
-            continue
+            given = (values, values, upper[here, here], mine, errors[:, here], current[:, here])
+            if attempted(fast.take, first, len(block), *given):
+                continue
         for group, (start, stop) in enumerate(block, first):
             near = slice(start - begin, stop - begin)
             width = stop - start
@@ -163,9 +164,10 @@ def descend_groups(
         old = values[:, begin:end].clone()
         if fast is not None:
             here, mine, change = slice(begin, end), codes[:, first : first + len(block)], torch.empty_like(old)
-            fast.take(first, len(block), old, gradient[:, here], moment[here, here], mine, change, values[:, here])
-            add_product(gradient, change, moment[begin:end], -1)
-            continue
+            given = (old, gradient[:, here], moment[here, here], mine, change, values[:, here])
+            if attempted(fast.take, first, len(block), *given):
+                add_product(gradient, change, moment[begin:end], -1)
+                continue
         for group, (start, stop) in enumerate(block, first):
             width = stop - start
             change = values[:, begin:start] - old[:, : start - begin]

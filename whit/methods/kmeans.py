@@ -92,8 +92,8 @@ def weighted_levels(values: Tensor, importance: Tensor, count: int, iterations: 
     edges = torch.arange(count, dtype=torch.float64, device=values.device).add(0.5) / count
     starts = torch.searchsorted(moments[0, :, 1:].contiguous(), moments[0, :, -1:] * edges)
     levels = ordered.gather(1, starts.clamp(max=values.shape[1] - 1)).double()
-    if lloyd.available(values.device):
-        lloyd.lloyd(values, (importance / importance.mean()).double(), levels, iterations)
+    mean_mass = (importance / importance.mean()).double()
+    if lloyd.available(values.device) and lloyd.lloyd(values, mean_mass, levels, iterations):
         iterations = 0
     ordered = ordered.double()
     for _ in range(iterations):

@@ -33,11 +33,10 @@ def compiled(function: Callable[..., None]) -> Callable[..., None]:
     """
     from numba import njit
 
+    from whit.kernels.cpu.cache import cached
+
     options: dict[str, Any] = {"nogil": True, "fastmath": {"contract"}, "error_model": "numpy"}
-    try:
-        made: Callable[..., None] = njit(cache=True, **options)(function)
-    except RuntimeError:  # neither the package's folder nor the user's cache can be written
-        made = njit(**options)(function)
+    made: Callable[..., None] = cached(njit(**options)(function), function)
     return made
 
 
@@ -51,16 +50,18 @@ def address_of(name: str) -> int:
 
 @lru_cache(maxsize=64)
 def _step(name: str) -> Any:
-    from numba import cfunc, types
+    from numba import types
+    from numba.core.ccallback import CFunc
+
+    from whit.kernels.cpu.cache import cached
 
     module, _, function = name.rpartition(".")
     body = getattr(importlib.import_module(f"{__package__}.{module}"), function)
-    signature = types.void(types.int64, types.int64, types.int64)
+    signature = (types.int64, types.int64, types.int64), types.void
     options: dict[str, Any] = {"fastmath": {"contract"}, "error_model": "numpy"}
-    try:
-        return cfunc(signature, cache=True, **options)(body)
-    except RuntimeError:  # as above
-        return cfunc(signature, **options)(body)
+    made = cached(CFunc(body, signature, locals={}, options=options), body)
+    made.compile()
+    return made
 
 
 def shared_out(call: Callable[[int, int], None], count: int, step: int) -> None:
