@@ -241,13 +241,6 @@ __device__ __forceinline__ float staged_scalar(const u8* stage, int row, int par
     const u16* halves = (const u16*)(stage + PLANES * PLANE_BYTES) + row * SCALAR_WORDS * 2;
     return float_of_half(halves[parity + group * NS + j]);
 }
-// Asks L2 for one vector; allowed before `wait_for_previous_kernel`, since L2 sees every later write.
-__device__ __forceinline__ void prefetch_x(const u16* x, int columns) {
-#if EARLY
-    for (int at = threadIdx.x * 64; at < columns; at += THREADS * 64) asm volatile("prefetch.global.L2 [%0];" ::"l"(x + at));
-#endif
-}
-
 // Which of the item's groups holds column `offset` of the item: known to the compiler when loops are unrolled.
 __device__ __forceinline__ int group_of(int column0, int offset) {
     if (REGULAR) return GROUP % ICOLS == 0 ? 0 : offset / GROUP;

@@ -12,6 +12,13 @@
 //
 // With SEVERAL > 1 as many weights of one layout meet the same x, each with thread blocks of its own.
 
+// Asks L2 for one vector; allowed before `wait_for_previous_kernel`, since L2 sees every later write.
+__device__ __forceinline__ void prefetch_x(const u16* x, int columns) {
+#if EARLY
+    for (int at = threadIdx.x * 64; at < columns; at += THREADS * 64) asm volatile("prefetch.global.L2 [%0];" ::"l"(x + at));
+#endif
+}
+
 // The items of a warp: numbers warp, warp + WARPS, ... of the row tiles of a round, each `across` items wide.
 struct Place {
     int tile, column;
