@@ -148,6 +148,11 @@ def aligned(tensors: list[Tensor]) -> list[Tensor]:
     return [tensor if tensor.data_ptr() % 16 == 0 else tensor.clone() for tensor in tensors]
 
 
+def waits_for_nothing(index: int, given: list[Tensor], tensors: list[Tensor]) -> bool:
+    """Whether a kernel may read its weight while the kernel before it still runs: not where that one copied it."""
+    return starts_early(index) and all(mine is one for mine, one in zip(tensors, given, strict=True))
+
+
 def layout_fields(layout: Layout) -> list[int]:
     """A layout as an op takes it."""
     present = sum(1 << i for i, name in enumerate(layout.names) if name)
@@ -187,7 +192,7 @@ def packed_product(
     x: Tensor, tensors: list[Tensor], bias: Tensor | None, layout: list[int], rows: int, columns: int
 ) -> Tensor:
     """x (m, columns), contiguous, times the packed weight: (m, rows). See `whit/kernels/cuda_linear.py`."""
-    described, tensors = layout_from(layout), aligned(tensors)
+    described, given, tensors = layout_from(layout), tensors, aligned(tensors)
     m, bfloat, index = x.shape[0], x.dtype == torch.bfloat16, x.device.index
     tokens = size_class(described, m)
     with torch.cuda.device(x.device):
@@ -210,7 +215,7 @@ def packed_product(
             return out
         arguments += [ctypes.c_int(m)] * (m > 1) + [ctypes.c_int(launch.chunk), ctypes.c_int(launch.tiles)]
         shape = launch.shape
-        early = starts_early(index)
+        early = waits_for_nothing(index, given, tensors)
         run.launch(launch.grid, shape.threads, launch.shared, arguments, early=early, cluster=shape.share)
     return out
 

@@ -28,8 +28,9 @@ class Shape:
 
     Threads of a block, columns a warp takes at a time, blocks of 128 columns interleaved, whether one vector is
     multiplied as bit planes (`bits.cuh`) or as limbs (`limbs.cuh`), how many thread blocks a multiprocessor must have
-    room for (with two, the next kernel of a stream is already there when one ends), and how many of a cluster share the
-    work of bringing one vector into its bit planes.
+    room for (with two, the next kernel of a stream is already there when one ends), how many of a cluster share the
+    work of bringing one vector into its bit planes, whether the next kernel of a stream may start as soon as there is
+    room (`eager`; otherwise when this one has its inputs), and the most stages of a warp's ring.
     """
 
     threads: int
@@ -38,6 +39,8 @@ class Shape:
     bitwise: bool = False
     resident: int = 1
     share: int = 1
+    eager: bool = False
+    depth: int = 3
 
 
 Tuned: TypeAlias = Shape | WideShape | Decode
@@ -65,22 +68,47 @@ def gemv_shapes(layout: Layout, binary: bool = True, clusters: bool = False) -> 
         binary: the device has binary tensor cores.
         clusters: blocks can read each other's shared memory.
     """
-    bitwise = layout.bitwise and binary
+    if layout.bitwise and binary:
+        widest, narrowest = (1024, 512) if layout.bits <= 2 else (512, 256)
+        shapes = [Shape(512, widest, 1, True), Shape(512, narrowest, 1, True), Shape(256, narrowest, 1, True, 2)]
+        shapes += [Shape(512, narrowest, 1, True, 2), Shape(768, narrowest, 1, True), Shape(256, 256, 1, True)]
+        if clusters:
+            shapes += [replace(shapes[1], share=share) for share in (2, 4)]
+            shapes += [replace(shape, eager=True) for shape in shapes if shape.resident == 2]
+            shapes += [Shape(256, widest, 1, True, 2, eager=True), replace(shapes[1], depth=4)]
+        return shapes
     widest = 512 if layout.bits <= 2 else 256 if layout.bits <= 4 else 128
     narrowest = 256 if layout.bits <= 2 else 128 if layout.bits == 4 else widest
-    shapes = [Shape(768, widest, 4, bitwise), Shape(512, widest, 4, bitwise)]
-    shapes += [Shape(1024, widest, 2, bitwise), Shape(512, widest, 2, bitwise, 2)]
+    shapes = [Shape(768, widest, 4), Shape(512, widest, 4), Shape(1024, widest, 2), Shape(512, widest, 2, resident=2)]
     if narrowest < widest:
-        shapes += [Shape(1024, narrowest, 2, bitwise), Shape(512, narrowest, 2, bitwise, 2)]
-    if layout.bits <= 2 and bitwise:  # half as often the work that an item costs whatever its size
-        shapes += [Shape(512, 1024, 4, bitwise), Shape(512, 1024, 8, bitwise), Shape(768, 1024, 4, bitwise)]
-    if layout.kind == 0 and bitwise:  # two scalar sets double the work per plane of x, not that per limb
-        shapes += [Shape(768, widest, 4), Shape(512, widest, 4)]
-    shapes.append(Shape(256, narrowest, 2, bitwise))
-    if bitwise and clusters:
-        alone = [s for s in shapes if s.bitwise and s.threads in (512, 768) and s.item >= widest and s.resident == 1]
-        shapes += [replace(shape, share=share) for share in (2, 4) for shape in alone]
+        shapes += [Shape(1024, narrowest, 2), Shape(512, narrowest, 2, resident=2)]
+    shapes.append(Shape(256, narrowest, 2))
+    if clusters:
+        shapes += [replace(shape, eager=True) for shape in shapes if shape.resident == 2]
     return shapes
+
+
+_SMALL = 24
+"""Items of 512 columns of a multiprocessor up to which a product is mostly start and end."""
+_BUSY = 0.7
+"""Share of the warps' turns that must be used: a wider item costs less, but not if more of them idle."""
+
+
+def likeliest(shapes: Sequence[Shape], rows: int, columns: int, processors: int) -> list[Shape]:
+    """The shapes of `gemv_shapes` in the order in which one would try them for a weight, for want of a measurement.
+
+    Small products want room for the next kernel; warps should not wait for a last turn of few.
+    """
+    tiles = -(-rows // 16)
+    small = tiles * columns <= _SMALL * 512 * processors
+    own = -(-tiles // processors)
+
+    def unlikely(shape: Shape) -> tuple[bool, bool]:
+        turns = -(-own * -(-columns // shape.item) // (shape.threads // 32))
+        idle = own * columns < _BUSY * turns * (shape.threads // 32) * shape.item
+        return shape.bitwise and small != (shape.resident == 2), shape.bitwise and idle
+
+    return sorted(shapes, key=unlikely)
 
 
 def small_shapes(layout: Layout) -> list[Shape]:
@@ -107,12 +135,11 @@ def place_gemv(layout: Layout, rows: int, columns: int, processors: int, memory:
     per_round = max(1, min(-(-tiles // grid), memory // 512 // across))
     kinds, flushes = (2 if layout.kind == 0 else 1), (1 if layout.group % 128 == 0 else 2)
     # of x, per block of 128 columns: operand words and pairs of floats
-    block = (1152 if layout.bits == 3 else 256 * kinds) + 32 * kinds if shape.bitwise else 1024 + 32 * flushes
-    for chunks in range(
-        1, across + 1 if shape.share == 1 else 2
-    ):  # blocks that share must stage at the same time, once
+    block = (1152 if layout.bits == 3 else 256 * kinds) + 16 if shape.bitwise else 1024 + 32 * flushes
+    most = across if shape.share == 1 else 1  # blocks that share must stage at the same time, once
+    for chunks in range(1, most + 1):
         chunk = -(-across // chunks) * item
-        for depth in (3, 2):
+        for depth in range(shape.depth, 1, -1):
             shared = chunk // 128 * block + per_round * across * 64 + shape.threads // 32 * depth * stage
             if shared <= room(memory, shape):
                 return Launch(grid, shape, depth, chunk, per_round, shared)
@@ -173,7 +200,7 @@ def plan(
     fitting = [launch for launch in placed if launch is not None]
     if not fitting:
         raise ValueError(f"no launch of {rows} x {columns} fits {memory} bytes of shared memory")
-    return max(fitting, key=lambda launch: launch.chunk)  # the first of equals
+    return max(fitting, key=lambda launch: min(launch.chunk, columns))  # the first of equals
 
 
 def options_of(layout: Layout, shape: Shape, depth: int, tokens: int, bfloat: bool, early: bool) -> tuple[str, ...]:
@@ -190,6 +217,7 @@ def options_of(layout: Layout, shape: Shape, depth: int, tokens: int, bfloat: bo
         "UNROLL": shape.unroll,
         "RESIDENT": shape.resident,
         "STAGING_BLOCKS": shape.share,
+        "EAGER": shape.eager,
     }
     return (*layout.defines(), *(f"-D{key}={int(value)}" for key, value in values.items()))
 
@@ -197,7 +225,12 @@ def options_of(layout: Layout, shape: Shape, depth: int, tokens: int, bfloat: bo
 def parts_of(name: str, shape: Shape) -> tuple[str, ...]:
     """The source files of a kernel, in order."""
     if name == "gemv":
-        return ("common.cuh", "group.cuh", "bits.cuh" if shape.bitwise else "limbs.cuh", "gemv.cu")
+        return (
+            "common.cuh",
+            "group.cuh",
+            *(("planes.cuh", "bits.cuh") if shape.bitwise else ("limbs.cuh",)),
+            "gemv.cu",
+        )
     return ("common.cuh", f"{name}.cu")
 
 
@@ -282,4 +315,6 @@ def choose(
         if shape in known:  # the kernel is written for these, not for whatever a file may say
             with suppress(ValueError):
                 return plan(layout, rows, columns, tokens, processors, memory, [shape])
+    if tokens == 1:
+        shapes = likeliest(shapes, rows, columns, processors)
     return plan(layout, rows, columns, tokens, processors, memory, shapes)

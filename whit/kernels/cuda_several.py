@@ -26,6 +26,7 @@ from whit.kernels.cuda_ops import (
     device_limits,
     layout_from,
     starts_early,
+    waits_for_nothing,
     weight_of,
 )
 from whit.kernels.cuda_plan import Launch, choose, place_gemv
@@ -56,11 +57,23 @@ def shares(rows: Sequence[int], processors: int) -> list[int]:
 
 
 def place_several(
-    name: str, layout: Layout, rows: Sequence[int], columns: int, processors: int, memory: int, binary: bool
+    name: str,
+    layout: Layout,
+    rows: Sequence[int],
+    columns: int,
+    processors: int,
+    memory: int,
+    binary: bool,
+    early: bool = False,
 ) -> tuple[Launch, list[int]]:
-    """The launch of several weights on a device, and the thread blocks of each."""
+    """The launch of several weights on a device, and the thread blocks of each.
+
+    The shape is that of one weight of all rows; `early` says that the device can start a kernel before the last ends.
+    """
     blocks = shares(rows, processors)
-    found = choose(name, layout, sum(rows), columns, 1, processors, memory, binary=binary, clusters=False)
+    found = choose(name, layout, sum(rows), columns, 1, processors, memory, binary=binary, clusters=early)
+    if found.shape.share > 1:  # blocks of several weights have no marked columns, so no bits of x, in common
+        found = choose(name, layout, sum(rows), columns, 1, processors, memory, binary=binary, clusters=False)
     rounds = max(-(-count // (16 * have)) for count, have in zip(rows, blocks, strict=True))
     # as many tiles for each block as the slowest has, so that one round does
     launch = place_gemv(layout, 16 * rounds * processors, columns, processors, memory, found.shape)
@@ -73,15 +86,16 @@ def _prepared(
     layout: Layout, rows: tuple[int, ...], columns: int, bfloat: bool, index: int
 ) -> tuple[Kernel, Launch, list[int]]:
     device, processors, memory = device_limits(index)
-    launch, blocks = place_several(device, layout, rows, columns, processors, memory, counts_bits(index))
-    source, name, options, _ = build(layout, launch, 1, bfloat, starts_early(index))
+    early = starts_early(index)
+    launch, blocks = place_several(device, layout, rows, columns, processors, memory, counts_bits(index), early)
+    source, name, options, _ = build(layout, launch, 1, bfloat, early)
     return kernel(source, name, (*options, f"-DSEVERAL={len(rows)}"), index), launch, blocks
 
 
 @torch.library.custom_op("whit::packed_products", mutates_args=(), device_types="cuda")
 def packed_products(x: Tensor, tensors: list[Tensor], layout: list[int], rows: list[int], columns: int) -> Tensor:
     """x (1, columns), contiguous, times several packed weights, whose tensors follow one another: (1, sum of rows)."""
-    described, tensors, index = layout_from(layout), aligned(tensors), x.device.index
+    described, given, tensors, index = layout_from(layout), tensors, aligned(tensors), x.device.index
     out = torch.empty(1, sum(rows), dtype=x.dtype, device=x.device)
     each = len(tensors) // len(rows)
     with torch.cuda.device(x.device):
@@ -93,7 +107,8 @@ def packed_products(x: Tensor, tensors: list[Tensor], layout: list[int], rows: l
             row, first = row + count, first + share
         sizes = (ctypes.c_int(launch.chunk), ctypes.c_int(launch.tiles))
         arguments: list[Argument] = [ctypes.c_void_p(x.data_ptr()), tasks, *sizes]
-        run.launch(launch.grid, launch.shape.threads, launch.shared, arguments, early=starts_early(index))
+        early = waits_for_nothing(index, given, tensors)
+        run.launch(launch.grid, launch.shape.threads, launch.shared, arguments, early=early)
     return out
 
 

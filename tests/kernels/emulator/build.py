@@ -38,14 +38,21 @@ MEANINGS = {
     "void copies_commit(": "static void copies_commit() { close_group(); }",
     "void copies_wait(": "template <int LEFT> static void copies_wait() { finish_groups(LEFT); }",
     "void wait_for_previous_kernel(": "static void wait_for_previous_kernel() {}",
-    "void prefetch_item(": "static void prefetch_item(const Weight&, int, int, int) {}",
     "void prefetch_line(": "static void prefetch_line(const u8*) {}",
+    "void start_next_kernel(": "static void start_next_kernel() {}",
+    "void prefetch_x(": "static void prefetch_x(const u16*, int) {}",
     "void product(int": "static void product(int (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1)"
     " { u32 a[4] = {a0, a1, a2, a3}, b[2] = {b0, b1}; tensor_product(c, 4, a, 2, b, bytes_times_bytes); }",
     "void product(float": "static void product(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1)"
     " { u32 b[2] = {b0, b1}; tensor_product(c, 4, a, 2, b, floats_times_floats); }",
-    "void count(": "static void count(int (&c)[4], u32 a0, u32 a1, u32 b)"
+    "void count(int (&c)[4], u32 a0, u32 a1, u32 a2": "static void count(int (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3,"
+    " u32 b0, u32 b1) { u32 a[4] = {a0, a1, a2, a3}, b[2] = {b0, b1}; tensor_product(c, 4, a, 2, b, ones_in_both); }",
+    "void count(int (&c)[4], u32 a0, u32 a1, u32 b)": "static void count(int (&c)[4], u32 a0, u32 a1, u32 b)"
     " { u32 a[2] = {a0, a1}; tensor_product(c, 2, a, 1, &b, ones_in_both); }",
+    "u32 even_and_odd(": "static u32 even_and_odd(u32 even, u32 odd)"
+    " { return (even & 0x55555555u) | (odd & 0xaaaaaaaau); }",
+    "void weigh(": "static void weigh(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1)"
+    " { u32 a[4] = {a0, a1, a2, a3}, b[2] = {b0, b1}; tensor_product(d, 4, a, 2, b, halves_times_halves); }",
     "void barrier_init(": "",
     "void barriers_ready(": "static void barriers_ready() {}",
     "void barrier_arrive(": "",

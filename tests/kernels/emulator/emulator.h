@@ -155,6 +155,7 @@ static unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
     return result;
 }
 static unsigned __funnelshift_r(unsigned low, unsigned high, unsigned s) { return (unsigned)(((uint64_t)high << 32 | low) >> (s & 31)); }
+static int __popc(unsigned v) { return __builtin_popcount(v); }
 static int __float2int_rn(float f) { return std::isnan(f) ? 0 : (int)lrintf(f); }
 static float __fdividef(float a, float b) { return a / b; }
 
@@ -193,6 +194,9 @@ static double bytes_times_bytes(uint32_t a, uint32_t b) {
     return sum;
 }
 static double ones_in_both(uint32_t a, uint32_t b) { return __builtin_popcount(a & b); }
+static double halves_times_halves(uint32_t a, uint32_t b) {
+    return (double)from_half(a) * from_half(b) + (double)from_half(a >> 16) * from_half(b >> 16);
+}
 static double floats_times_floats(uint32_t a, uint32_t b) {
     return (double)from16(a) * from16(b) + (double)from16(a >> 16) * from16(b >> 16);
 }

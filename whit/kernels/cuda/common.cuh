@@ -93,6 +93,13 @@ __device__ __forceinline__ void wait_for_previous_kernel() {
 #endif
 }
 
+// Lets the kernel behind start as soon as there is room for it.
+__device__ __forceinline__ void start_next_kernel() {
+#if EARLY
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // Barrier of all threads of a cluster of blocks, in two parts.
 __device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
@@ -128,12 +135,17 @@ struct Weight {
     int rows, columns, width, groups;  // width: bytes per packed row of one plane
 };
 
+#if defined(BITWISE) && BITWISE && BITS == 2  // a quad reads two chunks at once
+#define SWIZZLE 2
+#else
+#define SWIZZLE 1
+#endif
 // Where 16-byte chunk `chunk` of row `row` lies in a staged plane: swizzled so that a quad column of 8 rows has as many
 // banks as it can.
 __device__ __forceinline__ int chunk_place(int row, int chunk) {
     if (CODE_BITS == 3) return row * ROW_STRIDE + chunk * 16;
     constexpr int SHARE = 8 / ROW_CHUNKS > 0 ? 8 / ROW_CHUNKS : 1;  // rows that fill the 32 banks
-    return row * ROW_BYTES + ((chunk ^ (row / SHARE)) & (ROW_CHUNKS - 1)) * 16;
+    return row * ROW_BYTES + ((chunk ^ (SWIZZLE * (row / SHARE) & 7)) & (ROW_CHUNKS - 1)) * 16;
 }
 
 template <int BYTES> __device__ __forceinline__ void copy_whole(u8* shared, const u8* source) {
@@ -146,32 +158,25 @@ template <int BYTES> __device__ __forceinline__ void copy_whole(u8* shared, cons
 __device__ __forceinline__ void stage_item(u8* stage, const Weight& w, int row0, int column0, int lane) {
     const int byte0 = column0 / 8 * CODE_BITS;
     const bool full = row0 + 16 <= w.rows && column0 + ICOLS <= w.columns;
-    if (ALIGN == 16 && full) {
-#pragma unroll
-        for (int plane = 0; plane < PLANES; plane++) {
-            const u8* from = w.codes[plane];
-            const u32 start = (u32)(row0 * w.width + byte0);
-#pragma unroll
-            for (int i = 0; i < (16 * ROW_CHUNKS) / 32; i++) {
-                int index = lane + 32 * i, row = index / ROW_CHUNKS, chunk = index % ROW_CHUNKS;
-                copy_whole<16>(stage + plane * PLANE_BYTES + chunk_place(row, chunk), from + (start + (u32)(row * w.width + chunk * 16)));
-            }
-        }
-    } else {
-#pragma unroll
-        for (int plane = 0; plane < PLANES; plane++)
-#pragma unroll 1
-            for (int i = 0; i < (16 * ROW_CHUNKS) / 32; i++) {
-                int index = lane + 32 * i, row = index / ROW_CHUNKS, chunk = index % ROW_CHUNKS;
-                int from = min(row0 + row, w.rows - 1), offset = byte0 + chunk * 16;
-                int valid = w.width - offset;
-                copy16(stage + plane * PLANE_BYTES + chunk_place(row, chunk), w.codes[plane] + (size_t)from * w.width + (valid > 0 ? offset : 0), valid);
-            }
-    }
     const int group0 = GROUP >= (1 << 30) ? 0 : column0 / GROUP;
     u32* scalars = (u32*)(stage + PLANES * PLANE_BYTES);
-    const long long scalar_end = (long long)w.rows * w.groups * (NS * 2);
-    if (PIECE > 2 && full) {
+    const auto whole_codes = [&]() {
+#pragma unroll
+        for (int plane = 0; plane < PLANES; plane++) {
+            const u8* from = w.codes[plane] + (u32)((row0 + lane / ROW_CHUNKS) * w.width + byte0 + lane % ROW_CHUNKS * 16);
+#pragma unroll
+            for (int i = 0; i < (16 * ROW_CHUNKS) / 32; i++) {
+                if (32 % ROW_CHUNKS == 0) {  // whole rows at a time
+                    copy_whole<16>(stage + plane * PLANE_BYTES + chunk_place(lane / ROW_CHUNKS + 32 / ROW_CHUNKS * i, lane % ROW_CHUNKS), from);
+                    from += (u32)(32 / ROW_CHUNKS * w.width);
+                } else {
+                    int index = lane + 32 * i, row = index / ROW_CHUNKS, chunk = index % ROW_CHUNKS;
+                    copy_whole<16>(stage + plane * PLANE_BYTES + chunk_place(row, chunk), w.codes[plane] + (u32)((row0 + row) * w.width + byte0 + chunk * 16));
+                }
+            }
+        }
+    };
+    const auto whole_scalars = [&]() {
         const u32 start = (u32)(row0 * w.groups + group0) * (NS * 2);
         constexpr int ACROSS = GROUPS_IN_ITEM * NS * 2 / PIECE > 0 ? GROUPS_IN_ITEM * NS * 2 / PIECE : 1;
 #pragma unroll
@@ -180,13 +185,35 @@ __device__ __forceinline__ void stage_item(u8* stage, const Weight& w, int row0,
             if (16 * ACROSS % 32 == 0 || row < 16)
                 copy_whole<PIECE>((u8*)scalars + index * PIECE, w.scalars + (start + (u32)(row * w.groups * (NS * 2) + piece * PIECE)));
         }
+    };
+    if (ALIGN == 16 && PIECE > 2 && full) {  // one branch, so that the compiler interleaves what follows
+        whole_codes();
+        whole_scalars();
     } else {
+        if (ALIGN == 16 && full) {
+            whole_codes();
+        } else {
+#pragma unroll
+            for (int plane = 0; plane < PLANES; plane++)
 #pragma unroll 1
-        for (int index = lane; index < 16 * SCALAR_WORDS; index += 32) {
-            const int row = index / SCALAR_WORDS, word = index % SCALAR_WORDS;
-            long long offset = (((long long)min(row0 + row, w.rows - 1) * w.groups + group0) * (NS * 2) & ~3ll) + 4 * word;
-            long long valid = scalar_end - offset;
-            copy4(scalars + index, w.scalars + (valid > 0 ? offset : 0), valid > 4 ? 4 : (int)valid);
+                for (int i = 0; i < (16 * ROW_CHUNKS) / 32; i++) {
+                    int index = lane + 32 * i, row = index / ROW_CHUNKS, chunk = index % ROW_CHUNKS;
+                    int from = min(row0 + row, w.rows - 1), offset = byte0 + chunk * 16;
+                    int valid = w.width - offset;
+                    copy16(stage + plane * PLANE_BYTES + chunk_place(row, chunk), w.codes[plane] + (size_t)from * w.width + (valid > 0 ? offset : 0), valid);
+                }
+        }
+        if (PIECE > 2 && full) {
+            whole_scalars();
+        } else {
+            const long long scalar_end = (long long)w.rows * w.groups * (NS * 2);
+#pragma unroll 1
+            for (int index = lane; index < 16 * SCALAR_WORDS; index += 32) {
+                const int row = index / SCALAR_WORDS, word = index % SCALAR_WORDS;
+                long long offset = (((long long)min(row0 + row, w.rows - 1) * w.groups + group0) * (NS * 2) & ~3ll) + 4 * word;
+                long long valid = scalar_end - offset;
+                copy4(scalars + index, w.scalars + (valid > 0 ? offset : 0), valid > 4 ? 4 : (int)valid);
+            }
         }
     }
 #if ASYM
@@ -214,20 +241,6 @@ __device__ __forceinline__ float staged_scalar(const u8* stage, int row, int par
     const u16* halves = (const u16*)(stage + PLANES * PLANE_BYTES) + row * SCALAR_WORDS * 2;
     return float_of_half(halves[parity + group * NS + j]);
 }
-// Asks L2 for an item; allowed before `wait_for_previous_kernel`, since L2 sees every later write.
-__device__ __forceinline__ void prefetch_item(const Weight& w, int row0, int column0, int lane) {
-#if EARLY
-    if (row0 >= w.rows || column0 >= w.columns) return;
-    const int row = min(row0 + lane % 16, w.rows - 1);
-    const u8* codes = PLANES == 2 && lane >= 16 ? w.codes[1] : w.codes[0];
-    const u8* scalars = w.scalars + (u32)(row * w.groups + (GROUP >= (1 << 30) ? 0 : column0 / GROUP)) * (NS * 2);
-    const u8* from = codes + (u32)(row * w.width + column0 / 8 * CODE_BITS);
-    if (PLANES == 1 && lane >= 16) from = scalars;
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
-    if (PLANES == 2 && lane < 16) asm volatile("prefetch.global.L2 [%0];" ::"l"(scalars));
-#endif
-}
-
 // Which of the item's groups holds column `offset` of the item: known to the compiler when loops are unrolled.
 __device__ __forceinline__ int group_of(int column0, int offset) {
     if (REGULAR) return GROUP % ICOLS == 0 ? 0 : offset / GROUP;

@@ -12,13 +12,19 @@
 //
 // With SEVERAL > 1 as many weights of one layout meet the same x, each with thread blocks of its own.
 
-constexpr int PREFETCHED = 2;  // items of a warp that L2 is asked for while the kernel before still runs
+// Asks L2 for one vector; allowed before `wait_for_previous_kernel`, since L2 sees every later write.
+__device__ __forceinline__ void prefetch_x(const u16* x, int columns) {
+#if EARLY
+    for (int at = threadIdx.x * 64; at < columns; at += THREADS * 64) asm volatile("prefetch.global.L2 [%0];" ::"l"(x + at));
+#endif
+}
 
 // The items of a warp: numbers warp, warp + WARPS, ... of the row tiles of a round, each `across` items wide.
 struct Place {
     int tile, column;
-    __device__ __forceinline__ void settle(int across) {
-        while (column >= across) column -= across, tile++;
+    __device__ __forceinline__ void go(int tiles, int columns, int across) {
+        tile += tiles, column += columns;
+        if (column >= across) column -= across, tile++;
     }
 };
 
@@ -54,34 +60,29 @@ gemv(const u16* x, Weight w, const u16* bias, u16* y, int chunk_columns, int til
     float* partial = (float*)((u8*)(factors + chunk_blocks * (X_FACTORS)) + WARPS * (DEPTH * STAGE_BYTES));
     const int tiles = (w.rows + 15) / 16, items_across = (w.columns + ICOLS - 1) / ICOLS, chunk_items = chunk_columns / ICOLS;
     bool waited = false;
+    if (EAGER) start_next_kernel();
 
     for (int first = block; first < tiles; first += blocks * tiles_per_round) {
         const int mine = min(tiles_per_round, (tiles - first + blocks - 1) / blocks);
         for (int begin = 0; begin < items_across; begin += chunk_items) {
             const int across = min(chunk_items, items_across - begin);
-            Place ahead = {0, warp}, place = {0, warp};
-            ahead.settle(across);
+            const int down = WARPS / across, right = WARPS % across;
+            Place ahead = {warp / across, warp % across}, place = ahead;
             auto load = [&](int slot) {
                 if (ahead.tile < mine) {
                     stage_item(ring + slot * STAGE_BYTES, w, (first + ahead.tile * blocks) * 16, (begin + ahead.column) * ICOLS, lane);
-                    ahead.column += WARPS;
-                    ahead.settle(across);
+                    ahead.go(down, right, across);
                 } else {
                     copies_commit();
                 }
             };
-            if (!waited) {
-                Place soon = ahead;
-                for (int i = 0; i < PREFETCHED && soon.tile < mine; i++) {
-                    prefetch_item(w, (first + soon.tile * blocks) * 16, soon.column * ICOLS, lane);
-                    soon.column += WARPS;
-                    soon.settle(across);
-                }
+            if (!waited) prefetch_x(x, w.columns);
+#pragma unroll 1
+            for (int slot = 0; slot < DEPTH - 1; slot++) load(slot);
+            if (!waited) {  // weights are no kernel's result: only x has to be waited for
                 wait_for_previous_kernel();
                 waited = true;
             }
-#pragma unroll 1
-            for (int slot = 0; slot < DEPTH - 1; slot++) load(slot);
             if (items_across > chunk_items || first == block) {
                 if (items_across > chunk_items) __syncthreads();
                 stage_x(x_words, factors, x, w.salient, begin * ICOLS, across * BLOCKS, w.columns, warp, lane);
@@ -94,7 +95,7 @@ gemv(const u16* x, Weight w, const u16* bias, u16* y, int chunk_columns, int til
                 __syncthreads();
             }
             int slot = 0;
-            for (place.settle(across); place.tile < mine; place.column += WARPS, place.settle(across)) {
+            for (; place.tile < mine; place.go(down, right, across)) {
                 load(slot == 0 ? DEPTH - 1 : slot - 1);
                 copies_wait<DEPTH - 1>();
                 __syncwarp();
