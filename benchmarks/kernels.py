@@ -40,7 +40,7 @@ from whit.kernels.cuda_layout import layout_of
 from whit.kernels.cuda_linear import candidates, tune
 from whit.kernels.cuda_ops import build, device_limits, size_class, starts_early
 from whit.kernels.cuda_plan import Shape, keep_tuned, plan
-from whit.kernels.cuda_wide import Decode
+from whit.kernels.cuda_wide import Decode, WideShape
 from whit.kernels.nvrtc import CompilationError, cached_cubin, device_options
 from whit.kernels.timing import copies_for, seconds_per_call
 
@@ -196,8 +196,10 @@ def compile_candidates(names: list[str], shapes: list[str], counts: list[int], b
             launch = (
                 plan(layout, rows, columns, tokens, processors, memory, [found]) if isinstance(found, Shape) else found
             )
-            source, _, options, specific = build(layout, launch, tokens, bfloat, starts_early(0))
-            jobs.add((source, device_options(capability, options, specific=specific)))
+            parts = launch.parts(rows, count, processors) if isinstance(launch, WideShape) else [(launch, 0, 0)]
+            for part, _, _ in parts:
+                source, _, options, specific = build(layout, part, tokens, bfloat, starts_early(0))
+                jobs.add((source, device_options(capability, options, specific=specific)))
     with ProcessPoolExecutor(processes) as pool:
         list(pool.map(compile_one, sorted(jobs), chunksize=4))
     print(f"compiled {len(jobs)} kernels", flush=True)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from whit.formats.base import Packed
+from whit.formats.binary_residual import BinaryResidual
 from whit.formats.dense import Dense
 from whit.formats.grouped_integer import GroupedInteger
 from whit.formats.level_table import LevelTable
@@ -82,7 +83,10 @@ def test_what_multiplies_depends_on_vectors_device_and_what_was_found(hopper, mo
     assert cuda_ops.choice(layout, 512, 4096, 1, 0).shape in gemv_shapes(layout)
     assert isinstance(cuda_ops.choice(layout, 512, 4096, 256, 0), WideShape)
     assert isinstance(cuda_ops.choice(layout, 512, 4096, 2048, 0), WideShape)
-    assert cuda_ops.choice(layout_of(GroupedInteger(4, 128, True), 4096), 512, 4096, 2048, 0) == Decode()
+    assert isinstance(cuda_ops.choice(layout_of(GroupedInteger(4, 128, True), 4096), 512, 4096, 2048, 0), WideShape)
+    for dear in (GroupedInteger(8, 128, True), BinaryResidual(128, True)):
+        assert isinstance(cuda_ops.choice(layout_of(dear, 4096), 512, 4096, 256, 0), WideShape)
+        assert cuda_ops.choice(layout_of(dear, 4096), 512, 4096, 2048, 0) == Decode()
     assert cuda_ops.choice(layout_of(LevelTable(2, 128), 4000), 512, 4000, 256, 0) == Decode()
     assert cuda_ops.choice(layout_of(LevelTable(2, 32), 4096), 512, 4096, 256, 0) == Decode()
     found = wide_shapes(layout, 16, 4096, H200[1])[1]
@@ -168,6 +172,21 @@ def test_every_shape_fits_and_covers_the_product(layout):
                 assert shape.grid(1000, tokens) * 64 * shape.row_groups * shape.tokens >= 1000 * tokens * shape.splits
     with pytest.raises(ValueError, match="no launch of 16 x 512 fits 1024 bytes"):
         wide_plan(layout_of(layout, 512), 16, 512, 16, 1, 1024)
+
+
+def test_tiles_that_do_not_fill_the_device_are_cut_finer():
+    shape = WideShape(256, 2, 1, 3, 1, 128, 1, rest=4)
+    whole = WideShape(256, 2, 1, 3, 1, 128, 1)
+    assert shape.tiles(11008, 2048) == 688
+    assert shape.parts(11008, 2048, 132) == [(whole, 0, 660), (WideShape(256, 2, 4, 3, 1, 128, 1), 660, 28)]
+    assert shape.parts(11008, 256, 132) == [(whole, 0, 86)]  # nothing fills it
+    assert shape.parts(128 * 132, 256, 132) == [(whole, 0, 132)]  # nothing is left over
+    assert whole.parts(11008, 2048, 132) == [(whole, 0, 688)]
+    layout = layout_of(LevelTable(2, 128), 4096)
+    assert wide_plan(layout, 11008, 4096, 2048, *H200).rest == 4
+    tiles = WideShape(128, 3, 1, 4, 1, 128, 3)
+    assert wide_plan(layout, 11008, 4096, 256, *H200) == tiles
+    assert wide_plan(layout_of(BinaryResidual(128, True), 4096), 11008, 4096, 256, *H200).tokens == 256
 
 
 def test_two_resident_blocks_share_the_memory():

@@ -136,6 +136,8 @@ WIDE = [
     (GroupedInteger(8, 64, False), WideShape(8, 1, 1, 3, 1), 7),
     (LevelTable(2, 128), WideShape(128, 1, 1, 3, 1, 64, 3), 150),
     (BinaryResidual(128, True), WideShape(64, 3, 1, 2, 1, 128, 3), 70),
+    (LevelTable(2, 128), WideShape(16, 2, 4, 3, 1, 128, sends=True), 13),
+    (BinaryResidual(128, False), WideShape(64, 1, 2, 2, 1, 128, 3, sends=True), 50),
     (VectorCodebook(256, 12, False), WideShape(8, 1, 2, 3, 1), 1),
     (VectorCodebook(256, 8, True), WideShape(8, 1, 1, 3, 1, 128), 5),
     (VectorCodebook(64, 4, True), WideShape(16, 2, 1, 3, 1, 128), 11),
@@ -159,6 +161,26 @@ def test_many_vectors(layout, shape, tokens, tmp_path):
     expected = x.double() @ weight.T + bias.double()
     assert ((actual.double() - expected).abs() <= error_bound(x, weight, expected)).all()
     assert torch.equal(run(program, described, shape, tensors, (rows, columns), x, bias, descending=True), actual)
+
+
+def test_tiles_that_do_not_fill_the_device_are_cut_finer(tmp_path):
+    layout, shape = BinaryResidual(128, True), WideShape(16, 1, 1, 3, 1, 128, 1, 2)
+    rows, columns, tokens = 83, 512, 40
+    described, packed = layout_of(layout, columns), random_packed(layout, rows, columns)
+    x, weight = inputs(tokens, columns, torch.float16, "cpu"), packed.unpack().double()
+    tensors = [packed.tensors[name] for name in described.names if name]
+    parts = shape.parts(rows, tokens, 4)
+    assert [(part.splits, first, count) for part, first, count in parts] == [(1, 0, 4), (2, 4, 2)]
+    results = []
+    for part, first, count in parts:
+        folder = tmp_path / str(first)
+        folder.mkdir()
+        program = compiled("wide", described, part, tokens, False, folder)
+        results.append(run(program, described, part, tensors, (rows, columns), x, None, tiles=(first, count)))
+    assert torch.equal(results[0].isnan(), ~results[1].isnan())
+    expected = x.double() @ weight.T
+    actual = torch.where(results[0].isnan(), results[1], results[0])
+    assert ((actual.double() - expected).abs() <= error_bound(x, weight, expected)).all()
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,8 @@ WHOLE_ROW = 1 << 30
 """`group` when one group spans the row."""
 WIDEST_CODEBOOK = 1 << 15
 """Bytes of a decoded codebook that a kernel keeps in shared memory."""
+BINARY_RESIDUAL = 0
+GROUPED_INTEGER = 2
 VECTOR_CODEBOOK = 3
 STRUCTURED_BINARY = 4
 NUMBERS = {VECTOR_CODEBOOK: ("CODES", "WIDTH", "TERNARY"), STRUCTURED_BINARY: ("KEPT", "OF", "WORD_GROUPS", "REGIONS")}

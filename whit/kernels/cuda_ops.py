@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from whit.kernels.cuda_decode import THREADS as DECODE_THREADS
-from whit.kernels.cuda_decode import decode_options, decode_shared, decode_source
+from whit.kernels.cuda_decode import decode_grid, decode_options, decode_shared, decode_source
 from whit.kernels.cuda_layout import Layout
 from whit.kernels.cuda_plan import (
     Launch,
@@ -29,6 +29,7 @@ from whit.kernels.cuda_wide import (
     bucket,
     decodes_first,
     shared_bytes,
+    stages_codes,
     wide_options,
     wide_plan,
     wide_shapes,
@@ -184,7 +185,8 @@ def _decode(layout: Layout, weight: Weight, out: Tensor) -> None:
         run.launch(processors, threads, shared, [weight, _pointer(out)])
         return
     run = _decoder(layout, out.dtype == torch.bfloat16, index)
-    run.launch(8 * processors, DECODE_THREADS, decode_shared(layout), [weight, _pointer(out)])
+    grid = decode_grid(layout, out.shape[0], out.shape[1], processors)
+    run.launch(grid, DECODE_THREADS, decode_shared(layout), [weight, _pointer(out)])
 
 
 @torch.library.custom_op("whit::packed_product", mutates_args=(), device_types="cuda")
@@ -203,20 +205,25 @@ def packed_product(
             _decode(described, weight, dense)
             return torch.nn.functional.linear(x, dense, bias)
         out = torch.empty(m, rows, dtype=x.dtype, device=x.device)
-        run = _compiled(described, launch, tokens, bfloat, index)
-        arguments: list[Argument] = [_pointer(x), weight, _pointer(bias), _pointer(out)]
         if isinstance(launch, WideShape):
             x = x if x.data_ptr() % 16 == 0 else x.clone()
-            arguments[0] = tensor_map(x.data_ptr(), m, columns, launch.tokens, BOX)
-            arguments.append(ctypes.c_int(m))
-            shared = shared_bytes(described, launch)
-            grid = launch.grid(rows, m)
-            run.launch(grid, launch.threads, shared, arguments, early=True, cluster=launch.splits)
+            boxes = tensor_map(x.data_ptr(), m, columns, launch.tokens, BOX)
+            codes = boxes
+            if stages_codes(described, launch):
+                codes = tensor_map(tensors[0].data_ptr(), rows, columns // 2, 64 * launch.row_groups, BOX)
+            early = waits_for_nothing(index, given, tensors)
+            for shape, first, tiles in launch.parts(rows, m, device_limits(index)[1]):
+                run, shared = _compiled(described, shape, tokens, bfloat, index), shared_bytes(described, shape)
+                numbers = (ctypes.c_int(m), ctypes.c_int(first))
+                arguments: list[Argument] = [boxes, codes, weight, _pointer(bias), _pointer(out), *numbers]
+                run.launch(tiles * shape.splits, shape.threads, shared, arguments, early=early, cluster=shape.splits)
             return out
+        run = _compiled(described, launch, tokens, bfloat, index)
+        arguments = [_pointer(x), weight, _pointer(bias), _pointer(out)]
         arguments += [ctypes.c_int(m)] * (m > 1) + [ctypes.c_int(launch.chunk), ctypes.c_int(launch.tiles)]
-        shape = launch.shape
+        threads, share = launch.shape.threads, launch.shape.share
         early = waits_for_nothing(index, given, tensors)
-        run.launch(launch.grid, shape.threads, launch.shared, arguments, early=early, cluster=shape.share)
+        run.launch(launch.grid, threads, launch.shared, arguments, early=early, cluster=share)
     return out
 
 

@@ -244,7 +244,8 @@ def source_of(*names: str) -> str:
 @lru_cache(maxsize=16)
 def wide_source(tokens: int) -> str:
     """The CUDA C++ of `wide` for tiles of `tokens` vectors."""
-    return source_of("common.cuh") + warpgroup_product(tokens) + source_of("wide.cu")
+    parts = source_of("pairs.cuh", "warpgroup.cuh", "codes.cuh", "wide.cu")
+    return source_of("common.cuh") + warpgroup_product(tokens) + parts
 
 
 def tuning_key(layout: Layout, rows: int, columns: int, tokens: int) -> str:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from whit.kernels.cuda_layout import VECTOR_CODEBOOK, WIDEST_CODEBOOK, Layout
+from whit.kernels.cuda_layout import BINARY_RESIDUAL, GROUPED_INTEGER, VECTOR_CODEBOOK, WIDEST_CODEBOOK, Layout
 
 BOX = 64
 """Columns that one copy of x brings; a stage has one or two of them, a split whole stages."""
 WIDEST_TILE = 256
 EXPANSION = 85
 """Cycles in which a warpgroup expands the codes of a product of 64 x 16, measured on an H200 for two-bit levels."""
+DEARER = {(BINARY_RESIDUAL, 1): 1.5, (GROUPED_INTEGER, 3): 1.3, (GROUPED_INTEGER, 4): 1.2}
+"""How many times as long it takes for other codes, by kind and bits."""
 WAVE = 6000
 """Cycles that a thread block spends before its first product and after its last."""
 MANY = 1024
@@ -23,7 +25,9 @@ class WideShape:
 
     Vectors of a tile, warpgroups of a thread block (64 rows each), thread blocks of a cluster that share the columns of
     a tile, stages of x, how many thread blocks a multiprocessor must have room for, the columns of a stage, how many
-    products are in flight while the operand of the next is made (1 or 3).
+    products are in flight while the operand of the next is made (1 or 3), by how many blocks the columns of those tiles
+    are shared that would not fill the device (0: as the others), and whether blocks of a cluster send their sums to the
+    one that adds them instead of fetching them.
     """
 
     tokens: int
@@ -33,6 +37,8 @@ class WideShape:
     resident: int
     block: int = 64
     ahead: int = 1
+    rest: int = 0
+    sends: bool = False
 
     @property
     def threads(self) -> int:
@@ -40,16 +46,30 @@ class WideShape:
         return 128 * self.row_groups
 
     @property
-    def tile_bytes(self) -> int:
-        """Bytes of the ring of x, in which later the sums of the tile lie; whole swizzled rows of 1024 bytes."""
-        ring = self.depth * self.tokens * 2 * self.block
-        rows = 64 * self.row_groups
-        sums = self.tokens * (rows + 4) * 4 if self.splits > 1 else max(self.tokens, 16) * (rows + 8) * 2
-        return -(-max(ring, sums) // 1024) * 1024
+    def inbox_bytes(self) -> int:
+        """Bytes in which the blocks of a cluster find the sums sent to them."""
+        if not self.sends or self.splits == 1 or self.tokens % self.splits:
+            return 0
+        return self.tokens * (64 * self.row_groups + 4) * 4
+
+    def tiles(self, rows: int, tokens: int) -> int:
+        """Tiles of a product."""
+        return -(-rows // (64 * self.row_groups)) * -(-tokens // self.tokens)
 
     def grid(self, rows: int, tokens: int) -> int:
-        """Thread blocks of a product."""
-        return -(-rows // (64 * self.row_groups)) * -(-tokens // self.tokens) * self.splits
+        """Thread blocks of a product in one launch."""
+        return self.tiles(rows, tokens) * self.splits
+
+    def parts(self, rows: int, tokens: int, processors: int) -> list[tuple[WideShape, int, int]]:
+        """Launches of a product: the shape, its first tile and its tiles.
+
+        With `rest`, tiles that fill the device as often as they can, then those left over, cut finer.
+        """
+        whole, tiles = replace(self, rest=0), self.tiles(rows, tokens)
+        filling = tiles - tiles % max(1, processors * self.resident // self.splits)
+        if self.rest in (0, self.splits) or filling in (0, tiles):
+            return [(whole, 0, tiles)]
+        return [(whole, 0, filling), (replace(whole, splits=self.rest), filling, tiles - filling)]
 
 
 @dataclass(frozen=True)
@@ -73,9 +93,23 @@ def codebook_bytes(layout: Layout) -> int:
     return -(-2 * layout.numbers[0] * layout.numbers[1] // 1024) * 1024
 
 
+def stages_codes(layout: Layout, shape: WideShape) -> bool:
+    """Whether codes come to shared memory with x: bytes, of which a lane needs pairs here and there."""
+    return layout.kind == GROUPED_INTEGER and layout.bits == 8 and shape.block == 2 * BOX
+
+
+def tile_bytes(layout: Layout, shape: WideShape) -> int:
+    """Bytes of the ring, in which later the sums of the tile may lie; whole swizzled rows of 1024 bytes."""
+    rows = 64 * shape.row_groups
+    ring = shape.depth * (shape.tokens * 2 * shape.block + (128 * rows if stages_codes(layout, shape) else 0))
+    sums = shape.tokens * (rows + 4) * 4 if shape.splits > 1 else max(shape.tokens, 16) * (rows + 8) * 2
+    return -(-max(ring, 0 if shape.inbox_bytes else sums) // 1024) * 1024
+
+
 def shared_bytes(layout: Layout, shape: WideShape) -> int:
     """Bytes of shared memory of a thread block."""
-    return shape.tile_bytes + codebook_bytes(layout) + 16 * shape.depth
+    levels = 2 * shape.threads * 4 if layout.kind == BINARY_RESIDUAL else 0
+    return tile_bytes(layout, shape) + codebook_bytes(layout) + 16 * shape.depth + levels + shape.inbox_bytes
 
 
 def bucket(tokens: int) -> int:
@@ -90,14 +124,20 @@ def wide_shapes(layout: Layout, tokens: int, columns: int, memory: int) -> list[
     if tile <= 32:
         shapes = [WideShape(tile, 1, s, 4, 4, 128, ahead) for s in splits for ahead in (1, 3)]
         shapes += [WideShape(tile, 2, s, 4, 2, 128, ahead) for s in splits for ahead in (1, 3)]
+        shapes += [WideShape(tile, 1, splits[-1] // 4 or 1, 4, 5, 128)]
+        sending = ((2, 4, 2, 1), (1, 4, 4, 3), (2, 3, 3, 1), (1, 4, 6, 1))
+        shapes += [WideShape(tile, g, s, d, r, 128, a, sends=True) for g, d, r, a in sending for s in splits[1:]]
     elif tile == 64:
         shapes = [WideShape(tile, 2, s, 4, 2, 128, ahead) for s in splits[:3] for ahead in (1, 3)]
         shapes += [WideShape(tile, 3, s, 4, 1, 128, 3) for s in splits[:3]]
+        shapes += [WideShape(tile, 3, s, 4, 1, 128, 3, sends=True) for s in splits[1:3]]
     else:
         shapes = [WideShape(128, groups, s, 4, 1, 128, 3) for groups in (2, 3, 4) for s in splits[:2]]
         shapes += [WideShape(128, 2, s, 4, 2, 64, 3) for s in splits[:2]]
         if tile > 128:
             shapes += [WideShape(256, 2, s, 3, 1, 128, ahead) for s in splits[:2] for ahead in (1, 3)]
+            finer = ((2, 1), (4, 1), (8, 1), (4, 3))
+            shapes += [WideShape(256, 2, 1, 3, 1, 128, ahead, rest) for rest, ahead in finer if rest in splits]
     shapes += [WideShape(tile, 2, s, 4, 1, 64) for s in splits[:2]]  # for any columns and groups
     fits = [shape for shape in shapes if shape.resident * (shared_bytes(layout, shape) + 1024) <= memory + 1024]
     return [shape for shape in fits if columns % shape.block == 0 and layout.group % shape.block == 0]
@@ -117,10 +157,16 @@ def wide_plan(layout: Layout, rows: int, columns: int, tokens: int, processors: 
         raise ValueError(f"no launch of {rows} x {columns} fits {memory} bytes of shared memory")
 
     def cycles(shape: WideShape) -> float:
-        waves = -(-shape.grid(rows, tokens) // (processors * shape.resident))
-        expansion = EXPANSION * (1.3 if shape.block == BOX else 1.0)  # what a stage costs is shared by fewer products
+        parts = shape.parts(rows, tokens, processors)
+        return sum(part_cycles(part, tiles * part.splits) for part, _, tiles in parts)
+
+    def part_cycles(shape: WideShape, blocks: int) -> float:
+        waves = -(-blocks // (processors * shape.resident))
+        stage = 1.3 if shape.block == BOX else 1.0  # what a stage costs is shared by fewer products
+        expansion = EXPANSION * DEARER.get((layout.kind, layout.bits), 1.0) * stage
         step = shape.resident * shape.row_groups * max(shape.tokens / 2, expansion)
-        return waves * (columns / 16 / shape.splits * step + (WAVE if shape.splits == 1 else 2 * WAVE))
+        ends = WAVE if shape.splits == 1 else WAVE * (1.5 if shape.sends else 2)
+        return waves * (columns / 16 / shape.splits * step + ends)
 
     return min(shapes, key=cycles)
 
@@ -128,9 +174,10 @@ def wide_plan(layout: Layout, rows: int, columns: int, tokens: int, processors: 
 def decodes_first(layout: Layout, tokens: int) -> bool:
     """Whether, where nothing was tuned, a library over the decoded weight is the faster way.
 
-    With many vectors every tile expands the weight anew, which hides behind the products for two plain bits or fewer.
+    With many vectors every tile expands the weight anew, which hides behind the products but for two planes with two
+    sets of levels, and for bytes, whose stages leave no room for tiles of 256 vectors.
     """
-    return tokens >= MANY and not (layout.kind in (1, 2) and layout.bits <= 2)
+    return tokens >= MANY and (layout.kind == BINARY_RESIDUAL or (layout.kind == GROUPED_INTEGER and layout.bits == 8))
 
 
 def wide_options(layout: Layout, shape: WideShape, bfloat: bool, early: bool) -> tuple[str, ...]:
@@ -148,8 +195,9 @@ def wide_options(layout: Layout, shape: WideShape, bfloat: bool, early: bool) ->
         "RESIDENT": shape.resident,
         "BLOCK": shape.block,
         "AHEAD": shape.ahead,
-        "TILE_BYTES": shape.tile_bytes,
+        "TILE_BYTES": tile_bytes(layout, shape),
         "CODEBOOK_BYTES": codebook_bytes(layout),
+        "INBOX_BYTES": shape.inbox_bytes,
     }
     return (*layout.defines(), *(f"-D{key}={int(value)}" for key, value in values.items()))
 

@@ -60,11 +60,18 @@ MEANINGS = {
     "void barrier_wait(": "",
     "void copy_box(": "static void copy_box(u8* to, const TensorMap& map, u64* barrier, int column, int token)"
     " { copy_box(to, map, barrier, column, token, TOKENS); }",
+    "uint4 load_sixteen(": "static uint4 load_sixteen(const u8* from) { return *(const uint4*)from; }",
+    "uint2 load_eight(": "static uint2 load_eight(const u8* from) { return *(const uint2*)from; }",
+    "void store_to_peer(": "static void store_to_peer(float* own, int rank, float value)"
+    " { *(float*)(shared_memories[rank] + ((uint8_t*)own - shared_memory)) = value; }",
+    "void copy_codes(": "static void copy_codes(u8* to, const TensorMap& map, u64* barrier, int column, int row)"
+    " { copy_box(to, map, barrier, column, row, 64 * ROW_GROUPS); }",
     "void prefetch_map(": "static void prefetch_map(const TensorMap&) {}",
     "void store_transposed(": "",
     "void registers_ready(": "static void registers_ready() {}",
     "void products_commit(": "static void products_commit() { close_products(); }",
     "void products_wait(": "template <int LEFT> static void products_wait() { finish_products(LEFT); }",
+    "void cluster_begun(": "static void cluster_begun() { cluster_arrive(); }",
     "void cluster_arrive(": "",
     "void cluster_wait(": "",
     "void cluster_leave(": "static void cluster_leave() { cluster_arrive(), cluster_wait(); }",
@@ -91,7 +98,9 @@ CALLS = {
     "decode": "decode(weight, (u16*)y)",
     "structured_product": "structured_product((const u16*)x, weight, (const u16*)bias, (u16*)y, tokens, chunk, tiles)",
     "codebook_product": "codebook_product((const u16*)x, weight, (const u16*)bias, (u16*)y, chunk, tiles)",
-    "wide": "wide({{(u64)x, (u64)weight.columns, (u64)tokens}}, weight, (const u16*)bias, (u16*)y, tokens)",
+    "wide": "wide({{(u64)x, (u64)weight.columns, (u64)tokens}},"
+    " {{(u64)weight.codes[0], (u64)weight.width / 2, (u64)weight.rows}},"
+    " weight, (const u16*)bias, (u16*)y, tokens, chunk)",
 }
 MAIN = """
 static uint8_t *x, *bias, *y;
@@ -178,8 +187,11 @@ def run(
     bias: Tensor | None,
     *,
     descending: bool = False,
+    tiles: tuple[int, int] | None = None,
 ) -> Tensor:
     """The kernel's result (vectors, rows), or the dense weight from `decode` (x then only gives the dtype).
+
+    `tiles` are the first tile and the number of tiles of a launch of `wide` that has not all; other cells are NaN.
 
     Raises:
         subprocess.CalledProcessError: the kernel touched memory that is not its own.
@@ -187,7 +199,8 @@ def run(
     rows = shape[0]
     if isinstance(launch, WideShape):
         shared = shared_bytes(layout, launch)
-        numbers = [0, 0, launch.grid(rows, len(x)), -(-shared // 1024) * 1024, int(descending), launch.splits]
+        first, count = (0, launch.tiles(rows, len(x))) if tiles is None else tiles
+        numbers = [first, 0, count * launch.splits, -(-shared // 1024) * 1024, int(descending), launch.splits]
     else:
         numbers = [launch.chunk, launch.tiles, launch.grid, launch.shared, int(descending), launch.shape.share]
     return executed(program, layout, numbers, tensors, shape, x, bias)

@@ -143,6 +143,9 @@ static unsigned __umulhi(unsigned a, unsigned b) { return (unsigned)((uint64_t)a
 static unsigned __shfl_xor_sync(unsigned, unsigned v, int with) {
     return collective(&v, 1, [with](Slots s, int lane) { return s[lane ^ with][0]; });
 }
+static unsigned __shfl_sync(unsigned, unsigned v, int from) {
+    return collective(&v, 1, [from](Slots s, int) { return s[from][0]; });
+}
 static float __shfl_xor_sync(unsigned all, float v, int with) { return __uint_as_float(__shfl_xor_sync(all, __float_as_uint(v), with)); }
 static unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
     uint64_t bytes = a | (uint64_t)b << 32;

@@ -101,6 +101,7 @@ __device__ __forceinline__ void start_next_kernel() {
 }
 
 // Barrier of all threads of a cluster of blocks, in two parts.
+__device__ __forceinline__ void cluster_begun() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }  // shows nothing
 __device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 // Four words at the place of `own` in the shared memory of block `rank` of the cluster.
