@@ -85,7 +85,7 @@ def _compress(
         return finished
     with ranks.together():
         check_directory(job.output, job.identity)
-        plan = make_plan(job)
+        plan = make_plan(job, ranks.count)
         listener.planned(plan)
         if not dry_run:
             check_resources(job.output, plan, _bytes_in(job.output / WORK_FOLDER))
