@@ -41,6 +41,7 @@ from whit.kernels.cuda_linear import candidates, tune
 from whit.kernels.cuda_ops import build, device_limits, size_class, starts_early
 from whit.kernels.cuda_plan import Shape, keep_tuned, plan
 from whit.kernels.cuda_wide import Decode, WideShape
+from whit.kernels.linear import choose
 from whit.kernels.nvrtc import CompilationError, cached_cubin, device_options
 from whit.kernels.timing import copies_for, seconds_per_call
 
@@ -158,7 +159,9 @@ def measure(
         weights = [random_packed(layout, rows, columns, generator) for _ in range(copies_for(size, cache, moved))]
         calls = [lambda w=w: packed_linear(x, w) for w in weights]
         if tuning and explain(x, weights[0]) not in NOT_TUNED:
-            key, shape = tune(x, weights[0], lambda calls=calls: seconds_per_call(calls, 8)[0])
+            # Not by `packed_linear`, which takes another kernel where one does not compile.
+            tried = [lambda w=w: choose(x, w).linear(x, w, None) for w in weights]
+            key, shape = tune(x, weights[0], lambda tried=tried: seconds_per_call(tried, 8)[0])
             keep_tuned(torch.cuda.get_device_name(), {key: shape})
             print(f"    {key}: {shape}", flush=True)
         add(name, explain(x, weights[0]), size, calls)

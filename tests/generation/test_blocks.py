@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import (
     CLIPVisionConfig,
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     LlavaConfig,
@@ -85,6 +87,44 @@ def test_models_of_the_same_form(model: Any) -> None:
 def test_others_are_refused(model: Any, reason: str) -> None:
     with pytest.raises(KnobError, match=reason):
         fused(loud(model()))
+
+
+def granite(**changes: float) -> Any:
+    torch.manual_seed(1)
+    neutral = {"embedding_multiplier": 1.0, "residual_multiplier": 1.0, "attention_multiplier": 12**-0.5}
+    return GraniteForCausalLM(GraniteConfig(**SMALL | neutral | {"logits_scaling": 1.0} | changes))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_is_scaled_by_a_little_is_no_rounding(dtype: torch.dtype) -> None:
+    """Where results have few bits a factor near one is smaller than the roundings of an element."""
+    for model in (granite(), llama(tie_word_embeddings=True), llama(attention_bias=True, mlp_bias=True)):
+        made = loud(model).to(dtype)
+        assert torch.equal(fused(made), library(made))
+    for changes, reason in (
+        ({"residual_multiplier": 0.95}, "block 0 computes something else"),
+        ({"residual_multiplier": 1.04}, "block 0 computes something else"),
+        ({"logits_scaling": 1.04}, "after its output head"),
+    ):
+        with pytest.raises(KnobError, match=reason):
+            fused(loud(granite(**changes)).to(dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [1.0, 30.0, 1000.0])
+def test_agreement_is_not_scaled(dtype: torch.dtype, size: float) -> None:
+    """Roundings within and after a block pass, also where few elements hold most of it; 5 % on all of it do not."""
+    generator = torch.Generator().manual_seed(0)
+    unit = torch.finfo(dtype).eps
+    for _ in range(50):
+        before, added = (torch.randn(16, 48, generator=generator) for _ in range(2))
+        before = (size * before).to(dtype)
+        added[0, :2] *= 1000
+        rough = 1 + unit * torch.randn(16, 48, generator=generator)
+        theirs = (before + added).to(dtype)
+        assert agrees((before + added * rough).to(dtype), theirs, before)
+        if size * unit < 0.2:  # else what is added drowns in the rounding of the sum
+            assert not agrees((before + added * rough / 0.95).to(dtype), theirs, before)
 
 
 def test_a_block_of_another_meaning_is_noticed() -> None:

@@ -27,11 +27,12 @@ from whit.pipeline.memory import (
     gradient_bytes,
     gradient_sizes,
     hidden_width,
+    kept_columns,
     original_fits,
     peak_host_bytes,
 )
 from whit.pipeline.plan import make_plan
-from whit.pipeline.prepare import prepare
+from whit.pipeline.prepare import Job, prepare
 
 SCRIPT = """
 import sys, torch, whit
@@ -102,6 +103,29 @@ def test_a_run_peaks_in_its_largest_phase() -> None:
     beside = 500 + 40 + (60 + 2 * 80 + 50)
     assert evaluation_bytes(SIZES, available=10_000) == beside
     assert evaluation_bytes(SIZES, available=100) == beside - 540
+
+
+def test_what_waits_for_sums_of_another_process_counts() -> None:
+    assert compression_bytes(dataclasses.replace(SIZES, end=0)) == 100 + 6 + 30
+    assert compression_bytes(dataclasses.replace(SIZES, end=0, kept=500)) == 10 + 6 * 4 + 3 * 2 + 6 + 2 * 30 + 500
+
+
+def test_several_processes_keep_the_inputs_of_a_block(tmp_path: Path) -> None:
+    case = make_case("llama", tmp_path, evaluate=False)
+
+    def job(method: str, **changes: object) -> Job:
+        options = dataclasses.replace(case.options, batch_size=2, **changes)
+        return prepare(case.model, make_method(method), tmp_path / "out", options)
+
+    made = job("gptq")
+    inside = [layer for layer in made.assignment.layers.values() if layer.block == made.stacks[0].blocks[0]]
+    assert kept_columns(made) == sum(layer.columns for layer in inside) > 6 * 48
+    assert kept_columns(job("gptq", true_sequential=True)) == max(layer.columns for layer in inside)
+    assert kept_columns(job("rtn")) == 0
+    long = dataclasses.replace(made, calibration=dataclasses.replace(made.calibration, tokens=144_000))
+    alone, two = (expected_memory(long, 50_000, 10**10, processes).host for processes in (1, 2))
+    # Two of three forward passes: their inputs are kept, and there are fewer hidden states, old and new.
+    assert two - alone == 4 * (96_000 * kept_columns(made) - 2 * 48_000 * 48)
 
 
 def test_the_gradient_pass_keeps_what_fits() -> None:

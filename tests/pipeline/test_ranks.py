@@ -61,6 +61,42 @@ else:
 """
 
 
+FAILING = """
+import os, sys
+from pathlib import Path
+from unittest import mock
+import torch
+torch.set_num_threads(1)
+import whit
+from whit.errors import WhitError
+from whit.pipeline import engine, gather, layer, relay, team
+
+folder, rank = Path(sys.argv[1]), os.environ["RANK"]
+options = whit.RunOptions(calibration=str(folder / "calibration.safetensors"), evaluate=False, device="cpu",
+                          batch_size=2)
+said = []
+
+def fail(*arguments, **keywords):
+    raise RuntimeError("out of memory")
+
+PLACES = [(engine, "materialise_outside"), (engine, "materialise"), (engine, "propagate"), (engine, "compress_block"),
+          (engine, "release"), (gather.InputAccumulator, "update"), (gather.InputAccumulator, "restore"),
+          (relay.Relay, "finish"), (relay.Relay, "_empty"), (team, "compress_layer"), (team, "adopt"),
+          (team, "format_from_json")]
+for number, (owner, name) in enumerate(PLACES):
+    for failing in ("0", "1"):
+        with mock.patch.object(owner, name, fail if rank == failing else getattr(owner, name)):
+            try:
+                whit.compress(folder / "model", "gptq", folder / f"out{number}-{failing}", options=options)
+                said.append(f"{owner.__name__}.{name} {failing} went well")
+            except (RuntimeError, WhitError) as error:
+                said.append(f"{owner.__name__}.{name} {failing}: {error}")
+result = whit.compress(folder / "model", "gptq", folder / "good", options=options)
+said.append(str(len(result.layers)))
+(folder / f"said-{rank}").write_text("\\n".join(said))
+"""
+
+
 def start(launcher: list[str], arguments: list[str]) -> str:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *launcher, *arguments]
@@ -86,6 +122,19 @@ def test_two_processes_write_the_bytes_of_one(tmp_path: Path) -> None:
             assert path.read_bytes() == (tmp_path / "two" / path.relative_to(tmp_path / "one")).read_bytes(), path
             compared += 1
     assert compared >= 12
+
+
+def test_an_error_in_one_process_is_raised_in_both_and_they_go_on(tmp_path: Path) -> None:
+    make_case("llama", tmp_path)
+    script = tmp_path / "script.py"
+    script.write_text(FAILING)
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    start(launcher, [str(script), str(tmp_path)])
+    for rank in (0, 1):
+        *said, last = (tmp_path / f"said-{rank}").read_text().splitlines()
+        wanted = ["out of memory", f"process {1 - rank} of 2 failed: out of memory"]
+        assert [line.partition(": ")[2] for line in said] == (wanted if rank == 0 else wanted[::-1]) * 12
+        assert last == "23"
 
 
 def test_only_the_first_process_shows_anything(

@@ -25,6 +25,10 @@ UNCHANGING_ROTATIONS = ("default", "linear", "llama3", "yarn")
 """Kinds of rotary positions whose angle is the same function of the position however long the sequence is."""
 FINE, COARSE = 1e-3, 0.06
 """Relative differences of a block's update that are called rounding: in float32; in 16 bit or with rounded inputs."""
+SCALE, SPREAD = 0.01, 4
+"""How far from one the scale between two such updates may be: in any case, and in standard deviations of rounding."""
+ROUNDINGS = 4
+"""Roundings within a block, of its size each, that an element of its update is taken to differ by."""
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
@@ -184,10 +188,35 @@ def agrees(mine: Tensor, theirs: Tensor, before: Tensor | None = None, *, coarse
         coarse: layers round their inputs, so that another order of summation may tip one to another level.
     """
     wide, unit = theirs.double(), torch.finfo(theirs.dtype).eps
-    excess = ((mine.double() - wide).abs() - 2 * unit * wide.abs()).clamp_(min=0)
+    difference = mine.double() - wide
     added = wide if before is None else wide - before.double()
-    limit = COARSE if coarse or theirs.dtype.itemsize <= 2 else FINE
-    return bool(excess.norm() <= limit * added.norm())  # False for NaN
+    excess = (difference.abs() - 2 * unit * wide.abs()).clamp_(min=0)
+    if not coarse and theirs.dtype.itemsize > 2:
+        return bool(excess.norm() <= FINE * added.norm())  # False for NaN
+    inner = COARSE if coarse else ROUNDINGS * unit
+    return bool(excess.norm() <= COARSE * added.norm()) and _same_scale(difference, added, unit * wide, inner)
+
+
+def _same_scale(difference: Tensor, added: Tensor, outer: Tensor, inner: float) -> bool:
+    """Whether a difference is no multiple of what was added: roundings are random, so they hardly add up to one.
+
+    The scale s - 1 that explains most of the difference d of updates a, by least squares weighted with the variance
+    v_i of the roundings of element i, and its own standard deviation are
+
+        s - 1 = (sum_i d_i a_i / v_i) / A,    1 / sqrt(A),    A = sum_i a_i^2 / v_i,
+        v_i = outer_i^2 + inner^2 (a_i^2 + mean a^2)
+
+    so that few large elements decide nothing, and the longer the vectors the less rounding is left. It lessens the sum
+    by no more than outer_i^2 / 4 v_i for each element: a holds the roundings of one result, as d does.
+
+    Args:
+        outer: of the elements of the results, their unit in the last place. inner: relative, of the updates.
+    """
+    size = added.square() + added.square().mean(-1, keepdim=True)
+    variance = (outer.square() + inner**2 * size).clamp_(min=torch.finfo(torch.float32).tiny)
+    weight = float((added.square() / variance).sum())
+    allowed = SCALE * weight + SPREAD * weight**0.5 + float((outer.square() / variance).sum()) / 4
+    return bool((difference * added / variance).sum().abs() <= allowed)
 
 
 def text_config(model: nn.Module) -> Any:

@@ -85,7 +85,7 @@ def _compress(
         return finished
     with ranks.together():
         check_directory(job.output, job.identity)
-        plan = make_plan(job)
+        plan = make_plan(job, ranks.count)
         listener.planned(plan)
         if not dry_run:
             check_resources(job.output, plan, _bytes_in(job.output / WORK_FOLDER))
@@ -101,10 +101,11 @@ def _help(job: Job, ranks: Ranks) -> Result:
     """What every process but the first does: compute, and wait for the result."""
     with ranks.together():
         pass  # the first has opened the journal
-    journal = JournalReader(job.output)
-    journal.read()
-    ranks.wait()
-    compress_blocks(job, journal, Listener(), ranks)
+    with ranks.telling():
+        journal = JournalReader(job.output)
+        journal.read()
+        ranks.wait()
+        compress_blocks(job, journal, Listener(), ranks)
     with ranks.together():
         pass  # the first has written everything
     return Result.load(job.output / "result.json")
@@ -113,11 +114,12 @@ def _help(job: Job, ranks: Ranks) -> Result:
 def _run(job: Job, listener: Listener, started: float, ranks: Ranks = ALONE) -> Result:
     with ranks.together():
         journal = Journal(job.output, job.identity)
-    ranks.wait()
     try:
-        for note in journal.notes:
-            listener.note(note)
-        timings = compress_blocks(job, journal, listener, ranks)
+        with ranks.telling():
+            ranks.wait()
+            for note in journal.notes:
+                listener.note(note)
+            timings = compress_blocks(job, journal, listener, ranks)
         with ranks.together():
             return _finish(job, journal, listener, timings, started)
     finally:

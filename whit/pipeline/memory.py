@@ -40,7 +40,9 @@ class Sizes:
         outside: parameters that lie in no block. block: parameters of the largest block. dense: of the whole model.
         matrix, moment: float32 bytes of the largest matrix in a block, and of the second moments of its widest inputs.
         end: float32 bytes of the largest matrix outside the blocks.
-        streams: hidden states of all calibration sequences. activations: of one forward pass through a block.
+        streams: hidden states of the calibration sequences. activations: of one forward pass through a block.
+        kept: inputs of the layers of a block, of all sequences: what all of several processes but the first hold until
+            sums are handed to them (`whit.pipeline.relay`).
         packed: the compressed model in memory. answer: the main output of one evaluation window.
     """
 
@@ -54,16 +56,18 @@ class Sizes:
     activations: int
     packed: int
     answer: int
+    kept: int = 0
 
 
-def expected_memory(job: Job, file_bytes: int, available: int) -> Memory:
+def expected_memory(job: Job, file_bytes: int, available: int, processes: int = 1) -> Memory:
     """Peaks of a prepared job: the largest of its phases.
 
     Args:
         file_bytes: of the compressed model.
         available: bytes free where the computation runs; decides whether the original is evaluated beside it.
+        processes: that share the batches; the peaks are those of one of them.
     """
-    sizes = _sizes(job, file_bytes)
+    sizes = _sizes(job, file_bytes, processes)
     gradients = gradient_sizes(job)
     ahead = 0 if job.device.type == "cpu" else sizes.block  # the next block is there already (`whit.models.ahead`)
     peak = max(
@@ -87,7 +91,7 @@ def compression_bytes(sizes: Sizes) -> int:
     """
     catching = sizes.outside + max(5 * sizes.end, sizes.activations) + sizes.streams
     block = sizes.block + 6 * sizes.matrix + 3 * sizes.moment
-    return max(catching, block + sizes.activations + 2 * sizes.streams)
+    return max(catching, block + sizes.activations + 2 * sizes.streams + sizes.kept)
 
 
 def evaluation_bytes(sizes: Sizes, available: int) -> int:
@@ -174,7 +178,7 @@ def original_fits(dense: int, available: int) -> bool:
     return 1.3 * dense < FITS_BELOW * available
 
 
-def _sizes(job: Job, file_bytes: int) -> Sizes:
+def _sizes(job: Job, file_bytes: int, processes: int) -> Sizes:
     item = job.compute_dtype.itemsize
     blocks = [block for stack in job.stacks for block in stack.blocks]
     counts = [sum(p.numel() for p in job.skeleton.get_submodule(block).parameters()) for block in blocks]
@@ -183,6 +187,8 @@ def _sizes(job: Job, file_bytes: int) -> Sizes:
     ends = [layer.rows * layer.columns for layer in job.assignment.layers.values() if not layer.block]
     batches = job.calibration.batches
     positions = job.calibration.tokens // len(batches) * min(job.batch_size, len(batches))
+    runs = -(-len(batches) // job.batch_size)  # forward passes, of which the processes take neighbouring ones
+    tokens = min(job.calibration.tokens, -(-runs // processes) * positions) if processes > 1 else job.calibration.tokens
     return Sizes(
         outside=(total - sum(counts)) * item,
         block=max(counts) * item,
@@ -190,11 +196,22 @@ def _sizes(job: Job, file_bytes: int) -> Sizes:
         matrix=4 * max(layer.rows * layer.columns for layer in inside),
         moment=4 * max(layer.columns for layer in inside) ** 2,
         end=4 * max(ends, default=0),
-        streams=job.calibration.tokens * hidden_width(job.assignment) * item,
+        streams=tokens * hidden_width(job.assignment) * item,
         activations=positions * job.assignment.widest_sum() * item,
         packed=file_bytes,
         answer=_answer_bytes(job, item),
+        kept=tokens * kept_columns(job) * job.calibration_dtype.itemsize if processes > 1 else 0,
     )
+
+
+def kept_columns(job: Job) -> int:
+    """Inputs per token that are gathered at a time, of the block with most; layers that share theirs count each."""
+    widths: dict[str, list[int]] = {}
+    for layer in job.assignment.layers.values():
+        if layer.block and layer.method.required():
+            widths.setdefault(layer.block, []).append(layer.columns)
+    together = max if job.options.true_sequential else sum
+    return max((together(inside) for inside in widths.values()), default=0)
 
 
 def hidden_width(assignment: Assignment) -> int:

@@ -15,8 +15,8 @@ from whit.pipeline.survey import surveying_methods
 LEAK_NOTE = "the calibration text is part of the evaluation text (--allow-leak): the figures flatter the method"
 
 
-def make_plan(job: Job) -> Plan:
-    """The plan of a prepared job, from exact layouts and a quick probe."""
+def make_plan(job: Job, processes: int = 1) -> Plan:
+    """The plan of a prepared job, from exact layouts and a quick probe; memory is that of one of its processes."""
     blocks = [block for stack in job.stacks for block in stack.blocks]
     layers, sizes = [], {}
     for layer in job.assignment.layers.values():
@@ -31,7 +31,7 @@ def make_plan(job: Job) -> Plan:
     done = finished_units(job.output)
     file_bytes = _file_bytes(job)
     available = available_bytes(job.device)
-    memory = expected_memory(job, file_bytes, available)
+    memory = expected_memory(job, file_bytes, available, processes)
     parameters = sum(parameter.numel() for parameter in job.skeleton.parameters())
     models = 2 if original_fits(parameters * job.compute_dtype.itemsize, available) else 1
     minutes = estimate_minutes(

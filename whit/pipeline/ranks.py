@@ -11,7 +11,7 @@ import atexit
 import json
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -46,9 +46,20 @@ class Ranks:
         return self.rank == 0
 
     def gather(self, value: Any) -> list[Any]:
-        """The JSON value of every process, by rank."""
+        """The JSON value of every process, by rank.
+
+        Raises:
+            WhitError: what went wrong elsewhere, if another process fails instead (see `telling`).
+        """
         if self.count == 1:
             return [value]
+        answers = self._exchange([value, None])
+        for rank, (_, failure) in enumerate(answers):
+            if failure is not None:
+                raise _known(WhitError(f"process {rank} of {self.count} failed: {failure}"))
+        return [answer for answer, _ in answers]
+
+    def _exchange(self, value: Any) -> list[Any]:
         text = json.dumps(value).encode()
         with self._in_touch():
             sizes = [torch.zeros(1, dtype=torch.int64, device=self.device) for _ in range(self.count)]
@@ -64,7 +75,10 @@ class Ranks:
         self.gather(None)
 
     def broadcast(self, tensor: Tensor, source: int) -> None:
-        """Copy a contiguous tensor on `device` from one process to all others, in place."""
+        """Copy a contiguous tensor on `device` from one process to all others, in place.
+
+        All have it at hand: nothing may fail in one of them since they last met in `gather` or `together`.
+        """
         if self.count > 1 and tensor.numel():
             with self._in_touch():
                 distributed.broadcast(tensor.view(-1).view(torch.uint8), source)
@@ -77,10 +91,28 @@ class Ranks:
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            raise WhitError(
-                f"process {self.rank} of {self.count} lost touch with the others: see the error of the one that ended "
-                "first, and run the same command again to continue"
+            raise _known(
+                WhitError(
+                    f"process {self.rank} of {self.count} lost touch with the others: see the error of the one that "
+                    "ended first, and run the same command again to continue"
+                )
             ) from error
+
+    @contextmanager
+    def telling(self) -> Iterator[None]:
+        """An error inside is told to the others where they next meet this process, in `gather`, and raised there, too.
+
+        Afterwards all are at the same place again, and can work on something else. The others must be about to meet:
+        inside, or right behind it.
+        """
+        try:
+            yield
+        except Exception as error:
+            if self.count > 1 and not getattr(error, _KNOWN, False):
+                with suppress(WhitError):  # nobody is left to be told
+                    self._exchange([None, (str(error).splitlines() or [type(error).__name__])[0]])
+            _known(error)
+            raise
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -89,17 +121,18 @@ class Ranks:
         Raises:
             WhitError: what went wrong elsewhere.
         """
-        failure: BaseException | None = None
-        try:
+        with self.telling():
             yield
-        except Exception as error:
-            failure = error
-        told = self.gather(None if failure is None else (str(failure).splitlines() or [type(failure).__name__])[0])
-        if failure is not None:
-            raise failure
-        for rank, message in enumerate(told):
-            if message is not None:
-                raise WhitError(f"process {rank} of {self.count} failed: {message}")
+        self.gather(None)
+
+
+_KNOWN = "_whit_known_to_all"
+
+
+def _known(error: Exception) -> Exception:
+    """The error, marked as one that every process knows of, or can no longer be told."""
+    setattr(error, _KNOWN, True)
+    return error
 
 
 ALONE = Ranks()

@@ -73,7 +73,8 @@ class Relay:
             states = [accumulator.state() for accumulator in self._accumulators] if mine else []
             told = self._ranks.gather([(numbers, [_spec(t) for t in tensors]) for numbers, tensors in states])[rank]
             for index, (numbers, specs) in enumerate(told):
-                tensors = states[index][1] if mine else [self._empty(*spec) for spec in specs]
+                with self._ranks.together():
+                    tensors = states[index][1] if mine else [self._empty(*spec) for spec in specs]
                 for tensor in tensors:
                     self._ranks.broadcast(tensor, rank)
                 if not mine:

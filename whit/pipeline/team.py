@@ -76,11 +76,14 @@ class Team:
             return mine
         layout = format_from_json(record.format)
         device = self._ranks.device
-        tensors = {}
-        for key, spec in layout.specs(record.rows, record.columns).items():
-            empty = torch.empty(spec.shape, dtype=spec.dtype, device=device)
-            tensors[key] = empty if mine is None else mine.tensors[key].to(device).contiguous()
-            self._ranks.broadcast(tensors[key], owner)
+        specs = layout.specs(record.rows, record.columns)
+        with self._ranks.together():
+            if mine is None:
+                tensors = {key: torch.empty(spec.shape, dtype=spec.dtype, device=device) for key, spec in specs.items()}
+            else:
+                tensors = {key: mine.tensors[key].to(device).contiguous() for key in specs}
+        for tensor in tensors.values():
+            self._ranks.broadcast(tensor, owner)
         packed = Packed(layout, record.rows, record.columns, tensors)
         if mine is None:
             adopt(self._layers[record.name], self._modules[record.name], packed, self._swaps)
