@@ -41,6 +41,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
         (FP8, 16, "weight-only"),
         (FP8, 512, ""),
         (FP4, 1, "one-4"),
+        (FP4, 16, ""),
     ],
 )
 def test_kinds_of_products(layout: Format, tokens: int, kind: str) -> None:

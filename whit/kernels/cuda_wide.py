@@ -80,7 +80,13 @@ class Decode:
 
 
 def wide_supports(layout: Layout, columns: int) -> bool:
-    """Whether `wide.cu` multiplies a weight of this layout: it takes whole boxes, and codewords by pairs."""
+    """Whether `wide.cu` multiplies a weight of this layout: it takes whole boxes, and codewords by pairs.
+
+    Not 8-bit integers: its sources have a way for them, right in the emulator, but on an H200 two launches of it gave
+    wrong results (a scale per row, 33 and 150 vectors), and why is not known yet.
+    """
+    if layout.kind == GROUPED_INTEGER and layout.bits == 8:
+        return False
     if layout.kind == VECTOR_CODEBOOK:
         return columns % BOX == 0 and layout.numbers[1] % 2 == 0 and codebook_bytes(layout) <= WIDEST_CODEBOOK
     return layout.multiplies and columns % BOX == 0

@@ -43,7 +43,9 @@ def kind_of(layout: Format, tokens: int) -> str:
             return "eight-bit"
         return f"one-{layout.weight.numbers.bits}" if tokens == 1 else ""
     if isinstance(layout, ScaledCodes) and tokens <= FEW:
-        return f"one-{layout.numbers.bits}" if tokens == 1 else "weight-only"
+        if tokens == 1:
+            return f"one-{layout.numbers.bits}"
+        return "weight-only" if layout.numbers.native is not None else ""  # others are decoded
     return ""
 
 
