@@ -46,10 +46,22 @@ def kernel_table(report: dict[str, Any]) -> str:
     return "\n".join(lines + markdown(header, rows)) + "\n"
 
 
+def peer_table(report: dict[str, Any]) -> str:
+    """Products of GemLite beside ours in one run, as Markdown."""
+    header = ["outputs x inputs", "vectors", "weight", "µs", "times dense"]
+    rows = []
+    for row in report["records"]:
+        times = [f"{row['seconds'] * 1e6:.1f}", f"{row['times_dense']:.2f}"]
+        rows.append([f"{row['rows']} x {row['columns']}", str(row["vectors"]), row["format"], *times])
+    lines = [f"{report['hardware']}, torch {report['torch']}, GemLite {report['gemlite']}, {report['dtype']} inputs.", ""]
+    return "\n".join(lines + markdown(header, rows)) + "\n"
+
+
 def contents() -> dict[str, str]:
     """Generated file name -> its text."""
     history = load("history-of-kernels.json")
     tables = {f"kernels-{device}.md": kernel_table(report) for device, report in load_all("kernels-").items()}
+    tables["gemlite-h200.md"] = peer_table(load("gemlite_h200.json"))
     return tables | {"history-of-kernels.md": numbered_steps(history, f"{history['hardware']}, float16.")}
 
 

@@ -25,15 +25,15 @@ def run_table(reports: list[dict[str, Any]]) -> str:
             whole = row.get("extrapolated_seconds")
             method = row["method"]["method"] + (f" {row['method']['variant']}" if "variant" in row["method"] else "")
             cells = [
-                report["shape"].upper(),
+                report["shape"].upper() + (f" ({report['note']})" if "note" in report else ""),
                 f"{made} of {every}",
                 str(report["processes"]),
                 method,
                 f"{row['seconds']:.1f} s",
                 f"{block:.2f} s",
-                f"{row['method_seconds']:.1f} s",
+                "" if row["method_seconds"] is None else f"{row['method_seconds']:.1f} s",
                 "measured" if made == every else f"{whole:.0f} s, extrapolated",
-                f"{row['peak_device_bytes'] / 1e9:.1f} GB",
+                "" if row["peak_device_bytes"] is None else f"{row['peak_device_bytes'] / 1e9:.1f} GB",
             ]
             lines.append(cells)
     return "\n".join(markdown([*header, "device memory"], lines)) + "\n"
@@ -97,7 +97,8 @@ def history_table(history: dict[str, Any]) -> str:
 def contents() -> dict[str, str]:
     """Generated file name -> its text."""
     measured = load("compression_h200.json")
-    runs = [load("random_llama_7b.json"), *(value for key, value in measured.items() if key.startswith("runs_"))]
+    runs = [value for key, value in measured.items() if key.startswith("runs_")]
+    runs.append(load("random_llama_7b.json"))
     steps = measured.get("steps")
     return {
         "speed-runs.md": run_table(runs),
