@@ -53,7 +53,8 @@ def peer_table(report: dict[str, Any]) -> str:
     for row in report["records"]:
         times = [f"{row['seconds'] * 1e6:.1f}", f"{row['times_dense']:.2f}"]
         rows.append([f"{row['rows']} x {row['columns']}", str(row["vectors"]), row["format"], *times])
-    lines = [f"{report['hardware']}, torch {report['torch']}, GemLite {report['gemlite']}, {report['dtype']} inputs.", ""]
+    machine = f"{report['hardware']}, torch {report['torch']}"
+    lines = [f"{machine}, GemLite {report['gemlite']}, {report['dtype']} inputs.", ""]
     return "\n".join(lines + markdown(header, rows)) + "\n"
 
 
