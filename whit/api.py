@@ -257,6 +257,8 @@ def tune(
             f"{place.type.upper()} there is nothing to tune"
         )
     dtype = dtype or decoding_dtype(saved_dtype(directory), place)
+    if dtype.itemsize != 2:
+        raise KnobError(f"launches are chosen for 16-bit inputs, not for {dtype}: give --dtype bfloat16 or float16")
     model = load_directory(directory, dtype=dtype, device=place)
     return tune_products(multiplied_weights(model), vectors, dtype)
 

@@ -15,7 +15,7 @@ pytest.importorskip("numba")
 
 import numba
 
-from whit.kernels.cpu import compiling
+from whit.kernels.cpu import cache, compiling
 
 DAMAGES: dict[str, Callable[[bytes], bytes]] = {
     "empty": lambda content: b"",
@@ -60,6 +60,23 @@ def test_a_damaged_file_is_compiled_again(folder: Path, ending: str, damage: str
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert [run(), run()] == [0, 1]
+
+
+def test_code_of_other_sources_is_not_taken(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert [run(), run()] == [0, 1]
+    monkeypatch.setattr(cache, "sources_sum", lambda: "another")  # a function that the loop calls has changed
+    assert [run(), run()] == [0, 1]
+
+
+def test_the_sum_of_sources_is_that_of_all_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sums = []
+    for text in ("one", "two"):
+        (tmp_path / "cache.py").write_text("")
+        (tmp_path / "helper.py").write_text(text)
+        monkeypatch.setattr(cache, "__file__", str(tmp_path / "cache.py"))
+        sums.append(cache.sources_sum.__wrapped__())
+    assert sums[0] != sums[1]
+    assert cache.sources_sum.__wrapped__() == sums[1]
 
 
 @pytest.mark.parametrize("ending", ["nbi", "nbc"])

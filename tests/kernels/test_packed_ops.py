@@ -54,6 +54,22 @@ def test_inputs_of_another_width_are_refused_by_every_version(shape):
         packed_linear(x, packed)
 
 
+def test_gradients_reach_the_bias_whatever_multiplies(implementations):
+    packed, bias = integer_weight(), torch.nn.Parameter(torch.ones(6))
+
+    def product(x, packed, bias):
+        return packed.linear(x, None if bias is None else bias.detach())  # as kernels do
+
+    register_implementation("grouped-integer", Implementation("no derivative", lambda x, packed: True, product))
+    x = torch.randn(3, 20)
+    out = packed_linear(x, packed, bias)
+    torch.testing.assert_close(out, packed.linear(x, bias))
+    out.sum().backward()
+    assert torch.equal(bias.grad, torch.full((6,), 3.0))
+    with torch.no_grad():
+        assert not packed_linear(x, packed, bias).requires_grad
+
+
 def test_gradients_reach_the_inputs():
     packed = integer_weight()
     x = torch.randn(4, 20, generator=torch.Generator().manual_seed(1), requires_grad=True)

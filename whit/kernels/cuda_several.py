@@ -22,6 +22,7 @@ from whit.kernels.cuda_ops import (
     Weight,
     aligned,
     build,
+    choice,
     counts_bits,
     device_limits,
     layout_from,
@@ -30,9 +31,11 @@ from whit.kernels.cuda_ops import (
     weight_of,
 )
 from whit.kernels.cuda_plan import Launch, choose, place_gemv
+from whit.kernels.cuda_wide import Decode, WideShape
 from whit.kernels.linear import SeveralProducts, register_several
 from whit.kernels.nvrtc import Argument, Kernel, kernel
 
+Chosen = Launch | WideShape | Decode
 MOST = 4
 """Weights of one launch."""
 
@@ -83,8 +86,9 @@ def place_several(
 
 @lru_cache(maxsize=1024)
 def _prepared(
-    layout: Layout, rows: tuple[int, ...], columns: int, bfloat: bool, index: int
+    layout: Layout, rows: tuple[int, ...], columns: int, bfloat: bool, index: int, shape: Chosen
 ) -> tuple[Kernel, Launch, list[int]]:
+    """`shape` is what one weight of as many rows takes now: with another, found by tuning, all is made anew."""
     device, processors, memory = device_limits(index)
     early = starts_early(index)
     launch, blocks = place_several(device, layout, rows, columns, processors, memory, counts_bits(index), early)
@@ -99,7 +103,8 @@ def packed_products(x: Tensor, tensors: list[Tensor], layout: list[int], rows: l
     out = torch.empty(1, sum(rows), dtype=x.dtype, device=x.device)
     each = len(tensors) // len(rows)
     with torch.cuda.device(x.device):
-        run, launch, blocks = _prepared(described, tuple(rows), columns, x.dtype == torch.bfloat16, index)
+        single = choice(described, sum(rows), columns, 1, index)
+        run, launch, blocks = _prepared(described, tuple(rows), columns, x.dtype == torch.bfloat16, index, single)
         tasks, row, first = _tasks(len(rows))(), 0, 0
         for number, (count, share) in enumerate(zip(rows, blocks, strict=True)):
             weight = weight_of(described, tensors[number * each : (number + 1) * each], count, columns)

@@ -62,10 +62,11 @@ def eight_bit_product(
     out = torch.empty(len(x), len(codes), dtype=x.dtype, device=x.device)
     if out.numel() == 0:
         return out
-    if codes.data_ptr() % 16:  # a view into a larger buffer may start anywhere
+    moved = codes.data_ptr() % 16 != 0  # a view into a larger buffer may start anywhere
+    if moved:
         codes = codes.clone()
     if len(x) == 1 and codes.shape[1] % 4 == 0:
-        one_token(x, codes, scales, input_scale, bias, inputs, weight, group, out)
+        one_token(x, codes, scales, input_scale, bias, inputs, weight, group, out, settled=not moved)
         return out
     native = number_system(weight).native
     assert native is not None

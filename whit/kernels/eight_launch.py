@@ -51,8 +51,13 @@ def one_token(
     weight: str,
     group: int,
     out: Tensor,
+    *,
+    settled: bool = True,
 ) -> None:
-    """The only launch for one token; see `whit.kernels.eight_bit.eight_bit_product`."""
+    """The only launch for one token; see `whit.kernels.eight_bit.eight_bit_product`.
+
+    `settled`: no kernel that may still run writes the codes, so they are asked for before it has ended.
+    """
     from whit.kernels.triton import eight_one as kernels
 
     rows = len(codes)
@@ -61,7 +66,7 @@ def one_token(
     each = 32 // weights.bits
     integer = numbers is not None and numbers.native == torch.int8
     tile = choose_tile("eight-bit" if integer else f"one-{weights.bits}", 1, rows, codes.shape[1], x.device)
-    blocks, early = -(-rows // tile.n), starts_early(x.device)
+    blocks, early = -(-rows // tile.n), settled and starts_early(x.device)
     programs = min(blocks, tile.group * processors(x.device))
     mantissa, factor = _mantissa(weights)
     unit = not interpreted() and (

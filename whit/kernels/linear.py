@@ -68,6 +68,8 @@ def packed_linear(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tens
     chosen = choose(x, packed)
     if chosen is PLAIN:
         return packed.linear(x, bias)
+    if bias is not None and bias.requires_grad and torch.is_grad_enabled():  # kernels have no derivative, a sum has
+        return packed_linear(x, packed) + bias.to(x.dtype)
     try:
         return chosen.linear(x, packed, bias)
     except CompilationError as error:

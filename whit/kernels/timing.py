@@ -16,6 +16,7 @@ def seconds_per_call(calls: Sequence[Callable[[], Any]], replays: int = 20) -> t
     from memory. Each is made once before it is recorded.
     """
     stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())  # what the calls read may still be being written there
     with torch.cuda.stream(stream):
         for call in calls:  # each may keep something of its own
             call()

@@ -1,7 +1,9 @@
 """numba's cache of compiled loops on disk, with a checksum: what is damaged there is compiled again and replaced.
 
-An interrupted write or a full disk leaves files that numba cannot read, and code that was changed would be run as it
-is. Both are treated as if nothing had been kept; a place that cannot be written only costs the next process time.
+numba compiles a function anew when the file changes that it stands in, but not when one does that holds functions it
+calls: so the names of what is kept hold a sum of all the sources here. An interrupted write or a full disk leaves files
+that numba cannot read, and code that was changed would be run as it is. Both are treated as if nothing had been kept; a
+place that cannot be written only costs the next process time.
 """
 
 from __future__ import annotations
@@ -9,9 +11,20 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from numba.core.caching import CompileResultCacheImpl, FunctionCache
+
+
+@lru_cache(maxsize=1)
+def sources_sum() -> str:
+    """A sum of all files of this folder: what is compiled here is made of nothing else."""
+    sums = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        sums.update(hashlib.sha256(path.read_bytes()).digest())
+    return sums.hexdigest()[:16]
 
 
 class _SealedEntries(CompileResultCacheImpl):  # type: ignore[misc]
@@ -19,7 +32,7 @@ class _SealedEntries(CompileResultCacheImpl):  # type: ignore[misc]
 
     def get_filename_base(self, fullname: str, abiflags: str) -> str:
         """Name of the files of a function."""
-        return f"sealed-{super().get_filename_base(fullname, abiflags)}"
+        return f"sealed-{sources_sum()}-{super().get_filename_base(fullname, abiflags)}"
 
     def reduce(self, data: Any) -> tuple[bytes, Any]:
         """What is kept of a compiled function."""
