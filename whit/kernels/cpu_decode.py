@@ -1,9 +1,9 @@
 """Packed layers for a few input vectors on a CPU: what decoding text one token after the other needs.
 
 The plain meaning unpacks the whole weight for every token; here rows are decoded in registers
-(`whit.kernels.cpu.decode`), so a token reads each packed byte once and nothing else of the weight. Needs numba and a
-processor with AVX-512; elsewhere, for many vectors, where gradients are wanted and for layouts whose groups are no
-multiples of sixteen columns, the plain meaning stays.
+(`whit.kernels.cpu.decode`), so a token reads each packed byte once and nothing else of the weight. Needs numba; without
+it, for many vectors, where gradients are wanted and for layouts whose groups are no multiples of sixteen columns, the
+plain meaning stays.
 
 Products and sums are float32 whatever the dtype of the inputs. Bound on the difference from the plain meaning, relative
 to sum_j |x_j w_j| of each output: (n + 2) 2^-24 for n columns, since the order of the sum differs, and in bfloat16 and
@@ -189,7 +189,7 @@ def _rows_in_part(columns: int) -> int:
 
 
 def supports(x: Tensor, packed: Packed) -> bool:
-    """Few vectors on a CPU with AVX-512, a layout in whole chunks of columns, and no gradient wanted."""
+    """Few vectors on a CPU with numba, a layout in whole chunks of columns, and no gradient wanted."""
     if x.device.type != "cpu" or x.dtype not in DTYPES or x.numel() > MOST_VECTORS * packed.columns:
         return False
     if x.shape[-1:] != (packed.columns,):  # the plain meaning refuses them, a compiled loop would read on

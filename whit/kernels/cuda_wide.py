@@ -181,7 +181,7 @@ def decodes_first(layout: Layout, tokens: int) -> bool:
     """Whether, where nothing was tuned, a library over the decoded weight is the faster way.
 
     With many vectors every tile expands the weight anew, which hides behind the products but for two planes with two
-    sets of levels, and for bytes, whose stages leave no room for tiles of 256 vectors.
+    sets of levels, and for bytes, whose stages leave no room for tiles of 256 vectors (should bytes be offered again).
     """
     return tokens >= MANY and (layout.kind == BINARY_RESIDUAL or (layout.kind == GROUPED_INTEGER and layout.bits == 8))
 

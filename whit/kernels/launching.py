@@ -1,8 +1,8 @@
 """What every Triton kernel of packed layers needs: whether Triton works here, and launch shapes found fastest.
 
 Found shapes are kept in one JSON file per kind of device: those shipped with the package (`whit/kernels/tuned`), and
-over them those that a benchmark run with `--tune` has written to the cache folder of this machine. Shapes change speed
-alone.
+over them those that `whit tune` (or a benchmark with `--tune`) has written to the cache folder of this machine. Shapes
+change speed alone.
 """
 
 from __future__ import annotations

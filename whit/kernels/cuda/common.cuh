@@ -85,7 +85,7 @@ __device__ __forceinline__ void copies_commit() { asm volatile("cp.async.commit_
 template <int LEFT> __device__ __forceinline__ void copies_wait() { asm volatile("cp.async.wait_group %0;" ::"n"(LEFT) : "memory"); }
 
 // Programmatic dependent launch: a kernel launched with that attribute may start before the one ahead of it in the stream
-// has ended, and must touch no memory (but for L2 prefetches) until this returns.
+// has ended. Until this returns it may read what no kernel writes, weights, and nothing else.
 __device__ __forceinline__ void wait_for_previous_kernel() {
 #if EARLY
     asm volatile("griddepcontrol.wait;" ::: "memory");
