@@ -24,7 +24,7 @@ needs_interpreter = pytest.mark.skipif(
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def run_interpreted(file: str) -> None:
+def assert_interpreted_tests_pass(file: str) -> None:
     """Run the tests of a file whose names hold "interpreted", in the interpreter; skip if it does not work here."""
     reason = why_not()
     if reason:

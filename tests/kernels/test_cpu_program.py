@@ -22,7 +22,7 @@ from whit.kernels.cpu_decode import dense_steps, steps_of
 from whit.kernels.decode_ops import KeyValues, Place, add_rms_norm, gated, rotate_and_attend
 
 
-def close(out: Tensor, wanted: Tensor) -> None:
+def assert_close(out: Tensor, wanted: Tensor) -> None:
     torch.testing.assert_close(out, wanted, rtol=2e-6, atol=2e-6)
 
 
@@ -33,8 +33,8 @@ def test_normalisation(columns: int) -> None:
     for addend in (None, update):
         total, wanted = add_rms_norm(states, addend, weight[0], 1e-5)
         Program([Phase([Step("block_steps.normalise", (states, addend, weight, out, columns, 1e-5))])]).run()
-        close(out, wanted)
-        close(states, total)
+        assert_close(out, wanted)
+        assert_close(states, total)
 
 
 @pytest.mark.parametrize("columns", [1, 16, 37, 100])

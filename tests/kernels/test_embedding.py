@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.kernels.interpreter import needs_interpreter, run_interpreted
+from tests.kernels.interpreter import needs_interpreter, assert_interpreted_tests_pass
 from whit.formats import Packed
 from whit.formats.grouped_integer import GroupedInteger
 from whit.kernels import packed_embedding
@@ -35,7 +35,7 @@ def test_interpreted_look_up_of_what_is_not_there() -> None:
 
 @pytest.mark.skipif(interpreted(), reason="this is the interpreter's process")
 def test_look_up_in_the_interpreter() -> None:
-    run_interpreted(__file__)
+    assert_interpreted_tests_pass(__file__)
 
 
 @pytest.mark.gpu

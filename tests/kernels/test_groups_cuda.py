@@ -96,7 +96,7 @@ class Layer:
         descend_groups(codes, values, gradient, moment, order, scales, words)
         return [item.cpu() for item in (*found, codes, values, gradient)]
 
-    def check(self, found: list[Tensor], expected: list[Tensor]) -> None:
+    def assert_same(self, found: list[Tensor], expected: list[Tensor]) -> None:
         """Rows in which a value lay within rounding of a tie may go another way."""
         same = (found[0] == expected[0]).all(1) & (found[2] == expected[2]).all(1)
         assert same.float().mean() > 0.85
@@ -113,7 +113,7 @@ def test_the_kernel_is_the_plain_loop(columns: int, width: int, half: int, emula
     layer = Layer(columns, width, half)
     expected = layer.results()
     emulated()
-    layer.check(layer.results(), expected)
+    layer.assert_same(layer.results(), expected)
 
 
 @pytest.mark.gpu
@@ -122,4 +122,4 @@ def test_the_kernel_is_the_plain_loop(columns: int, width: int, half: int, emula
 def test_a_gpu_gives_what_the_cpu_gives(columns: int, width: int, half: int) -> None:
     assert groups.available(torch.device("cuda"), width)
     layer = Layer(columns, width, half, 333)
-    layer.check(layer.results("cuda"), layer.results())
+    layer.assert_same(layer.results("cuda"), layer.results())

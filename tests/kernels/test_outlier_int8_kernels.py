@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels.interpreter import needs_interpreter, run_interpreted
+from tests.kernels.interpreter import needs_interpreter, assert_interpreted_tests_pass
 from whit.formats import Packed
 from whit.formats.outlier_int8 import OutlierInt8
 from whit.kernels import explain, packed_linear
@@ -138,7 +138,7 @@ def test_interpreted_kernels_are_traced_without_a_break() -> None:
 
 @pytest.mark.skipif(interpreted(), reason="this is the interpreter's process")
 def test_kernels_in_the_interpreter() -> None:
-    run_interpreted(__file__)
+    assert_interpreted_tests_pass(__file__)
 
 
 def test_what_the_kernels_leave_alone() -> None:

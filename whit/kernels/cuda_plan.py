@@ -3,7 +3,8 @@
 A `Shape` is what may be chosen freely; a `Launch` is a shape made concrete for a weight and a device. Found shapes are
 kept in a JSON file per kind of device: those shipped with the package (`tuned/`), and over them those that
 `whit tune` (or `benchmarks/kernels.py --tune`) has written to the cache folder of this machine. Without an entry the
-first shape of a fixed list that fits is taken. Shapes change speed alone: the sums of a row are the same numbers in another order.
+first shape of a fixed list that fits is taken. Shapes change speed alone: the sums of a row are the same numbers in
+another order.
 """
 
 from __future__ import annotations
