@@ -67,7 +67,7 @@ def test_attention(size: int, position: int, first: int) -> None:
     step = Step("block_steps.attend", (*tensors, room, heads // key_heads, length, size, 0.3), heads)
     Program([Phase([step])]).run()
     torch.testing.assert_close(out, wanted, rtol=1e-5, atol=1e-5)
-    close(caches[1].keys, caches[0].keys)
+    assert_close(caches[1].keys, caches[0].keys)
     assert torch.equal(caches[1].values, caches[0].values)
 
 
@@ -127,7 +127,7 @@ NARROW = {
 CHECK = """
 import torch
 from tests.kernels.test_cpu_decode import LAYOUTS, normal, random_packed
-from tests.kernels.test_cpu_program import close, test_gate
+from tests.kernels.test_cpu_program import assert_close, test_gate
 from whit.kernels import packed_linear
 from whit.kernels.cpu.processor import features
 assert not any(name.startswith("avx512") for name in features())

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels.interpreter import needs_interpreter, assert_interpreted_tests_pass
+from tests.kernels.interpreter import assert_interpreted_tests_pass, needs_interpreter
 from whit.formats import Packed
 from whit.formats.quantised_inputs import QuantisedInputs
 from whit.formats.scaled_codes import ScaledCodes

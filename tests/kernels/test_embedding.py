@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.kernels.interpreter import needs_interpreter, assert_interpreted_tests_pass
+from tests.kernels.interpreter import assert_interpreted_tests_pass, needs_interpreter
 from whit.formats import Packed
 from whit.formats.grouped_integer import GroupedInteger
 from whit.kernels import packed_embedding

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels.interpreter import needs_interpreter, assert_interpreted_tests_pass
+from tests.kernels.interpreter import assert_interpreted_tests_pass, needs_interpreter
 from whit.formats import Packed
 from whit.formats.outlier_int8 import OutlierInt8
 from whit.kernels import explain, packed_linear
