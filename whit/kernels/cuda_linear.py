@@ -127,11 +127,19 @@ def op_arguments(packed: Packed) -> tuple[list[Tensor], list[int]]:
     return [packed.tensors[name] for name in layout.names if name], layout_fields(layout)
 
 
-def _product(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+ProductArguments = tuple[Tensor, list[Tensor], Tensor | None, list[int], int, int]
+
+
+def product_arguments(x: Tensor, packed: Packed, bias: Tensor | None) -> ProductArguments:
+    """What every op of a product takes: x (vectors, columns), tensors, bias in the type of x, layout, rows, columns."""
     tensors, layout = op_arguments(packed)
     flat = x.reshape(-1, packed.columns).contiguous()
     bias = None if bias is None else bias.detach().to(x.dtype).contiguous()
-    out: Tensor = torch.ops.whit.packed_product(flat, tensors, bias, layout, packed.rows, packed.columns)
+    return flat, tensors, bias, layout, packed.rows, packed.columns
+
+
+def _product(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+    out: Tensor = torch.ops.whit.packed_product(*product_arguments(x, packed, bias))
     return out.reshape(*x.shape[:-1], packed.rows)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from whit.formats.base import Packed
 from whit.kernels.codebook_plan import clusters_at_once
 from whit.kernels.cuda_layout import Layout
-from whit.kernels.cuda_linear import op_arguments, usable
+from whit.kernels.cuda_linear import product_arguments, usable
 from whit.kernels.cuda_ops import aligned, device_limits, layout_from, starts_early, weight_of
 from whit.kernels.linear import Implementation, register_implementation
 from whit.kernels.nvrtc import Argument, Kernel, kernel
@@ -97,10 +97,7 @@ def _supports(x: Tensor, packed: Packed) -> bool:
 
 
 def _product(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
-    tensors, layout = op_arguments(packed)
-    flat = x.reshape(-1, packed.columns).contiguous()
-    bias = None if bias is None else bias.detach().to(x.dtype).contiguous()
-    out: Tensor = torch.ops.whit.structured_product(flat, tensors, bias, layout, packed.rows, packed.columns)
+    out: Tensor = torch.ops.whit.structured_product(*product_arguments(x, packed, bias))
     return out.reshape(*x.shape[:-1], packed.rows)
 
 
