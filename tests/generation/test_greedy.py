@@ -16,7 +16,8 @@ from whit.generation import continue_greedily
 from whit.models.packed import PackedLinear, replace_module
 
 NEW = 20
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"))]
+NEEDS_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+DEVICES = ["cpu", pytest.param("cuda", marks=NEEDS_GPU)]
 
 
 def model_on(device: str, make: Callable[[], PreTrainedModel] = tiny.llama) -> PreTrainedModel:

@@ -16,7 +16,7 @@ HAS_NUMBA = columns.available(torch.device("cpu"))
 needs_cuda = pytest.mark.skipif(not HAS_CUDA, reason="needs a CUDA device and Triton")
 needs_numba = pytest.mark.skipif(not HAS_NUMBA, reason="needs numba")
 on_devices = pytest.mark.parametrize(
-    "device", [pytest.param("cpu", marks=needs_numba), pytest.param("cuda", marks=needs_cuda)]
+    "device", [pytest.param("cpu", marks=needs_numba), pytest.param("cuda", marks=[pytest.mark.gpu, needs_cuda])]
 )
 
 
@@ -109,6 +109,7 @@ def test_a_weight_that_is_not_kept_becomes_zero(descend: bool, device: str) -> N
     assert bool((expected[kept] != 0).any())
 
 
+@pytest.mark.gpu
 @needs_cuda
 @pytest.mark.parametrize(
     ("method", "knobs"),

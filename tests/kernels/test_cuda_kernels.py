@@ -39,6 +39,8 @@ FORMATS = [
     GroupedInteger(3, 128, True),
     GroupedInteger(4, 128, False),
     GroupedInteger(4, 64, True),
+    GroupedInteger(3, 0, True),
+    GroupedInteger(4, 0, True),
     GroupedInteger(8, 128, False),
     GroupedInteger(8, 0, True),
 ]

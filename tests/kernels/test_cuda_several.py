@@ -110,6 +110,7 @@ def test_a_cpu_multiplies_in_turn() -> None:
     assert Products(layers).explain(x) == "in turn"
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_one_launch_on_a_gpu(dtype: torch.dtype) -> None:
@@ -128,6 +129,7 @@ def test_one_launch_on_a_gpu(dtype: torch.dtype) -> None:
     assert Products(modules("cuda", same=False)).explain(x) == "branches"
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_one_launch_in_a_graph_is_the_single_products() -> None:
     for layout in (GroupedInteger(4, 64, True), LevelTable(2, 128), BinaryResidual(128, True)):

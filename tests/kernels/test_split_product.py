@@ -41,7 +41,7 @@ def test_a_cpu_multiplies_as_ever() -> None:
     assert torch.equal(SplitFactor(a).part(places).times(signs()[:3]), a[places][:, places] @ signs()[:3])
 
 
-@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=needs_cuda)])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, needs_cuda])])
 def test_a_panel_takes_off_what_is_known(device: str) -> None:
     a, right, start = matrix(72, 72).to(device), matrix(72, 32, seed=2).to(device), matrix(72, 32, seed=3).to(device)
     panel = Panel(split(a[8:40]) if device == "cuda" else [a[8:40]], 8, 32)
@@ -63,6 +63,7 @@ def test_a_panel_takes_off_what_is_known(device: str) -> None:
         assert halves is None
 
 
+@pytest.mark.gpu
 @needs_cuda
 def test_tensor_cores_give_the_product_to_sixteen_bits() -> None:
     a, right, start = matrix(72, 72), matrix(72, 32, seed=2), matrix(72, 32, seed=3)

@@ -80,13 +80,7 @@ class Decode:
 
 
 def wide_supports(layout: Layout, columns: int) -> bool:
-    """Whether `wide.cu` multiplies a weight of this layout: it takes whole boxes, and codewords by pairs.
-
-    Not 8-bit integers: its sources have a way for them, right in the emulator, but on an H200 two launches of it gave
-    wrong results (a scale per row, 33 and 150 vectors), and why is not known yet.
-    """
-    if layout.kind == GROUPED_INTEGER and layout.bits == 8:
-        return False
+    """Whether `wide.cu` multiplies a weight of this layout: it takes whole boxes, and codewords by pairs."""
     if layout.kind == VECTOR_CODEBOOK:
         return columns % BOX == 0 and layout.numbers[1] % 2 == 0 and codebook_bytes(layout) <= WIDEST_CODEBOOK
     return layout.multiplies and columns % BOX == 0
@@ -181,7 +175,7 @@ def decodes_first(layout: Layout, tokens: int) -> bool:
     """Whether, where nothing was tuned, a library over the decoded weight is the faster way.
 
     With many vectors every tile expands the weight anew, which hides behind the products but for two planes with two
-    sets of levels, and for bytes, whose stages leave no room for tiles of 256 vectors (should bytes be offered again).
+    sets of levels, and for bytes, whose stages leave no room for tiles of 256 vectors.
     """
     return tokens >= MANY and (layout.kind == BINARY_RESIDUAL or (layout.kind == GROUPED_INTEGER and layout.bits == 8))
 

@@ -75,7 +75,7 @@ wide(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap code
     for (int i = 0; i < TOKENS / 2; i++) sums[i] = 0.0f;
     const Places at = places_of(w, warp_row, lane);
     Codes even, odd;
-    Levels levels[2];
+    Levels levels[2] = {};  // what is set first where a group begins: NVRTC 13.0 lost one of two constants left unset until then
     if (begin < end) fetch_codes(even, w, at, begin, lane), fetch_scalars(even, w, at, begin, lane, true);
     if (begin + 1 < end) fetch_scalars(odd, w, at, begin + 1, lane, false);
     int slot = 0, before = 0, phase = 0, phase_before = 0;

@@ -1,0 +1,79 @@
+"""Every product of packed weights once on a GPU, for a memory checker; not a test by itself.
+
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python -m tests.kernels.check_memory 0 16
+
+calls the first sixteenth of the layouts. Every tensor has an allocation of its own, of whole 16 bytes: kernels read
+aligned words of up to 16 bytes, and of the last one only what lies within the tensor counts.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from tests.kernels.test_cuda_kernels import FORMATS, OTHERS, error_bound, inputs, random_packed, unit_columns
+from tests.kernels.test_embedding import weight as embedding_weight
+from whit.formats.base import Packed
+from whit.formats.binary_residual import BinaryResidual
+from whit.kernels import explain, packed_embedding, packed_linear
+from whit.kernels.linear import choose_several
+
+SHAPES = [(7, 13), (33, 200), (48, 512), (100, 1088), (130, 2176)]
+COUNTS = [1, 2, 9, 17, 33, 150, 300]
+
+
+def padded(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor at the start of an allocation of whole 16 bytes."""
+    size = tensor.numel() * tensor.element_size()
+    room = torch.zeros(-(-size // 16) * 16, dtype=torch.uint8, device=tensor.device)
+    return room[:size].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+
+
+def moved(packed: Packed) -> Packed:
+    """The weight with every tensor in an allocation of its own."""
+    tensors = {name: padded(tensor) for name, tensor in packed.tensors.items()}
+    return Packed(packed.format, packed.rows, packed.columns, tensors)
+
+
+def check(part: int, parts: int) -> int:
+    """Call the products of every `parts`-th layout, from number `part` on; how many calls were right.
+
+    Raises:
+        AssertionError: a result is outside its bound.
+    """
+    calls = 0
+    for layout in [*FORMATS, *OTHERS][part::parts]:
+        for rows, columns in SHAPES:
+            packed = moved(random_packed(layout, rows, columns, "cuda"))
+            weight = packed.unpack().double()
+            for tokens in COUNTS:
+                x = padded(inputs(tokens, columns, torch.float16, "cuda"))
+                bias = padded(torch.randn(rows, device="cuda").half()) if tokens % 2 else None
+                expected = x.double() @ weight.T + (0 if bias is None else bias.double())
+                bound = error_bound(x, weight, expected, explain(x, packed), unit_columns(layout, columns))
+                actual = packed_linear(x, packed, bias).double()
+                assert ((actual - expected).abs() <= bound).all(), f"{layout}, {rows} x {columns}, {tokens} vectors"
+                calls += 1
+    if part == 0:
+        calls += check_others()
+    return calls
+
+
+def check_others() -> int:
+    """Several weights in one launch, and embeddings; how many calls were right."""
+    weights = [moved(random_packed(BinaryResidual(0, False), rows, 1088, "cuda", seed=rows)) for rows in (48, 17, 33)]
+    x = padded(inputs(1, 1088, torch.float16, "cuda"))
+    version = choose_several(x, weights)
+    assert version is not None
+    for mine, packed in zip(version.products(x, weights), weights, strict=True):
+        torch.testing.assert_close(mine, packed_linear(x, packed), rtol=0, atol=0)
+    for bits, group, columns in [(8, 64, 1100), (8, 0, 30), (4, 24, 50), (2, 8, 1025)]:
+        packed = moved(embedding_weight(bits, group, 300, columns).to("cuda"))
+        ids = torch.randint(0, 300, (50,), device="cuda")
+        assert torch.equal(packed_embedding(ids, packed, torch.float16), packed.unpack()[ids].half())
+    return 1 + 4
+
+
+if __name__ == "__main__":
+    print(check(int(sys.argv[1]), int(sys.argv[2])), "calls", flush=True)
