@@ -2,7 +2,7 @@
 
     PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck python -m tests.kernels.check_memory 0 16
 
-calls the first sixteenth of the layouts. Every tensor has an allocation of its own, of whole 16 bytes: kernels read
+calls every sixteenth of the layouts. Every tensor has an allocation of its own, of whole 16 bytes: kernels read
 aligned words of up to 16 bytes, and of the last one only what lies within the tensor counts.
 """
 
@@ -36,13 +36,9 @@ def moved(packed: Packed) -> Packed:
     return Packed(packed.format, packed.rows, packed.columns, tensors)
 
 
-def check(part: int, parts: int) -> int:
-    """Call the products of every `parts`-th layout, from number `part` on; how many calls were right.
-
-    Raises:
-        AssertionError: a result is outside its bound.
-    """
-    calls = 0
+def check(part: int, parts: int) -> bool:
+    """Call the products of every `parts`-th layout, from number `part` on; whether all results are within bounds."""
+    calls, worst = 0, 0.0
     for layout in [*FORMATS, *OTHERS][part::parts]:
         for rows, columns in SHAPES:
             packed = moved(random_packed(layout, rows, columns, "cuda"))
@@ -53,11 +49,14 @@ def check(part: int, parts: int) -> int:
                 expected = x.double() @ weight.T + (0 if bias is None else bias.double())
                 bound = error_bound(x, weight, expected, explain(x, packed), unit_columns(layout, columns))
                 actual = packed_linear(x, packed, bias).double()
-                assert ((actual - expected).abs() <= bound).all(), f"{layout}, {rows} x {columns}, {tokens} vectors"
-                calls += 1
+                excess = ((actual - expected).abs() / bound).nan_to_num(nan=1e9).max().item()
+                if excess > 1:
+                    print(f"{excess:.3g} times the bound: {layout}, {rows} x {columns}, {tokens} vectors", flush=True)
+                calls, worst = calls + 1, max(worst, excess)
     if part == 0:
         calls += check_others()
-    return calls
+    print(f"{calls} calls, at most {worst:.3g} of the bound", flush=True)
+    return worst <= 1
 
 
 def check_others() -> int:
@@ -76,4 +75,4 @@ def check_others() -> int:
 
 
 if __name__ == "__main__":
-    print(check(int(sys.argv[1]), int(sys.argv[2])), "calls", flush=True)
+    sys.exit(not check(int(sys.argv[1]), int(sys.argv[2])))
