@@ -110,11 +110,11 @@ def test_activations_that_are_not_finite_are_refused(bad: float) -> None:
         layer(x)
 
 
-def make_block() -> tuple[Block, InMemorySource, dict[str, AssignedLayer]]:
+def make_block(method_name: str = "gptq") -> tuple[Block, InMemorySource, dict[str, AssignedLayer]]:
     torch.manual_seed(0)
     block = Block()
     source = InMemorySource({f"block.{name}": value.clone() for name, value in block.state_dict().items()})
-    method = make_method("gptq", {"bits": 2, "group_size": 0})
+    method = make_method(method_name, {"bits": 2, "group_size": 0})
     layers = {}
     for name, module in linear_layers(block).items():
         kind = layer_kind(module)
@@ -197,6 +197,35 @@ def test_groups_of_an_earlier_block_are_checked_on_the_way(expected: list[tuple[
         assert groups.expected([name.replace("block", "next") for name in layers], "next.") is not None
     assert found[0] == found[1]
     assert len(count) == runs
+
+
+@pytest.mark.parametrize("true_sequential", [False, True])
+@pytest.mark.parametrize("known", [None, [("block.gate", "block.up", "block.down")], [("block.down",)]])
+def test_a_block_whose_methods_need_no_data_is_not_grouped(
+    known: list[tuple[str, ...]] | None, true_sequential: bool
+) -> None:
+    """Groups of an earlier block could not be checked without a run, and one would be for nothing."""
+    block, source, layers = make_block("rtn")
+    groups = Groups()
+    if known is not None:
+        groups.remember(list(layers), "block.", known)
+    runs = []
+    block.register_forward_hook(lambda *_: runs.append(1))
+    _, records = compress_block(
+        block,
+        layers,
+        "block",
+        source,
+        streams_of(),
+        true_sequential=true_sequential,
+        done=lambda _: None,
+        swaps=Swaps(block, "block"),
+        known=groups,
+    )
+    assert [record.name for record in records] == list(layers)
+    assert not any(record.notes for record in records)
+    assert all(record.error == record.weight_error for record in records)
+    assert not runs and groups.expected(list(layers), "block.") == known
 
 
 def test_a_restored_block_is_the_compressed_block() -> None:

@@ -107,9 +107,12 @@ def compress_block(
                 run()
         return statistics
 
-    groups = None if true_sequential else known.expected(list(layers), f"{prefix}.")
+    measured = any(layer.method.required() for layer in layers.values())
+    groups = None if true_sequential or not measured else known.expected(list(layers), f"{prefix}.")
     gathered: dict[tuple[str, ...], LayerStatistics] = {}
-    if groups is not None:
+    if not measured:  # nothing is run, so who shares inputs can be neither found nor checked, nor matters
+        groups = [(name,) for name in layers]
+    elif groups is not None:
         expected = groups
         try:
             gathered = gather(expected, lambda: _run_and_check(block, modules, streams, expected, ranks))
