@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -93,23 +94,66 @@ def test_the_next_version_is_asked_first(monkeypatch: pytest.MonkeyPatch) -> Non
     assert explain(x, packed) == "double"
 
 
-def test_a_launch_that_needs_too_much_is_one_of_them(monkeypatch: pytest.MonkeyPatch) -> None:
+def driver(**statuses: int) -> type:
+    """A driver whose calls succeed, but for those that are named here with what they give."""
+
     class Driver:
-        """Loads everything, and has no shared memory to give."""
-
         def __getattr__(self, name: str) -> Callable[..., int]:
-            return lambda *arguments: int(name == "cuFuncSetAttribute")
+            return lambda *arguments: statuses.get(name, 0)
 
-    def launch(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
-        nvrtc.Kernel(b"code", "product").launch(1, 32, 1 << 20, [])
-        raise AssertionError("it ran")
+    return Driver
 
-    monkeypatch.setattr(nvrtc, "_driver", Driver)
-    offer(monkeypatch, Implementation("fast", anything, launch))
+
+def by_launching(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+    nvrtc.Kernel(b"code", "product").launch(1, 32, 1 << 20, [])
+    raise AssertionError("it ran")
+
+
+@pytest.mark.parametrize(
+    ("call", "status", "said"),
+    [
+        ("cuFuncSetAttribute", 1, "reserve 1048576 bytes"),
+        ("cuModuleLoadData", 209, "load a kernel"),
+        ("cuLaunchKernelEx", 701, "launch a kernel"),
+    ],
+)
+def test_what_a_driver_refuses_is_one_of_them(
+    call: str, status: int, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nvrtc, "_driver", driver(**{call: status}))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
+    offer(monkeypatch, Implementation("fast", anything, by_launching))
     packed, x = random_packed(FORMAT, 16, 256), torch.randn(2, 256)
-    with pytest.warns(UserWarning, match="'fast' run in a slower version: CUDA driver could not reserve 1048576 bytes"):
+    with pytest.warns(UserWarning, match=f"'fast' run in a slower version: CUDA driver could not {said}"):
         assert torch.equal(packed_linear(x, packed), packed.linear(x))
     assert explain(x, packed) == "plain"
+
+
+@pytest.mark.parametrize(
+    ("call", "status", "raised", "remedy"),
+    [
+        ("cuModuleLoadData", 2, torch.OutOfMemoryError, r"empty_cache\(\)"),
+        ("cuLaunchKernelEx", 2, torch.OutOfMemoryError, "end other programs"),
+        ("cuModuleLoadData", 700, nvrtc.DeviceError, "start again"),
+        ("cuLaunchKernelEx", 700, RuntimeError, "start again"),
+        ("cuLaunchKernelEx", 719, RuntimeError, "CUDA_LAUNCH_BLOCKING=1"),
+        ("cuLaunchKernelEx", 999, RuntimeError, "status 999"),
+    ],
+)
+def test_errors_of_the_device_end_the_call(
+    call: str, status: int, raised: type[Exception], remedy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No memory, or a dead context, is no reason to give up a kernel: the plain version would have neither."""
+    monkeypatch.setattr(nvrtc, "_driver", driver(**{call: status}))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
+    offer(monkeypatch, Implementation("fast", anything, by_launching))
+    packed, x = random_packed(FORMAT, 16, 256), torch.randn(2, 256)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(raised, match=f"CUDA driver could not l.*{remedy}") as caught:
+            packed_linear(x, packed)
+    assert not isinstance(caught.value, nvrtc.CompilationError)
+    assert explain(x, packed) == "fast"
 
 
 def test_other_errors_are_not_taken_for_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,8 @@
 """Launch shapes of Triton kernels: what fits, what is kept, and what is taken."""
 
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -55,3 +57,20 @@ def test_default_shapes_fit_small_and_large_devices(tokens: int, room: int) -> N
                 assert tile.stages * tile.k * (input_bytes * tile.m + tile.n) + 64 * (tile.m + tile.n) < room
             for size in (tile.m, tile.n, tile.k, tile.warps):
                 assert size > 0 and size & (size - 1) == 0
+
+
+def test_a_full_device_says_nothing_of_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether it works is asked once, and must not be answered by what was wrong at that moment."""
+
+    def full(*size: int, **options: object) -> None:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setitem(sys.modules, "whit.kernels.triton.probe", SimpleNamespace(one={(1,): lambda tensor: None}))
+    launching._works.cache_clear()
+    with monkeypatch.context() as moment:
+        moment.setattr(torch, "empty", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            launching._works(7)
+    monkeypatch.setattr(torch, "empty", lambda *size, **options: None)
+    assert launching._works(7)
+    launching._works.cache_clear()

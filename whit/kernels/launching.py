@@ -55,6 +55,8 @@ def _works(index: int) -> bool:
         from whit.kernels.triton.probe import one
 
         one[(1,)](torch.empty(1, dtype=torch.int32, device=f"cuda:{index}"))
+    except torch.OutOfMemoryError:  # says nothing of Triton
+        raise
     except Exception as error:  # whatever a missing compiler, driver or library leads to
         reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
         warnings.warn(

@@ -56,7 +56,20 @@ class TensorMap(ctypes.Structure):
 
 
 class CompilationError(WhitError):
-    """A CUDA kernel could not be compiled or loaded on this machine."""
+    """A CUDA kernel could not be compiled, loaded or launched on this machine; nothing has run, another version can."""
+
+
+class DeviceError(WhitError, RuntimeError):
+    """The CUDA driver failed in a way that no other version of a kernel would mend."""
+
+
+_OUT_OF_MEMORY = 2  # CUDA_ERROR_OUT_OF_MEMORY
+_REFUSED = frozenset({1, 200, 209, 218, 221, 222, 223, 300, 301, 302, 303, 500, 701, 720, 801, 912})
+"""Statuses by which a driver refuses this code or this launch and has done nothing: values out of range (1), images
+without code for the device (200, 209), assembly it cannot compile (218 to 223), sources and symbols (300 to 303, 500),
+more registers, blocks or cluster members than there are (701, 720, 912), and what the device has not (801)."""
+_BROKEN = frozenset({214, 220, 226, 700, 702, 709, 710, *range(714, 720), 721})
+"""Statuses after which nothing runs in this process's context: faults of memory, of a link or of a kernel before."""
 
 
 _FAILED: set[Hashable] = set()
@@ -115,11 +128,29 @@ def _driver() -> ctypes.CDLL:
 
 
 def _check(status: int, action: str) -> None:
-    if status:
-        message = ctypes.c_char_p()
-        _driver().cuGetErrorString(status, ctypes.byref(message))
-        detail = (message.value or b"unknown error").decode()
-        raise CompilationError(f"CUDA driver could not {action}: {detail}")
+    """Raise what a status of the driver means.
+
+    Raises:
+        torch.OutOfMemoryError: the device has no memory left.
+        CompilationError: the driver refuses this kernel or launch; another may do.
+        DeviceError: anything else, above all errors that leave nothing to launch with.
+    """
+    if not status:
+        return
+    found = ctypes.c_char_p()
+    _driver().cuGetErrorString(status, ctypes.byref(found))
+    message = f"CUDA driver could not {action}: {(found.value or b'unknown error').decode()}"
+    if status == _OUT_OF_MEMORY:
+        raise torch.OutOfMemoryError(
+            f"{message} (end other programs on the device, give it less at once, or free what PyTorch keeps with "
+            "torch.cuda.empty_cache())"
+        )
+    if status in _REFUSED:
+        raise CompilationError(message)
+    remedy = f"status {status}, which no other kernel would mend: see that nvidia-smi finds the device well"
+    if status in _BROKEN:
+        remedy = "nothing more runs on it in this process: start again; CUDA_LAUNCH_BLOCKING=1 shows which call it was"
+    raise DeviceError(f"{message} ({remedy})")
 
 
 def compile_cubin(source: str, options: Sequence[str]) -> bytes:
