@@ -1,7 +1,9 @@
 import pytest
 import torch
 
+from tests.kernels.test_cuda_kernels import needs_gpu, random_packed
 from whit.formats import Packed
+from whit.formats.binary_residual import BinaryResidual
 from whit.formats.grouped_integer import GroupedInteger
 from whit.formats.level_table import LevelTable
 from whit.kernels import explain, packed_embedding, packed_linear, register_implementation
@@ -68,6 +70,23 @@ def test_gradients_reach_the_bias_whatever_multiplies(implementations):
     assert torch.equal(bias.grad, torch.full((6,), 3.0))
     with torch.no_grad():
         assert not packed_linear(x, packed, bias).requires_grad
+
+
+@needs_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 5, 70])
+@pytest.mark.parametrize("layout", [BinaryResidual(128, False), GroupedInteger(4, 64, True)], ids=str)
+def test_gradients_reach_the_bias_past_a_kernel(layout, tokens):
+    packed, x = random_packed(layout, 48, 640, "cuda"), torch.ones(tokens, 640, device="cuda", dtype=torch.bfloat16)
+    bias = torch.nn.Parameter(torch.ones(48, device="cuda"))
+    assert explain(x, packed) != "plain"
+    out = packed_linear(x, packed, bias)
+    out.float().sum().backward()
+    assert torch.equal(bias.grad, torch.full((48,), float(tokens), device="cuda"))
+    with torch.no_grad():
+        fused = packed_linear(x, packed, bias)
+    assert not fused.requires_grad
+    torch.testing.assert_close(out, fused, rtol=2e-2, atol=2e-2)
 
 
 def test_gradients_reach_the_inputs():
