@@ -164,7 +164,7 @@ def measure(
         if tuning and explain(x, weights[0]) not in NOT_TUNED:
             # Not by `packed_linear`, which takes another kernel where one does not compile.
             tried = [lambda w=w: choose(x, w).linear(x, w, None) for w in weights]
-            key, shape = tune(x, weights[0], lambda tried=tried: seconds_per_call(tried, 8)[0])
+            key, shape, _ = tune(x, weights[0], lambda tried=tried: seconds_per_call(tried, 8)[0])
             keep_tuned(torch.cuda.get_device_name(), {key: shape})
             print(f"    {key}: {shape}", flush=True)
         add(name, explain(x, weights[0]), size, calls)

@@ -170,7 +170,7 @@ def test_other_errors_are_not_taken_for_it(monkeypatch: pytest.MonkeyPatch) -> N
 def test_tuning_times_nothing_else_in_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
     offer(monkeypatch, Implementation("fast", anything, by_kernel))
     with pytest.raises(nvrtc.CompilationError, match="no such instruction"):
-        tuning._product(torch.randn(1, 256), random_packed(FORMAT, 16, 256))
+        tuning._product(torch.randn(1, 256), [random_packed(FORMAT, 16, 256)])
 
 
 def test_the_choice_can_be_traced(monkeypatch: pytest.MonkeyPatch) -> None:

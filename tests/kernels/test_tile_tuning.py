@@ -14,8 +14,8 @@ from whit.formats.outlier_int8 import OutlierInt8
 from whit.formats.quantised_inputs import QuantisedInputs
 from whit.formats.scaled_codes import ScaledCodes
 from whit.kernels import launching, packed_linear, tile_tuning
-from whit.kernels.launching import Tile, tile_key, tuned_tiles
-from whit.kernels.nvrtc import CompilationError
+from whit.kernels.launching import Tile, choose_tile, copies_boxes, tile_key, tuned_tiles
+from whit.kernels.nvrtc import CompilationError, DeviceError
 from whit.kernels.tile_tuning import candidates, kind_of, tune_tiles
 from whit.kernels.tuning import tuner_of
 
@@ -46,7 +46,26 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
 )
 def test_kinds_of_products(layout: Format, tokens: int, kind: str) -> None:
     assert kind_of(layout, tokens) == kind
-    assert not kind or len(candidates(kind, tokens, 4096)) == len(set(candidates(kind, tokens, 4096))) > 1
+    for boxes in (False, True):
+        shapes = candidates(kind, tokens, 4096, boxes)
+        assert not kind or len(shapes) == len(set(shapes)) > 1
+
+
+@pytest.mark.parametrize(("width", "boxes"), [(4096, True), (4104, False)])
+def test_only_shapes_that_a_launch_can_take_are_tried(width: int, boxes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The copy engine takes rows of a multiple of 16 bytes alone: for others each would time the same default."""
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(launching, "capability", lambda device: (9, 0))
+    monkeypatch.setattr(launching, "device_name", lambda device: "No Such GPU")
+    monkeypatch.setattr(launching, "processors", lambda device: 132)
+    monkeypatch.setattr(launching, "shared_memory", lambda device: 227 << 10)
+    assert copies_boxes(width, gpu) is boxes
+    key, taken = tile_key("outlier-int8", 512, 256, width), set()
+    for tile in candidates("outlier-int8", 512, width, boxes):
+        launching.use_tile("No Such GPU", key, tile)
+        taken.add(choose_tile("outlier-int8", 512, 256, width, gpu))
+    assert len(taken) == len(candidates("outlier-int8", 512, width, boxes))
+    assert {tile.descriptor for tile in taken} == {boxes}
 
 
 def small() -> Packed:
@@ -75,7 +94,7 @@ def test_the_fastest_that_can_be_launched_is_kept(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("error", [RuntimeError, torch.OutOfMemoryError])
 def test_what_was_used_before_is_used_if_nothing_works(error: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
-    key, before = tile_key("outlier-int8", 1, 8, 64), candidates("outlier-int8", 1, 64)[0]
+    key, before = tile_key("outlier-int8", 1, 8, 64), candidates("outlier-int8", 1, 64, False)[0]
     launching.use_tile("interpreter", key, before)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
 
@@ -85,6 +104,32 @@ def test_what_was_used_before_is_used_if_nothing_works(error: type[Exception], m
     with pytest.raises(CompilationError if error is RuntimeError else error):
         tune_tiles(torch.ones(1, 64), small(), seconds)
     assert tuned_tiles("interpreter")[key] == before
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, DeviceError, RuntimeError])
+def test_a_search_that_ends_early_keeps_nothing(error: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The best so far need not be the best: what was in use is."""
+    key, before = tile_key("outlier-int8", 1, 8, 64), candidates("outlier-int8", 1, 64, False)[0]
+    launching.use_tile("interpreter", key, before)
+    tried: list[Tile] = []
+
+    def dead() -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", dead)
+
+    def seconds() -> float:
+        tried.append(tuned_tiles("interpreter")[key])
+        if len(tried) == 3:
+            raise error("no")
+        return 1.0 / len(tried)
+
+    with pytest.raises(error):
+        tune_tiles(torch.ones(1, 64), small(), seconds)
+    assert len(tried) == 3
+    assert tuned_tiles("interpreter")[key] == before
+    tuned_tiles.cache_clear()
+    assert key not in tuned_tiles("interpreter")
 
 
 def test_without_the_kernel_there_is_no_tuner(monkeypatch: pytest.MonkeyPatch) -> None:

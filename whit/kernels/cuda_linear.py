@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
 from functools import lru_cache
 
 import torch
@@ -51,7 +50,7 @@ from whit.kernels.cuda_plan import (
 from whit.kernels.cuda_wide import Decode, WideShape, wide_shapes, wide_supports
 from whit.kernels.linear import Implementation, register_implementation
 from whit.kernels.nvrtc import CompilationError, kernel
-from whit.kernels.tuning import Tuner, register_tuner
+from whit.kernels.tuning import Tuner, fastest, register_tuner
 
 _ADDRESSED = 2**31  # bytes of a tensor that the kernels' 32-bit offsets reach
 
@@ -167,7 +166,7 @@ def candidates(layout: Layout, rows: int, columns: int, tokens: int, index: int)
     return [*found, Decode()] if found and tokens > FEW else found
 
 
-def tune(x: Tensor, packed: Packed, seconds: Callable[[], float]) -> tuple[str, Tuned]:
+def tune(x: Tensor, packed: Packed, seconds: Callable[[], float]) -> tuple[str, Tuned, int]:
     """Find the fastest launch for one call and use it from now on in this process.
 
     Args:
@@ -176,7 +175,7 @@ def tune(x: Tensor, packed: Packed, seconds: Callable[[], float]) -> tuple[str, 
         seconds: measures the call; run once per launch.
 
     Returns:
-        The key of `cuda_plan.tuning_key` and the launch, for `cuda_plan.keep_tuned`.
+        The key of `cuda_plan.tuning_key` and the launch, for `cuda_plan.keep_tuned`, and how many were timed.
 
     Raises:
         ValueError: no kernel multiplies these. CompilationError: no launch can be compiled.
@@ -190,22 +189,14 @@ def tune(x: Tensor, packed: Packed, seconds: Callable[[], float]) -> tuple[str, 
         raise ValueError(f"no kernel to tune for {_vectors(x)} vectors and {packed.format}")
     device = device_limits(index)[0]
     key = tuning_key(layout, packed.rows, packed.columns, tokens)
-    times: dict[Tuned, float] = {}
-    before = tuned_shapes(device).get(key)
-    best = before
-    try:
-        for candidate in possible:
-            use_shape(device, key, candidate)
-            choice.cache_clear()
-            with suppress(CompilationError):  # this compiler or device cannot do it; another launch will
-                times[candidate] = seconds()
-        if not times:
-            raise CompilationError(f"no launch for {_vectors(x)} vectors and {packed.format} can be compiled here")
-        best = min(times, key=times.__getitem__)
-    finally:
-        use_shape(device, key, best)
+
+    def use(launch: Tuned | None) -> None:
+        use_shape(device, key, launch)
         choice.cache_clear()
-    return key, best
+
+    what = f"{_vectors(x)} vectors and {packed.format}"
+    best, times = fastest(possible, tuned_shapes(device).get(key), use, seconds, what)
+    return key, best, len(times)
 
 
 def _tunes(x: Tensor, packed: Packed) -> bool:
@@ -216,11 +207,9 @@ def _tunes(x: Tensor, packed: Packed) -> bool:
 
 
 def _tune_and_keep(x: Tensor, packed: Packed, seconds: Callable[[], float]) -> int:
-    key, best = tune(x, packed, seconds)
+    key, best, tried = tune(x, packed, seconds)
     keep_tuned(device_limits(x.device.index)[0], {key: best})
-    layout = usable(x, packed)
-    assert layout is not None
-    return len(candidates(layout, packed.rows, packed.columns, size_class(layout, _vectors(x)), x.device.index))
+    return tried
 
 
 # The last one registered is asked first.

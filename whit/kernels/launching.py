@@ -184,9 +184,14 @@ def tile_key(kind: str, tokens: int, rows: int, columns: int) -> str:
     return f"{kind}/{rows}x{columns}/{power_of_two(tokens)}"
 
 
+def copies_boxes(columns: int, device: torch.device) -> bool:
+    """Whether a kernel can fetch tiles with the copy engine: from Hopper on, of rows of a multiple of 16 bytes."""
+    return columns % 16 == 0 and device.type == "cuda" and capability(device) >= (9, 0)
+
+
 def choose_tile(kind: str, tokens: int, rows: int, columns: int, device: torch.device) -> Tile:
     """The launch shape to use: one found fastest, otherwise the default."""
-    descriptor = columns % 16 == 0 and device.type == "cuda" and capability(device) >= (9, 0)
+    descriptor = copies_boxes(columns, device)
     found = tuned_tiles(device_name(device)).get(tile_key(kind, tokens, rows, columns))
     if found is not None and (descriptor or not found.descriptor):
         if tokens == 1:

@@ -79,11 +79,16 @@ def packed_linear(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tens
 
 @dataclass(frozen=True)
 class SeveralProducts:
-    """A version of the op for several weights of one format and one x, without bias; `supports` as above."""
+    """A version of the op for several weights of one format and one x, without bias; `supports` as above.
+
+    `tune`: (x, weights, seconds) tries every launch, timed by `seconds`, uses and keeps the fastest; returns how many
+    could be launched. None where there is nothing to choose.
+    """
 
     name: str
     supports: Callable[[Tensor, Sequence[Packed]], bool]
     products: Callable[[Tensor, Sequence[Packed]], list[Tensor]]
+    tune: Callable[[Tensor, Sequence[Packed], Callable[[], float]], int] | None = None
 
 
 _SEVERAL: dict[str, list[SeveralProducts]] = {}

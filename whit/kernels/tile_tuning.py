@@ -11,17 +11,26 @@ from whit.formats.base import Format, Packed
 from whit.formats.outlier_int8 import OutlierInt8
 from whit.formats.quantised_inputs import QuantisedInputs
 from whit.formats.scaled_codes import ScaledCodes
-from whit.kernels.launching import Tile, device_name, keep_tuned, power_of_two, tile_key, tuned_tiles, use_tile
+from whit.kernels.launching import (
+    Tile,
+    copies_boxes,
+    device_name,
+    keep_tuned,
+    power_of_two,
+    tile_key,
+    tuned_tiles,
+    use_tile,
+)
 from whit.kernels.linear import explain
-from whit.kernels.nvrtc import CompilationError
-from whit.kernels.tuning import Tuner, register_tuner
+from whit.kernels.nvrtc import CompilationError, DeviceError
+from whit.kernels.tuning import Tuner, fastest, register_tuner
 
 FEW = 64
 """Most vectors that a kernel multiplies by 8-bit weights alone."""
 
 
-def candidates(kind: str, tokens: int, width: int) -> list[Tile]:
-    """Launch shapes among which tuning chooses; `width` bytes of codes in a row."""
+def candidates(kind: str, tokens: int, width: int, boxes: bool) -> list[Tile]:
+    """Launch shapes among which tuning chooses; `width` bytes of codes in a row, `boxes` as `copies_boxes` says."""
     if tokens == 1:
         warps = max(1, power_of_two(width // 4) // 256)
         shapes = [(8, warps, 2), (8, 2 * warps, 2), (4, warps, 4), (16, warps, 2)]
@@ -31,7 +40,7 @@ def candidates(kind: str, tokens: int, width: int) -> list[Tile]:
     many = [(64, 128, 4, 4, 8, 0), (128, 128, 4, 3, 8, 0), (128, 256, 8, 4, 16, 0)]
     if kind == "outlier-int8":
         many += [(128, 256, 8, 4, 16, 1), (64, 128, 4, 4, 8, 2)]
-    return [Tile(m, n, 128, warps, stages, group, True, tail) for m, n, warps, stages, group, tail in many]
+    return [Tile(m, n, 128, warps, stages, group, boxes, tail) for m, n, warps, stages, group, tail in many]
 
 
 def kind_of(layout: Format, tokens: int) -> str:
@@ -57,6 +66,8 @@ def tune_tiles(x: Tensor, packed: Packed, seconds: Callable[[], float]) -> dict[
 
     Raises:
         CompilationError: none could.
+
+    Whatever is raised, the shape before stays in use, and nothing is kept.
     """
     device, tokens = device_name(x.device), x.numel() // x.shape[-1]
     codes = packed.tensors.get("codes", packed.tensors.get("weight_codes"))
@@ -64,22 +75,20 @@ def tune_tiles(x: Tensor, packed: Packed, seconds: Callable[[], float]) -> dict[
     width = codes.shape[1]
     kind = kind_of(packed.format, tokens)
     key = tile_key(kind, tokens, packed.rows, width)
-    before = tuned_tiles(device).get(key)
-    times: dict[Tile, float] = {}
-    try:
-        for tile in candidates(kind, tokens, width):
-            use_tile(device, key, tile)
-            try:
-                times[tile] = seconds()
-            except torch.OutOfMemoryError:
-                raise
-            except Exception:  # a shape that this device or this version of Triton cannot launch
-                torch.cuda.synchronize()
-    finally:
-        use_tile(device, key, min(times, key=times.__getitem__) if times else before)
-    if not times:
-        raise CompilationError(f"no launch shape of {kind} works for {packed.rows} x {packed.columns}")
-    keep_tuned(device, {key: min(times, key=times.__getitem__)})
+
+    def timed() -> float:
+        try:
+            return seconds()
+        except (torch.OutOfMemoryError, CompilationError, DeviceError):
+            raise
+        except Exception as error:  # whatever a device or a version of Triton says to a shape that it cannot launch
+            torch.cuda.synchronize()  # raises what no other shape would mend
+            raise CompilationError(str(error)) from error
+
+    shapes = candidates(kind, tokens, width, copies_boxes(width, x.device))
+    what = f"{kind} of {packed.rows} x {packed.columns}"
+    best, times = fastest(shapes, tuned_tiles(device).get(key), lambda tile: use_tile(device, key, tile), timed, what)
+    keep_tuned(device, {key: best})
     return times
 
 
