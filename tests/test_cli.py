@@ -20,6 +20,7 @@ from whit import errors
 from whit.cli import main
 from whit.cli.commands import build, output_directory
 from whit.cli.options import RECIPE, RUN_HELP, explain_unknown, requested_method
+from whit.cli.tables import tuned_view
 from whit.errors import KnobError
 from whit.formats.grouped_integer import GroupedInteger
 from whit.kernels import explain
@@ -395,6 +396,12 @@ def test_the_dtype_is_one_of_those_there_are(command: list[str], capsys: pytest.
     assert engine.calls[0]["dtype"] is torch.float16
     assert main([*command, "--dtype", "half"], engine) == KnobError.exit_code
     assert "--dtype is one of auto, float32, bfloat16, float16, got 'half'" in capsys.readouterr().err
+
+
+def test_tuned_weights_of_one_launch_are_named_each() -> None:
+    layout = {"format": "level-table", "bits": 2, "group_size": 128}
+    product = TunedProduct(layout, 96, 128, 1, "few", "few", 2e-5, 1e-5, 7, (64, 16, 16))
+    assert str(tuned_view(product)).startswith("64+16+16x128 level-table")
 
 
 def test_tune_shows_each_product_as_it_is_found(capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,7 @@ from whit.evaluation.measure import evaluate_model
 from whit.evaluation.sample import sample_record, sample_text
 from whit.evaluation.tasks import TaskRun
 from whit.exporters import export
-from whit.generation.weights import multiplied_weights
+from whit.generation.weights import meeting_weights, multiplied_weights
 from whit.kernels.tuning import TunedProduct, tune_products
 from whit.methods.base import Method
 from whit.models.loading import is_compressed, load_directory, load_tokenizer, saved_dtype
@@ -260,7 +260,7 @@ def tune(
     if dtype.itemsize != 2:
         raise KnobError(f"launches are chosen for 16-bit inputs, not for {dtype}: give --dtype bfloat16 or float16")
     model = load_directory(directory, dtype=dtype, device=place)
-    return tune_products(multiplied_weights(model), vectors, dtype)
+    return tune_products(multiplied_weights(model), vectors, dtype, meeting_weights(model))
 
 
 def _open(

@@ -14,10 +14,11 @@ from whit.formats.binary_residual import BinaryResidual
 from whit.formats.grouped_integer import GroupedInteger
 from whit.formats.level_table import LevelTable
 from whit.generation.products import Products
-from whit.kernels import cuda_plan
-from whit.kernels.cuda_layout import layout_of
-from whit.kernels.cuda_plan import Shape, place_gemv, tuning_key
-from whit.kernels.cuda_several import place_several, shares
+from whit.kernels import cuda_ops, cuda_plan, cuda_several
+from whit.kernels.cuda_layout import Layout, layout_of
+from whit.kernels.cuda_plan import Launch, Shape, gemv_shapes, tuned_shapes, tuning_key
+from whit.kernels.cuda_several import place_several, several_key, shares
+from whit.kernels.cuda_wide import WideShape
 from whit.kernels.linear import choose_several
 from whit.models.packed import PackedLinear
 
@@ -36,16 +37,21 @@ TWO = """
 
 
 @pytest.mark.skipif(build.COMPILER is None, reason="needs g++")
-@pytest.mark.parametrize("bitwise", [False, True])
-def test_two_weights_with_marks_of_their_own(bitwise: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "shape", [Shape(64, 256, 2), Shape(256, 512, 1, True), Shape(256, 512, 1, True, 2, eager=True)], ids=str
+)
+def test_two_weights_with_marks_of_their_own(shape: Shape, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of one weight, as two: the first in one thread block, the second, with other marked columns, in two."""
     layout, columns, first = BinaryResidual(128, False), 640, 21
     whole = random_packed(layout, 60, columns)
     other = Packed(layout, 60, columns, whole.tensors | {"salient": whole.tensors["salient"].bitwise_not()})
     described = layout_of(layout, columns)
     assert described is not None
-    launch = place_gemv(described, 3 * 16 * 2, columns, 3, 60_000, Shape(64, 256, 2, bitwise))
-    assert launch is not None and launch.grid == 3
+    rows = (first, 60 - first)
+    monkeypatch.setattr(cuda_several, "several_shapes", lambda layout, binary, early: [shape])
+    monkeypatch.setattr(cuda_several, "tuned_shapes", lambda device: {several_key(described, rows, columns): shape})
+    launch, blocks = place_several("a device", described, rows, columns, 3, 120_000, True, early=True)
+    assert (launch.shape, launch.grid, blocks) == (shape, 3, [1, 2])
     monkeypatch.setitem(build.CALLS, "gemv", TWO.replace("FIRST", str(first)).replace("SCALARS", "4"))
     plain = build.options_of
     monkeypatch.setattr(build, "options_of", lambda *given, **named: (*plain(*given, **named), "-DSEVERAL=2"))
@@ -88,6 +94,65 @@ def test_a_found_shape_whose_blocks_share_their_work_is_not_taken(
         launch, blocks = place_several("a device", layout, (4096, 4096), 4096, 132, 227 * 1024, True, early=True)
         assert sum(blocks) == 132 and launch.shape.share == 1
         assert (launch.shape == shape) is shape.eager
+
+
+def test_a_shape_found_for_them_together_goes_before_that_of_one_weight(monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = layout_of(BinaryResidual(0, False), 4096)
+    assert layout is not None
+    rows, single, joint = (4096, 1024, 1024), Shape(512, 512, 1, True), Shape(768, 512, 1, True)
+    found = {tuning_key(layout, 6144, 4096, 1): single, several_key(layout, rows, 4096): joint}
+    monkeypatch.setattr(cuda_plan, "tuned_shapes", lambda device: found)
+    monkeypatch.setattr(cuda_several, "tuned_shapes", lambda device: found)
+
+    def shape(*rows: int) -> Shape:
+        return place_several("a device", layout, rows, 4096, 132, 227 * 1024, True, early=True)[0].shape
+
+    assert shape(*rows) == joint
+    assert shape(1024, 4096, 1024) == shape(3072, 3072) == single  # those have blocks of their own
+    for wrong in (Shape(512, 512, 1, True, share=2), Shape(96, 512, 1, True), WideShape(64, 1, 1, 1, 2)):
+        found[several_key(layout, rows, 4096)] = wrong
+        assert shape(*rows) == single
+
+
+def test_every_shape_is_tried_and_the_fastest_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A launch asks for its shape anew each time that tuning takes another."""
+    monkeypatch.setenv("WHIT_CACHE", str(tmp_path))
+    layout = BinaryResidual(0, False)
+    described = layout_of(layout, 640)
+    assert described is not None
+    for module in (cuda_several, cuda_ops):
+        monkeypatch.setattr(module, "device_limits", lambda index: ("No Such GPU", 132, 227 * 1024))
+        monkeypatch.setattr(module, "counts_bits", lambda index: True)
+        monkeypatch.setattr(module, "starts_early", lambda index: True)
+    monkeypatch.setattr(cuda_several, "usable", lambda x, packed: described)
+    made: list[Shape] = []
+
+    def built(layout: Layout, launch: Launch, *others: object) -> tuple[str, str, tuple[str, ...], bool]:
+        made.append(launch.shape)
+        return "", "gemv", (), False
+
+    monkeypatch.setattr(cuda_several, "build", built)
+    monkeypatch.setattr(cuda_several, "kernel", lambda *arguments: None)
+    for item in (cuda_several._own_shape, cuda_several._prepared, cuda_ops.choice, tuned_shapes):
+        item.cache_clear()
+    weights = [random_packed(layout, rows, 640) for rows in (48, 16, 32)]
+    x = torch.empty(1, 640, device="meta")
+    index = x.device.index
+    arguments = (described, (48, 16, 32), 640)
+    wanted = [shape for shape in gemv_shapes(described, clusters=True) if shape.share == 1]
+
+    def launched() -> Shape:
+        shapes = (cuda_several._own_shape(*arguments, index), cuda_ops.choice(described, 96, 640, 1, index))
+        return cuda_several._prepared(*arguments, True, index, shapes)[1].shape
+
+    def seconds() -> float:
+        return 0.5 if launched() == wanted[4] else 1.0
+
+    assert cuda_several._tune(x, weights, seconds) == len(wanted) == len(set(made))
+    assert launched() == wanted[4]
+    for item in (cuda_several._own_shape, tuned_shapes):
+        item.cache_clear()
+    assert launched() == wanted[4]
 
 
 def modules(device: str, *, same: bool) -> list[PackedLinear]:

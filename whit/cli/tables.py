@@ -151,8 +151,9 @@ def tuned_view(product: TunedProduct) -> RenderableType:
     """One line: what was tuned, and what it gained."""
     times = " -> ".join(f"{seconds * 1e6:.1f}" for seconds in (product.seconds_before, product.seconds))
     kernels = " -> ".join(dict.fromkeys((product.kernel_before, product.kernel)))
+    rows = "+".join(str(count) for count in product.parts or (product.rows,))
     return Text(
-        f"{product.rows}x{product.columns} {describe_fields(product.format, 'format')}, "
+        f"{rows}x{product.columns} {describe_fields(product.format, 'format')}, "
         f"{product.vectors} {_plural('vector', product.vectors)}: {times} µs of {product.tried} tried, {kernels}"
     )
 

@@ -115,8 +115,15 @@ class GatedDecoder:
 
     def joined(self) -> list[Packed]:
         """The weights in which several layers stand as one."""
-        found = [products.joined for block in self.blocks for products in (block.attention, block.gate_up)]
+        found = [products.joined for products in self._products()]
         return [packed for packed in found if packed is not None]
+
+    def meeting(self) -> list[list[Packed]]:
+        """The weights that meet the same inputs, each a weight of its own, and may be multiplied in one launch."""
+        return [products.meeting for products in self._products() if products.meeting]
+
+    def _products(self) -> list[Products]:
+        return [products for block in self.blocks for products in (block.attention, block.gate_up)]
 
     def read(self, ids: Tensor, caches: list[KeyValues], place: Place, mask: Tensor | None) -> Tensor:
         """Integer ids (sequences, tokens) of the prompt -> logits (sequences, vocabulary) of its last token."""

@@ -89,6 +89,11 @@ class Products:
         """The packed weight in which all of them stand, if they could be joined."""
         return self._joined[0] if self._joined is not None and isinstance(self._joined[0], Packed) else None
 
+    @property
+    def meeting(self) -> list[Packed]:
+        """The packed weights that one launch may multiply at once, if they were not joined."""
+        return self._weights() if self._joined is None and self._meet else []
+
     def explain(self, inputs: Tensor) -> str:
         """How the products run, for reports: "joined", "one launch", "branches" or "in turn"."""
         if self._joined is not None:

@@ -7,7 +7,7 @@ import contextlib
 from torch import nn
 
 from whit.formats.base import Packed
-from whit.generation.blocks import UnsuitedError, gated_decoder
+from whit.generation.blocks import GatedDecoder, UnsuitedError, gated_decoder
 from whit.models.packed import PackedLinear, TiedPackedLinear, packed_modules
 
 
@@ -16,8 +16,20 @@ def multiplied_weights(model: nn.Module) -> list[Packed]:
 
     The layers keep views of what is joined, as after `continue_greedily(join=True)`.
     """
-    joined: list[Packed] = []
-    with contextlib.suppress(UnsuitedError):  # no model of gated blocks: each layer is multiplied by itself
-        joined = gated_decoder(model, join=True).joined()
+    decoder = _decoder(model)
     tied = [item.source.packed for item in model.modules() if isinstance(item, TiedPackedLinear)]
-    return joined + [item.packed for item in packed_modules(model).values() if isinstance(item, PackedLinear)] + tied
+    alone = [item.packed for item in packed_modules(model).values() if isinstance(item, PackedLinear)]
+    return ([] if decoder is None else decoder.joined()) + alone + tied
+
+
+def meeting_weights(model: nn.Module) -> list[list[Packed]]:
+    """Packed weights that decoding does not join and may multiply by the same vector in one launch, as q, k and v."""
+    decoder = _decoder(model)
+    return [] if decoder is None else decoder.meeting()
+
+
+def _decoder(model: nn.Module) -> GatedDecoder | None:
+    """None for a model of no gated blocks: there each layer is multiplied by itself."""
+    with contextlib.suppress(UnsuitedError):
+        return gated_decoder(model, join=True)
+    return None

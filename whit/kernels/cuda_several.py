@@ -2,13 +2,14 @@
 
 Weights whose rows could stand in one weight are joined where they are kept (`whit.generation.products`); this is for
 those that share a layout and not what its rows have in common, as the marked columns of `binary-residual`. Every weight
-gets thread blocks in proportion to its rows. Errors are those of the single product.
+gets thread blocks in proportion to its rows. Errors are those of the single product. Tuning files what it finds under
+the rows of each; where it found nothing, they take the shape of one weight of as many rows.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 
@@ -30,10 +31,22 @@ from whit.kernels.cuda_ops import (
     waits_for_nothing,
     weight_of,
 )
-from whit.kernels.cuda_plan import Launch, choose, place_gemv
+from whit.kernels.cuda_plan import (
+    Launch,
+    Shape,
+    Tuned,
+    choose,
+    gemv_shapes,
+    keep_tuned,
+    place_gemv,
+    tuned_shapes,
+    tuning_key,
+    use_shape,
+)
 from whit.kernels.cuda_wide import Decode, WideShape
 from whit.kernels.linear import SeveralProducts, register_several
 from whit.kernels.nvrtc import Argument, Kernel, kernel
+from whit.kernels.tuning import fastest
 
 Chosen = Launch | WideShape | Decode
 MOST = 4
@@ -59,6 +72,25 @@ def shares(rows: Sequence[int], processors: int) -> list[int]:
     return blocks
 
 
+def several_key(layout: Layout, rows: Sequence[int], columns: int) -> str:
+    """What a shape found for a joint launch is filed under."""
+    return f"{tuning_key(layout, sum(rows), columns, 1)}/{'+'.join(map(str, rows))}"
+
+
+def several_shapes(layout: Layout, binary: bool, early: bool) -> list[Shape]:
+    """Shapes for a joint launch: blocks of several weights have no marked columns, so no bits of x, in common."""
+    return [shape for shape in gemv_shapes(layout, binary, clusters=early) if shape.share == 1]
+
+
+def _placed(
+    layout: Layout, rows: Sequence[int], columns: int, processors: int, memory: int, shape: Shape
+) -> Launch | None:
+    """The launch of one weight with as many tiles for each block as the slowest has, so that one round does."""
+    blocks = shares(rows, processors)
+    rounds = max(-(-count // (16 * have)) for count, have in zip(rows, blocks, strict=True))
+    return place_gemv(layout, 16 * rounds * processors, columns, processors, memory, shape)
+
+
 def place_several(
     name: str,
     layout: Layout,
@@ -71,24 +103,33 @@ def place_several(
 ) -> tuple[Launch, list[int]]:
     """The launch of several weights on a device, and the thread blocks of each.
 
-    The shape is that of one weight of all rows; `early` says that the device can start a kernel before the last ends.
+    The shape is the one found for them together, otherwise that of one weight of all rows; `early` says that the device
+    can start a kernel before the last ends.
     """
     blocks = shares(rows, processors)
-    found = choose(name, layout, sum(rows), columns, 1, processors, memory, binary=binary, clusters=early)
-    if found.shape.share > 1:  # blocks of several weights have no marked columns, so no bits of x, in common
-        found = choose(name, layout, sum(rows), columns, 1, processors, memory, binary=binary, clusters=False)
-    rounds = max(-(-count // (16 * have)) for count, have in zip(rows, blocks, strict=True))
-    # as many tiles for each block as the slowest has, so that one round does
-    launch = place_gemv(layout, 16 * rounds * processors, columns, processors, memory, found.shape)
-    launch = found if launch is None else launch
+    own = tuned_shapes(name).get(several_key(layout, rows, columns))
+    launch = None
+    if isinstance(own, Shape) and own in several_shapes(layout, binary, early):
+        launch = _placed(layout, rows, columns, processors, memory, own)
+    if launch is None:
+        found = choose(name, layout, sum(rows), columns, 1, processors, memory, binary=binary, clusters=early)
+        if found.shape.share > 1:
+            found = choose(name, layout, sum(rows), columns, 1, processors, memory, binary=binary, clusters=False)
+        launch = _placed(layout, rows, columns, processors, memory, found.shape) or found
     return replace(launch, grid=sum(blocks)), blocks
 
 
 @lru_cache(maxsize=1024)
+def _own_shape(layout: Layout, rows: tuple[int, ...], columns: int, index: int) -> Tuned | None:
+    return tuned_shapes(device_limits(index)[0]).get(several_key(layout, rows, columns))
+
+
+@lru_cache(maxsize=1024)
 def _prepared(
-    layout: Layout, rows: tuple[int, ...], columns: int, bfloat: bool, index: int, shape: Chosen
+    layout: Layout, rows: tuple[int, ...], columns: int, bfloat: bool, index: int, shapes: tuple[Tuned | None, Chosen]
 ) -> tuple[Kernel, Launch, list[int]]:
-    """`shape` is what one weight of as many rows takes now: with another, found by tuning, all is made anew."""
+    """`shapes`, that of their own and what one weight of as many rows takes now, are what the launch was chosen by:
+    with others, found by tuning, all is made anew."""
     device, processors, memory = device_limits(index)
     early = starts_early(index)
     launch, blocks = place_several(device, layout, rows, columns, processors, memory, counts_bits(index), early)
@@ -103,8 +144,9 @@ def packed_products(x: Tensor, tensors: list[Tensor], layout: list[int], rows: l
     out = torch.empty(1, sum(rows), dtype=x.dtype, device=x.device)
     each = len(tensors) // len(rows)
     with torch.cuda.device(x.device):
-        single = choice(described, sum(rows), columns, 1, index)
-        run, launch, blocks = _prepared(described, tuple(rows), columns, x.dtype == torch.bfloat16, index, single)
+        each_rows = tuple(rows)
+        shapes = (_own_shape(described, each_rows, columns, index), choice(described, sum(rows), columns, 1, index))
+        run, launch, blocks = _prepared(described, each_rows, columns, x.dtype == torch.bfloat16, index, shapes)
         tasks, row, first = _tasks(len(rows))(), 0, 0
         for number, (count, share) in enumerate(zip(rows, blocks, strict=True)):
             weight = weight_of(described, tensors[number * each : (number + 1) * each], count, columns)
@@ -138,5 +180,28 @@ def _products(x: Tensor, weights: Sequence[Packed]) -> list[Tensor]:
     return [part.reshape(*x.shape[:-1], count) for part, count in zip(torch.split(out, rows, -1), rows, strict=True)]
 
 
+def _tune(x: Tensor, weights: Sequence[Packed], seconds: Callable[[], float]) -> int:
+    """Find the fastest shape of the joint launch, use and keep it; returns how many could be launched."""
+    layout, index, columns = usable(x, weights[0]), x.device.index, weights[0].columns
+    assert layout is not None
+    rows = tuple(packed.rows for packed in weights)
+    device, processors, memory = device_limits(index)
+    key = several_key(layout, rows, columns)
+
+    def use(shape: Tuned | None) -> None:
+        use_shape(device, key, shape)
+        _own_shape.cache_clear()
+
+    known = several_shapes(layout, counts_bits(index), starts_early(index))
+    shapes: list[Tuned] = [
+        shape for shape in known if _placed(layout, rows, columns, processors, memory, shape) is not None
+    ]
+    what = f"{len(weights)} weights at once of {weights[0].format}"
+    best, times = fastest(shapes, tuned_shapes(device).get(key), use, seconds, what)
+    keep_tuned(device, {key: best})
+    _own_shape.cache_clear()
+    return len(times)
+
+
 for _format in ("binary-residual", "level-table", "grouped-integer"):
-    register_several(_format, SeveralProducts("cuda bit-plane gemv", _supports, _products))
+    register_several(_format, SeveralProducts("cuda bit-plane gemv", _supports, _products, _tune))
