@@ -58,10 +58,31 @@ def peer_table(report: dict[str, Any]) -> str:
     return "\n".join(lines + markdown(header, rows)) + "\n"
 
 
+def machine_table(report: dict[str, Any]) -> str:
+    """Bandwidth, matrix products, and what a scheduler issues with 1 to 16 warps on its multiprocessor, as Markdown."""
+    rates = report["operations_per_second"].items()
+    products = ", ".join(f"{name} {value / 1e12:.0f}" for name, value in rates)
+    lines = [
+        f"{report['hardware']}, torch {report['torch']}, CUDA {report['cuda']}. Reading "
+        f"{report['read_bytes_per_second'] / 1e12:.2f} TB/s, copying {report['copy_bytes_per_second'] / 1e12:.2f} TB/s "
+        f"(bytes read and written), products of 8192 x 8192 x 8192 in TOP/s: {products}.",
+        "",
+    ]
+    warps = list(next(iter(report["cycles_per_instruction"].values())))
+    header = ["cycles of a scheduler per instruction of 32 lanes", *(f"{count} warps" for count in warps)]
+    header[1] = header[1].replace("1 warps", "1 warp")
+    rows = [
+        [name, *(f"{cycles[count]:.2f}" for count in warps)]
+        for name, cycles in report["cycles_per_instruction"].items()
+    ]
+    return "\n".join(lines + markdown(header, rows)) + "\n"
+
+
 def contents() -> dict[str, str]:
     """Generated file name -> its text."""
     history = load("history-of-kernels.json")
     tables = {f"kernels-{device}.md": kernel_table(report) for device, report in load_all("kernels-").items()}
+    tables |= {f"machine-{device}.md": machine_table(report) for device, report in load_all("machine-").items()}
     tables["gemlite-h200.md"] = peer_table(load("gemlite_h200.json"))
     return tables | {"history-of-kernels.md": numbered_steps(history, f"{history['hardware']}, float16.")}
 

@@ -47,3 +47,21 @@ def test_the_front_holds_what_no_smaller_row_equals(tables: ModuleType) -> None:
     front = importlib.import_module("frontier_tables").pareto_front(points)
     assert [(item.bits, item.value) for item in front] == [(1.0, 9.0), (2.0, 4.0), (4.0, 1.0)]
     assert front[0].label == "x"
+
+
+def test_what_a_machine_can_do_becomes_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    report = {
+        "hardware": "A GPU",
+        "torch": "2.11",
+        "cuda": "13.0",
+        "read_bytes_per_second": 4.236e12,
+        "copy_bytes_per_second": 3.9e12,
+        "operations_per_second": {"float16": 7.78e14, "int8": 1.5e15},
+        "cycles_per_instruction": {"LOP3": {"1": 2.004, "16": 1.998}, "mma": {"1": 16.5, "16": 6.1}},
+    }
+    table = importlib.import_module("kernel_tables").machine_table(report)
+    assert "Reading 4.24 TB/s, copying 3.90 TB/s" in table
+    assert "float16 778, int8 1500." in table
+    assert "| cycles of a scheduler per instruction of 32 lanes | 1 warp | 16 warps |" in table
+    assert table.endswith("| LOP3 | 2.00 | 2.00 |\n| mma | 16.50 | 6.10 |\n")
