@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerFast, WhisperConfig
 
-from whit.errors import ModelError, nearest
+from whit.errors import ModelError
 from whit.models.checkpoint import read_json_object
-from whit.models.source import describe, hash_file, hash_lines, read_bytes
+from whit.models.one_file import OneFileSource
+from whit.models.source import read_bytes
 
 _DTYPES = {0: torch.float32, 1: torch.int8, 2: torch.int16, 3: torch.int32, 4: torch.float16}
 _KINDS = {"weight": "weight", "bias": "bias", "gamma": "weight", "beta": "bias"}
@@ -114,52 +115,30 @@ def _string(file: BinaryIO) -> str:
     return file.read(length).rstrip(b"\0").decode()
 
 
-class CTranslate2Source:
+class CTranslate2Source(OneFileSource[_Slice]):
     """Tensors of a Whisper model.bin under transformers names."""
 
     def __init__(self, path: Path, variables: dict[str, Variable]) -> None:
-        self._path = path
+        super().__init__(path, dict(_whisper_names(variables)))
         self._variables = variables
-        self._slices = dict(_whisper_names(variables))
-        self._fingerprint: str | None = None
-
-    @property
-    def stored_bytes(self) -> int:
-        """Bytes of the file."""
-        return self._path.stat().st_size
-
-    def names(self) -> list[str]:
-        """Every model name, sorted."""
-        return sorted(self._slices)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor."""
-        part = self._slice(name)
+        part = self.entry(name)
         rows, *rest = self._variables[part.variable].shape
         return (rows // part.count, *rest)
 
     def dtype(self, name: str) -> torch.dtype:
         """Stored dtype of a tensor."""
-        return self._variables[self._slice(name).variable].dtype
+        return self._variables[self.entry(name).variable].dtype
 
     def load(self, name: str) -> Tensor:
         """Read one tensor."""
-        part = self._slice(name)
+        part = self.entry(name)
         variable = self._variables[part.variable]
         length = variable.bytes // part.count
-        raw = read_bytes(self._path, variable.start + part.index * length, length)
+        raw = read_bytes(self.path, variable.start + part.index * length, length)
         return raw.view(variable.dtype).reshape(self.shape(name))
-
-    def fingerprint(self) -> str:
-        """sha256 over names, shapes, dtypes and the file."""
-        if self._fingerprint is None:
-            self._fingerprint = hash_lines([*describe(self), hash_file(self._path)])
-        return self._fingerprint
-
-    def _slice(self, name: str) -> _Slice:
-        if name not in self._slices:
-            raise ModelError(f"{self._path.name!r} has no tensor {name!r}{nearest(name, self._slices)}")
-        return self._slices[name]
 
 
 def _whisper_names(variables: dict[str, Variable]) -> Iterator[tuple[str, _Slice]]:

@@ -25,7 +25,8 @@ from transformers import AutoConfig, AutoTokenizer
 from whit.errors import MissingDependencyError, ModelError, nearest
 from whit.models.gguf_architectures import ARCHITECTURES, CONFIG_KEYS, TOKEN_KEYS, GGUFArchitecture
 from whit.models.gguf_header import MAGIC, GGUFTensor, read_gguf_header
-from whit.models.source import describe, hash_file, hash_lines, read_bytes
+from whit.models.one_file import OneFileSource
+from whit.models.source import read_bytes
 
 
 @dataclass(frozen=True)
@@ -39,43 +40,32 @@ class GGUFModel:
     notes: tuple[str, ...]
 
 
-class GGUFSource:
+class GGUFSource(OneFileSource[GGUFTensor]):
     """Tensors of a GGUF file under transformers names, dequantised to float32 one at a time."""
 
     def __init__(
         self, path: Path, tensors: Mapping[str, GGUFTensor], architecture: GGUFArchitecture, config: Any
     ) -> None:
-        self._path = path
-        self._tensors = dict(tensors)
+        super().__init__(path, tensors)
         self._architecture = architecture
         self._config = config
-        self._fingerprint: str | None = None
-
-    @property
-    def stored_bytes(self) -> int:
-        """Bytes of the file."""
-        return self._path.stat().st_size
-
-    def names(self) -> list[str]:
-        """Every model name, sorted."""
-        return sorted(self._tensors)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor."""
-        return self._tensor(name).shape
+        return self.entry(name).shape
 
     def dtype(self, name: str) -> torch.dtype:
         """float32: what dequantisation yields."""
-        self._tensor(name)
+        self.entry(name)
         return torch.float32
 
     def load(self, name: str) -> Tensor:
         """Dequantise one tensor."""
         import gguf
 
-        tensor = self._tensor(name)
+        tensor = self.entry(name)
         kind = gguf.GGMLQuantizationType(tensor.type_number)
-        raw = read_bytes(self._path, tensor.start, stored_size(tensor)).numpy()
+        raw = read_bytes(self.path, tensor.start, stored_size(tensor)).numpy()
         rows = math.prod(tensor.shape[:-1])
         values = gguf.dequantize(raw.reshape(rows, -1), kind)
         value = torch.from_numpy(np.array(values, dtype=np.float32)).reshape(tensor.shape)
@@ -84,18 +74,7 @@ class GGUFSource:
 
     def quantization(self, name: str) -> str:
         """Name of the stored type, for example "Q4_1"."""
-        return type_name(self._tensor(name))
-
-    def fingerprint(self) -> str:
-        """sha256 over names, shapes, dtypes and the file."""
-        if self._fingerprint is None:
-            self._fingerprint = hash_lines([*describe(self), hash_file(self._path)])
-        return self._fingerprint
-
-    def _tensor(self, name: str) -> GGUFTensor:
-        if name not in self._tensors:
-            raise ModelError(f"{self._path.name!r} has no tensor {name!r}{nearest(name, self._tensors)}")
-        return self._tensors[name]
+        return type_name(self.entry(name))
 
 
 def type_name(tensor: GGUFTensor) -> str:
