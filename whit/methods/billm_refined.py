@@ -28,7 +28,7 @@ from whit.kernels.signs import decode_signs, pattern_rows, signed_sums
 from whit.kernels.split_product import SplitFactor
 from whit.methods.billm_planes import BinaryPlanes
 from whit.methods.descent import BlockFactors, descend_columns, solve_least_squares
-from whit.methods.feedback import round_with_feedback
+from whit.methods.feedback import column_importance, round_with_feedback
 from whit.methods.rounders import LevelRounder
 
 MARK_ROUNDS = 3
@@ -274,8 +274,7 @@ def refined_billm(
     """
     columns = weight.shape[1]
     size = block_size or columns
-    importance = torch.empty(columns, device=weight.device)
-    importance[order] = torch.diagonal(upper).square().reciprocal()
+    importance = column_importance(upper, order)
     importance /= importance.mean()
     salient = torch.zeros(columns, dtype=torch.bool, device=weight.device)
     lows, highs = [], []

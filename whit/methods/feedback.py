@@ -42,6 +42,21 @@ class Rounded:
     loss: Tensor
 
 
+def column_importance(upper: Tensor, order: Tensor | None) -> Tensor:
+    """What an error of each column costs when later columns absorb what they can: 1 / U_jj^2, by column of the weight.
+
+    Args:
+        upper: U of H^-1 = U^T U, (columns, columns), for the columns taken in `order`.
+        order: permutation (columns,), or None where the columns are taken as they stand.
+    """
+    cost = torch.diagonal(upper).square().reciprocal()
+    if order is None:
+        return cost
+    importance = torch.empty_like(cost)
+    importance[order] = cost
+    return importance
+
+
 def round_with_feedback(
     weight: Tensor, upper: Tensor, group_size: int, fit: Fit, block_size: int = LAZY_BLOCK
 ) -> Rounded:

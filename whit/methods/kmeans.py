@@ -19,7 +19,7 @@ from whit.errors import ModelError
 from whit.formats.level_table import LevelTable
 from whit.kernels import lloyd
 from whit.methods.base import Compressed, Method, knob, register_method
-from whit.methods.feedback import Rounder, round_in_order, round_with_feedback
+from whit.methods.feedback import Rounder, column_importance, round_in_order, round_with_feedback
 from whit.methods.rounders import LevelRounder
 from whit.methods.statistics import LayerStatistics, Statistic, dead_column_notes
 
@@ -48,8 +48,7 @@ class KMeans(Method):
         layout = self.format(*weight.shape)
         order = statistics.descending_order() if self.act_order else None
         factor = statistics.inverse_factor(self.damping, order)
-        importance = torch.empty_like(factor.upper[0])
-        importance[slice(None) if order is None else order] = torch.diagonal(factor.upper).square().reciprocal()
+        importance = column_importance(factor.upper, order)
         alive = weight.masked_fill(statistics.dead_columns(), 0)
         tables: list[Tensor] = []
 

@@ -112,6 +112,14 @@ class Pruner(Method):
     def kept_without_pattern(self, rows: int, columns: int) -> int:
         """Weights kept of each row if `same_in_each_row`, else of the matrix."""
 
+    def mask(self, scores: Tensor) -> Tensor:
+        """Which of the weights that compete are kept, by scores (rows, columns): bool of the same shape."""
+        if self.groups is not None:
+            return keep_in_groups(scores, *self.groups)
+        if self.same_in_each_row:
+            return keep_in_rows(scores, dropped(scores.shape[1], self.drop_share))
+        return keep_in_matrix(scores, dropped(scores.numel(), self.drop_share))
+
     def kept_shape(self, rows: int, columns: int) -> tuple[int, int]:
         """Shape of the kept weights side by side: (rows, k), or (1, all of them) when rows differ.
 
@@ -224,14 +232,6 @@ class ScorePruner(Pruner):
         """All but floor(count sparsity), of a row or of the matrix."""
         count = columns if self.same_in_each_row else rows * columns
         return count - dropped(count, self.drop_share)
-
-    def mask(self, scores: Tensor) -> Tensor:
-        """Which weights are kept: bool (rows, columns)."""
-        if self.groups is not None:
-            return keep_in_groups(scores, *self.groups)
-        if self.same_in_each_row:
-            return keep_in_rows(scores, dropped(scores.shape[1], self.drop_share))
-        return keep_in_matrix(scores, dropped(scores.numel(), self.drop_share))
 
     def prune(self, weight: Tensor, statistics: LayerStatistics) -> Pruned:
         """Drop the lowest scores; with `update`, feed the error of each column to those after it.

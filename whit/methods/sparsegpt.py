@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from whit.methods.base import knob, register_method
-from whit.methods.masks import dropped, keep_in_groups, keep_in_matrix, keep_in_rows
+from whit.methods.masks import dropped
 from whit.methods.pruning import Pruned, Pruner
 from whit.methods.pruning_feedback import prune_with_feedback
 from whit.methods.statistics import LayerStatistics, Statistic, dead_column_notes
@@ -61,7 +61,7 @@ class SparseGPT(Pruner):
         squares = torch.diagonal(factor.upper).square()
 
         def choose(first: int, values: Tensor) -> Tensor:
-            return self._mask(values.square() / squares[first : first + values.shape[1]])
+            return self.mask(values.square() / squares[first : first + values.shape[1]])
 
         step = self._block if self.groups is None else self.groups[1]
         fed = prune_with_feedback(weight.masked_fill(factor.dead, 0), factor.upper, step, choose)
@@ -70,11 +70,3 @@ class SparseGPT(Pruner):
     @property
     def _block(self) -> int:
         return 128 if self.block_size is None else self.block_size
-
-    def _mask(self, scores: Tensor) -> Tensor:
-        """The mask of one step's scores (rows, step)."""
-        if self.groups is not None:
-            return keep_in_groups(scores, *self.groups)
-        if self.same_in_each_row:
-            return keep_in_rows(scores, dropped(scores.shape[1], self.drop_share))
-        return keep_in_matrix(scores, dropped(scores.numel(), self.drop_share))

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from whit.methods.billm_refined import INITIAL_SHARE, MARK_ROUNDS, SAMPLED_ROWS, two_magnitudes
 from whit.methods.descent import BlockFactors, descend_columns, least_squares_step
-from whit.methods.feedback import round_with_feedback
+from whit.methods.feedback import column_importance, round_with_feedback
 from whit.methods.rounders import LevelRounder
 from whit.methods.three_magnitudes import three_magnitudes
 
@@ -229,8 +229,7 @@ def refined_stbllm(
     """
     columns = weight.shape[1]
     size = block_size or columns
-    importance = torch.empty(columns, device=weight.device)
-    importance[order] = torch.diagonal(upper).square().reciprocal()
+    importance = column_importance(upper, order)
     importance /= importance.mean()
     salient = torch.zeros(columns, dtype=torch.bool, device=weight.device)
     fitted = []
