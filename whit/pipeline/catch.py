@@ -79,20 +79,27 @@ class _Log:
     calls: list[Call] = field(default_factory=list)
 
 
-class _StandIn(nn.Module):
-    """Looks like the block it replaces (attributes included), but only records."""
+class _Disguise(nn.Module):
+    """Looks like the block it replaces, attributes included."""
 
-    def __init__(self, name: str, block: nn.Module, log: _Log) -> None:
+    def __init__(self, block: nn.Module) -> None:
         super().__init__()
-        self._name = name
         self._wrapped = (block,)  # in a tuple: not registered as a child
-        self._log = log
 
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
             return getattr(self._wrapped[0], name)
+
+
+class _StandIn(_Disguise):
+    """Only records."""
+
+    def __init__(self, name: str, block: nn.Module, log: _Log) -> None:
+        super().__init__(block)
+        self._name = name
+        self._log = log
 
     def forward(self, *arguments: Any, **keywords: Any) -> Any:
         log = self._log
@@ -122,19 +129,12 @@ class _StandIn(nn.Module):
         return (log.last,) if log.as_tuple else log.last
 
 
-class _Replay(nn.Module):
-    """Stands in for a block of a finished stack: passes hidden states on; the last call returns the stack's result."""
+class _Replay(_Disguise):
+    """For a block of a finished stack: passes hidden states on; the last call returns the stack's result."""
 
     def __init__(self, block: nn.Module, state: dict[str, Any]) -> None:
-        super().__init__()
-        self._wrapped = (block,)
+        super().__init__(block)
         self._state = state
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self._wrapped[0], name)
 
     def forward(self, *arguments: Any, **keywords: Any) -> Any:
         state = self._state
