@@ -17,6 +17,7 @@ from whit.formats.base import Packed
 from whit.formats.level_table import LevelTable
 from whit.generation.products import Products
 from whit.kernels import columns, explain, groups, linear, lloyd, nvrtc, packed_linear, signs, tuning
+from whit.kernels import driver as driver_module
 from whit.kernels.linear import Implementation, SeveralProducts
 from whit.methods import group_feedback, make_method
 from whit.methods.descent import descend_columns
@@ -120,7 +121,7 @@ def by_launching(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
 def test_what_a_driver_refuses_is_one_of_them(
     call: str, status: int, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(nvrtc, "_driver", driver(**{call: status}))
+    monkeypatch.setattr(driver_module, "_driver", driver(**{call: status}))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
     offer(monkeypatch, Implementation("fast", anything, by_launching))
     packed, x = random_packed(FORMAT, 16, 256), torch.randn(2, 256)
@@ -144,7 +145,7 @@ def test_errors_of_the_device_end_the_call(
     call: str, status: int, raised: type[Exception], remedy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """No memory, or a dead context, is no reason to give up a kernel: the plain version would have neither."""
-    monkeypatch.setattr(nvrtc, "_driver", driver(**{call: status}))
+    monkeypatch.setattr(driver_module, "_driver", driver(**{call: status}))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
     offer(monkeypatch, Implementation("fast", anything, by_launching))
     packed, x = random_packed(FORMAT, 16, 256), torch.randn(2, 256)
@@ -154,6 +155,25 @@ def test_errors_of_the_device_end_the_call(
             packed_linear(x, packed)
     assert not isinstance(caught.value, nvrtc.CompilationError)
     assert explain(x, packed) == "fast"
+
+
+def test_a_thread_that_has_no_context_yet_gets_that_of_its_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that torch has kept, and the number of a stream, are had without one."""
+    said: list[str] = []
+
+    class Driver:
+        def __getattr__(self, name: str) -> Callable[..., int]:
+            def call(*arguments: object) -> int:
+                said.append(name)
+                return 201 * (name == "cuModuleLoadData" and "cuCtxSetCurrent" not in said)
+
+            return call
+
+    monkeypatch.setattr(driver_module, "_driver", Driver)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    nvrtc.Kernel(b"code", "product")
+    entering = ["cuDeviceGet", "cuDevicePrimaryCtxRetain", "cuCtxSetCurrent"]
+    assert said == ["cuModuleLoadData", *entering, "cuModuleLoadData", "cuModuleGetFunction"]
 
 
 def test_other_errors_are_not_taken_for_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,8 @@
-"""Compile CUDA C++ at first use with NVRTC (it comes with PyTorch's CUDA builds; no toolkit is needed) and launch it.
+"""Compile CUDA C++ at first use with NVRTC (it comes with PyTorch's CUDA builds; no toolkit is needed).
 
 Compiled kernels are kept in `$XDG_CACHE_HOME/whit/kernels` (default `~/.cache`; `$WHIT_CACHE/kernels` if that is set),
 named by a hash of source, options and the CUDA version of PyTorch, so that only the first process on a machine waits.
+What loads and launches them (`whit.kernels.driver`) is at hand here, too.
 """
 
 from __future__ import annotations
@@ -10,67 +11,39 @@ import ctypes
 import hashlib
 import os
 import warnings
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
 
 from whit.cache import cache_directory, whole_file
-from whit.errors import WhitError
+from whit.kernels.driver import Argument, CompilationError, DeviceError, Kernel, TensorMap, tensor_map
 
-_MAX_DYNAMIC_SHARED_MEMORY = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-_CLUSTER_DIMENSION = 4  # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
-_PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+__all__ = [
+    "Argument",
+    "CompilationError",
+    "DeviceError",
+    "Kernel",
+    "TensorMap",
+    "attempted",
+    "cache_folder",
+    "cached_cubin",
+    "compile_cubin",
+    "compile_together",
+    "compiler_library",
+    "device_options",
+    "failed",
+    "give_up",
+    "kernel",
+    "tensor_map",
+]
 
-
-Argument: TypeAlias = "ctypes._SimpleCData[Any] | ctypes.Structure"
-"""Of a kernel."""
-
-_UINT16, _SWIZZLE_128, _PROMOTION_256 = 1, 3, 3  # CUtensorMapDataType, CUtensorMapSwizzle, CUtensorMapL2promotion
-
-
-class _Attribute(ctypes.Structure):
-    """CUlaunchAttribute: a number, padding, and a value of 64 bytes of which the first three ints are used."""
-
-    _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int * 3), ("rest", ctypes.c_byte * 52))
-
-
-class _Config(ctypes.Structure):
-    """CUlaunchConfig."""
-
-    _fields_ = (
-        *((name, ctypes.c_uint) for name in ("grid_x", "grid_y", "grid_z", "block_x", "block_y", "block_z", "shared")),
-        ("stream", ctypes.c_void_p),
-        ("attributes", ctypes.POINTER(_Attribute)),
-        ("attribute_count", ctypes.c_uint),
-    )
-
-
-class TensorMap(ctypes.Structure):
-    """CUtensorMap: what the tensor copy engine must know of an array; made by `tensor_map`."""
-
-    _fields_ = (("words", ctypes.c_uint64 * 16),)
-
-
-class CompilationError(WhitError):
-    """A CUDA kernel could not be compiled, loaded or launched on this machine; nothing has run, another version can."""
-
-
-class DeviceError(WhitError, RuntimeError):
-    """The CUDA driver failed in a way that no other version of a kernel would mend."""
-
-
-_OUT_OF_MEMORY = 2  # CUDA_ERROR_OUT_OF_MEMORY
-_REFUSED = frozenset({1, 200, 209, 218, 221, 222, 223, 300, 301, 302, 303, 500, 701, 720, 801, 912})
-"""Statuses by which a driver refuses this code or this launch and has done nothing: values out of range (1), images
-without code for the device (200, 209), assembly it cannot compile (218 to 223), sources and symbols (300 to 303, 500),
-more registers, blocks or cluster members than there are (701, 720, 912), and what the device has not (801)."""
-_BROKEN = frozenset({214, 220, 226, 700, 702, 709, 710, *range(714, 720), 721})
-"""Statuses after which nothing runs in this process's context: faults of memory, of a link or of a kernel before."""
-
+MOST_COMPILERS = 16
+"""Kernels compiled at once, in threads: the compiler lets them run beside each other."""
 
 _FAILED: set[Hashable] = set()
 """Kinds of kernels that could not be compiled or launched in this process."""
@@ -122,37 +95,6 @@ def compiler_library() -> ctypes.CDLL:
     )
 
 
-@lru_cache(maxsize=1)
-def _driver() -> ctypes.CDLL:
-    return ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
-
-
-def _check(status: int, action: str) -> None:
-    """Raise what a status of the driver means.
-
-    Raises:
-        torch.OutOfMemoryError: the device has no memory left.
-        CompilationError: the driver refuses this kernel or launch; another may do.
-        DeviceError: anything else, above all errors that leave nothing to launch with.
-    """
-    if not status:
-        return
-    found = ctypes.c_char_p()
-    _driver().cuGetErrorString(status, ctypes.byref(found))
-    message = f"CUDA driver could not {action}: {(found.value or b'unknown error').decode()}"
-    if status == _OUT_OF_MEMORY:
-        raise torch.OutOfMemoryError(
-            f"{message} (end other programs on the device, give it less at once, or free what PyTorch keeps with "
-            "torch.cuda.empty_cache())"
-        )
-    if status in _REFUSED:
-        raise CompilationError(message)
-    remedy = f"status {status}, which no other kernel would mend: see that nvidia-smi finds the device well"
-    if status in _BROKEN:
-        remedy = "nothing more runs on it in this process: start again; CUDA_LAUNCH_BLOCKING=1 shows which call it was"
-    raise DeviceError(f"{message} ({remedy})")
-
-
 def compile_cubin(source: str, options: Sequence[str]) -> bytes:
     """Machine code of a CUDA C++ source.
 
@@ -192,6 +134,27 @@ def cache_folder() -> Path:
     return cache_directory() / "kernels"
 
 
+Source: TypeAlias = tuple[str, tuple[str, ...], bool]
+"""What a kernel is compiled from: CUDA C++, options, and whether they need this very architecture."""
+
+
+def compile_together(sources: Iterable[Source], device: int) -> None:
+    """Compile kernels side by side and keep them, for `kernel` to find; those that do not compile are passed over.
+
+    Args:
+        device: number of the device.
+    """
+    capability = torch.cuda.get_device_capability(device)
+
+    def one(item: Source) -> None:
+        source, options, specific = item
+        with suppress(CompilationError):  # said where the kernel is wanted
+            cached_cubin(source, device_options(capability, options, specific=specific))
+
+    with ThreadPoolExecutor(min(MOST_COMPILERS, os.cpu_count() or 1), "whit-compiler") as pool:
+        list(pool.map(one, dict.fromkeys(sources)))
+
+
 def cached_cubin(source: str, options: Sequence[str]) -> bytes:
     """`compile_cubin`, kept on disk with its hash; a folder that cannot be written only costs the next process time."""
     key = hashlib.sha256("\0".join([source, *options, str(torch.version.cuda)]).encode()).hexdigest()[:32]
@@ -215,89 +178,6 @@ def _kept(path: Path) -> bytes | None:
         return None
     size = hashlib.sha256().digest_size
     return content[size:] if content[:size] == hashlib.sha256(content[size:]).digest() else None
-
-
-@lru_cache(maxsize=1024)
-def tensor_map(address: int, rows: int, columns: int, box_rows: int, box_columns: int) -> TensorMap:
-    """A matrix of 16-bit values (rows, columns), contiguous, to be copied in boxes swizzled by 128 bytes.
-
-    Args:
-        address: of the matrix, a multiple of 16; a row must be one too, in bytes.
-        rows: of the matrix; boxes that reach beyond are filled with zeros.
-        columns: of the matrix.
-        box_rows: at most 256.
-        box_columns: 64, the 128 bytes of the swizzle.
-    """
-    room = (ctypes.c_uint8 * 192)()
-    map_address = -(-ctypes.addressof(room) // 64) * 64
-    status = _driver().cuTensorMapEncodeTiled(
-        ctypes.c_void_p(map_address),
-        _UINT16,
-        2,
-        ctypes.c_void_p(address),
-        (ctypes.c_uint64 * 2)(columns, rows),
-        (ctypes.c_uint64 * 1)(columns * 2),
-        (ctypes.c_uint32 * 2)(box_columns, box_rows),
-        (ctypes.c_uint32 * 2)(1, 1),
-        0,  # no interleaving
-        _SWIZZLE_128,
-        _PROMOTION_256,
-        0,  # zeros beyond the edges
-    )
-    _check(status, f"describe a matrix of {rows} x {columns}")
-    return TensorMap.from_buffer_copy((ctypes.c_uint8 * 128).from_address(map_address))
-
-
-class Kernel:
-    """One compiled function on one device."""
-
-    def __init__(self, code: bytes, name: str) -> None:
-        """Load `name` from machine code into the current device's context."""
-        self._module, self._function = ctypes.c_void_p(), ctypes.c_void_p()
-        self._code = code
-        self._shared = 0
-        _check(_driver().cuModuleLoadData(ctypes.byref(self._module), code), "load a kernel")
-        found = _driver().cuModuleGetFunction(ctypes.byref(self._function), self._module, name.encode())
-        _check(found, f"find the kernel {name!r}")
-
-    def launch(
-        self,
-        grid: int,
-        threads: int,
-        shared: int,
-        arguments: Sequence[Argument],
-        *,
-        early: bool = False,
-        cluster: int = 1,
-    ) -> None:
-        """Enqueue on the current stream; returns at once.
-
-        Args:
-            grid: thread blocks.
-            threads: per block.
-            shared: bytes of dynamic shared memory per block.
-            arguments: ctypes values in the order of the kernel's parameters.
-            cluster: consecutive blocks that run together and read each other's shared memory (needs Hopper).
-            early: let it start while the kernel before it ends (the kernel then waits by itself; needs Hopper).
-        """
-        if shared > self._shared:
-            status = _driver().cuFuncSetAttribute(self._function, _MAX_DYNAMIC_SHARED_MEMORY, shared)
-            _check(status, f"reserve {shared} bytes of shared memory")
-            self._shared = shared
-        pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(value) for value in arguments))
-        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        attributes = (_Attribute * 2)()
-        count = 0
-        for wanted, number, value in (
-            (early, _PROGRAMMATIC_STREAM_SERIALIZATION, (1, 0, 0)),
-            (cluster > 1, _CLUSTER_DIMENSION, (cluster, 1, 1)),
-        ):
-            if wanted:
-                attributes[count] = _Attribute(id=number, value=value)
-                count += 1
-        config = _Config(grid, 1, 1, threads, 1, 1, shared, stream, attributes, count)
-        status = _driver().cuLaunchKernelEx(ctypes.byref(config), self._function, pointers, None)
-        _check(status, "launch a kernel")
 
 
 def device_options(capability: tuple[int, int], options: Sequence[str], *, specific: bool = False) -> tuple[str, ...]:

@@ -1,0 +1,199 @@
+"""The CUDA driver, by ctypes: loading compiled kernels, launching them, and what its errors mean."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
+from typing import Any, TypeAlias
+
+import torch
+
+from whit.errors import WhitError
+
+_MAX_DYNAMIC_SHARED_MEMORY = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+_CLUSTER_DIMENSION = 4  # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+_PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+
+
+_UINT16, _SWIZZLE_128, _PROMOTION_256 = 1, 3, 3  # CUtensorMapDataType, CUtensorMapSwizzle, CUtensorMapL2promotion
+
+Argument: TypeAlias = "ctypes._SimpleCData[Any] | ctypes.Structure"
+"""Of a kernel."""
+
+
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute: a number, padding, and a value of 64 bytes of which the first three ints are used."""
+
+    _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int * 3), ("rest", ctypes.c_byte * 52))
+
+
+class _Config(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = (
+        *((name, ctypes.c_uint) for name in ("grid_x", "grid_y", "grid_z", "block_x", "block_y", "block_z", "shared")),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.POINTER(_Attribute)),
+        ("attribute_count", ctypes.c_uint),
+    )
+
+
+class TensorMap(ctypes.Structure):
+    """CUtensorMap: what the tensor copy engine must know of an array; made by `tensor_map`."""
+
+    _fields_ = (("words", ctypes.c_uint64 * 16),)
+
+
+class CompilationError(WhitError):
+    """A CUDA kernel could not be compiled, loaded or launched on this machine; nothing has run, another version can."""
+
+
+class DeviceError(WhitError, RuntimeError):
+    """The CUDA driver failed in a way that no other version of a kernel would mend."""
+
+
+_OUT_OF_MEMORY = 2  # CUDA_ERROR_OUT_OF_MEMORY
+_NO_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
+_REFUSED = frozenset({1, 200, 209, 218, 221, 222, 223, 300, 301, 302, 303, 500, 701, 720, 801, 912})
+"""Statuses by which a driver refuses this code or this launch and has done nothing: values out of range (1), images
+without code for the device (200, 209), assembly it cannot compile (218 to 223), sources and symbols (300 to 303, 500),
+more registers, blocks or cluster members than there are (701, 720, 912), and what the device has not (801)."""
+_BROKEN = frozenset({214, 220, 226, 700, 702, 709, 710, *range(714, 720), 721})
+"""Statuses after which nothing runs in this process's context: faults of memory, of a link or of a kernel before."""
+
+
+@lru_cache(maxsize=1)
+def _driver() -> ctypes.CDLL:
+    return ctypes.CDLL("nvcuda.dll" if os.name == "nt" else "libcuda.so.1")
+
+
+def _in_context(call: Callable[[], int]) -> int:
+    """Status of a call to the driver, in the context that torch uses on the current device.
+
+    A thread is in it after its first call of torch's that needs one, which taking kept memory or asking for the stream
+    is not; a thread that has come to none yet is brought there.
+    """
+    status = call()
+    if status != _NO_CONTEXT:
+        return status
+    driver, device, context = _driver(), ctypes.c_int(), ctypes.c_void_p()
+    steps: tuple[Callable[[], int], ...] = (
+        lambda: driver.cuDeviceGet(ctypes.byref(device), torch.cuda.current_device()),
+        lambda: driver.cuDevicePrimaryCtxRetain(ctypes.byref(context), device),
+        lambda: driver.cuCtxSetCurrent(context),
+    )
+    failed = next((status for step in steps if (status := step())), 0)
+    return failed or call()
+
+
+def _check(status: int, action: str) -> None:
+    """Raise what a status of the driver means.
+
+    Raises:
+        torch.OutOfMemoryError: the device has no memory left.
+        CompilationError: the driver refuses this kernel or launch; another may do.
+        DeviceError: anything else, above all errors that leave nothing to launch with.
+    """
+    if not status:
+        return
+    found = ctypes.c_char_p()
+    _driver().cuGetErrorString(status, ctypes.byref(found))
+    message = f"CUDA driver could not {action}: {(found.value or b'unknown error').decode()}"
+    if status == _OUT_OF_MEMORY:
+        raise torch.OutOfMemoryError(
+            f"{message} (end other programs on the device, give it less at once, or free what PyTorch keeps with "
+            "torch.cuda.empty_cache())"
+        )
+    if status in _REFUSED:
+        raise CompilationError(message)
+    remedy = f"status {status}, which no other kernel would mend: see that nvidia-smi finds the device well"
+    if status in _BROKEN:
+        remedy = "nothing more runs on it in this process: start again; CUDA_LAUNCH_BLOCKING=1 shows which call it was"
+    raise DeviceError(f"{message} ({remedy})")
+
+
+@lru_cache(maxsize=1024)
+def tensor_map(address: int, rows: int, columns: int, box_rows: int, box_columns: int) -> TensorMap:
+    """A matrix of 16-bit values (rows, columns), contiguous, to be copied in boxes swizzled by 128 bytes.
+
+    Args:
+        address: of the matrix, a multiple of 16; a row must be one too, in bytes.
+        rows: of the matrix; boxes that reach beyond are filled with zeros.
+        columns: of the matrix.
+        box_rows: at most 256.
+        box_columns: 64, the 128 bytes of the swizzle.
+    """
+    room = (ctypes.c_uint8 * 192)()
+    map_address = -(-ctypes.addressof(room) // 64) * 64
+    status = _driver().cuTensorMapEncodeTiled(
+        ctypes.c_void_p(map_address),
+        _UINT16,
+        2,
+        ctypes.c_void_p(address),
+        (ctypes.c_uint64 * 2)(columns, rows),
+        (ctypes.c_uint64 * 1)(columns * 2),
+        (ctypes.c_uint32 * 2)(box_columns, box_rows),
+        (ctypes.c_uint32 * 2)(1, 1),
+        0,  # no interleaving
+        _SWIZZLE_128,
+        _PROMOTION_256,
+        0,  # zeros beyond the edges
+    )
+    _check(status, f"describe a matrix of {rows} x {columns}")
+    return TensorMap.from_buffer_copy((ctypes.c_uint8 * 128).from_address(map_address))
+
+
+class Kernel:
+    """One compiled function on one device."""
+
+    def __init__(self, code: bytes, name: str) -> None:
+        """Load `name` from machine code into the current device's context."""
+        self._module, self._function = ctypes.c_void_p(), ctypes.c_void_p()
+        self._code = code
+        self._shared = 0
+        driver = _driver()
+        _check(_in_context(lambda: driver.cuModuleLoadData(ctypes.byref(self._module), code)), "load a kernel")
+        found = driver.cuModuleGetFunction(ctypes.byref(self._function), self._module, name.encode())
+        _check(found, f"find the kernel {name!r}")
+
+    def launch(
+        self,
+        grid: int,
+        threads: int,
+        shared: int,
+        arguments: Sequence[Argument],
+        *,
+        early: bool = False,
+        cluster: int = 1,
+    ) -> None:
+        """Enqueue on the current stream; returns at once.
+
+        Args:
+            grid: thread blocks.
+            threads: per block.
+            shared: bytes of dynamic shared memory per block.
+            arguments: ctypes values in the order of the kernel's parameters.
+            cluster: consecutive blocks that run together and read each other's shared memory (needs Hopper).
+            early: let it start while the kernel before it ends (the kernel then waits by itself; needs Hopper).
+        """
+        if shared > self._shared:
+            driver = _driver()
+            status = _in_context(lambda: driver.cuFuncSetAttribute(self._function, _MAX_DYNAMIC_SHARED_MEMORY, shared))
+            _check(status, f"reserve {shared} bytes of shared memory")
+            self._shared = shared
+        pointers = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(value) for value in arguments))
+        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+        attributes = (_Attribute * 2)()
+        count = 0
+        for wanted, number, value in (
+            (early, _PROGRAMMATIC_STREAM_SERIALIZATION, (1, 0, 0)),
+            (cluster > 1, _CLUSTER_DIMENSION, (cluster, 1, 1)),
+        ):
+            if wanted:
+                attributes[count] = _Attribute(id=number, value=value)
+                count += 1
+        config = _Config(grid, 1, 1, threads, 1, 1, shared, stream, attributes, count)
+        start = partial(_driver().cuLaunchKernelEx, ctypes.byref(config), self._function, pointers, None)
+        _check(_in_context(start), "launch a kernel")
