@@ -37,10 +37,8 @@ from whit.formats.vector_codebook import VectorCodebook
 from whit.kernels import explain, packed_linear
 from whit.kernels.cuda_decode import decode_options, decode_source
 from whit.kernels.cuda_layout import layout_of
-from whit.kernels.cuda_linear import candidates, tune
-from whit.kernels.cuda_ops import build, device_limits, size_class, starts_early
-from whit.kernels.cuda_plan import Shape, keep_tuned, plan
-from whit.kernels.cuda_wide import Decode, WideShape
+from whit.kernels.cuda_linear import sources, tune
+from whit.kernels.cuda_plan import keep_tuned
 from whit.kernels.linear import choose
 from whit.kernels.nvrtc import CompilationError, cached_cubin, device_options
 from whit.kernels.timing import copies_for, seconds_per_call
@@ -188,24 +186,15 @@ def compile_one(job: tuple[str, tuple[str, ...]]) -> None:
 
 def compile_candidates(names: list[str], shapes: list[str], counts: list[int], bfloat: bool, processes: int) -> None:
     """Compile everything that tuning will try."""
-    capability, (_, processors, memory) = torch.cuda.get_device_capability(), device_limits(0)
+    capability = torch.cuda.get_device_capability()
     jobs = set()
     for name, shape, count in itertools.product(names, shapes, counts):
         rows, columns = map(int, shape.split("x"))
         layout = layout_of(FORMATS[name], columns)
         assert layout is not None
         jobs.add((decode_source(layout), device_options(capability, decode_options(layout, bfloat))))
-        tokens = size_class(layout, count)
-        for found in candidates(layout, rows, columns, tokens, 0):
-            if isinstance(found, Decode):
-                continue
-            launch = (
-                plan(layout, rows, columns, tokens, processors, memory, [found]) if isinstance(found, Shape) else found
-            )
-            parts = launch.parts(rows, count, processors) if isinstance(launch, WideShape) else [(launch, 0, 0)]
-            for part, _, _ in parts:
-                source, _, options, specific = build(layout, part, tokens, bfloat, starts_early(0))
-                jobs.add((source, device_options(capability, options, specific=specific)))
+        for source, options, specific in sources(layout, rows, columns, count, bfloat, 0):
+            jobs.add((source, device_options(capability, options, specific=specific)))
     with ProcessPoolExecutor(processes) as pool:
         list(pool.map(compile_one, sorted(jobs), chunksize=4))
     print(f"compiled {len(jobs)} kernels", flush=True)

@@ -21,7 +21,7 @@ import torch
 from reports import write_report
 from torch import Tensor
 
-from whit.kernels.nvrtc import Kernel, kernel
+from whit.kernels.nvrtc import Kernel, compile_together, kernel
 from whit.kernels.timing import seconds_per_call
 
 STEPS = {
@@ -121,6 +121,7 @@ def main() -> None:
     generator = torch.Generator("cuda").manual_seed(SEED)
     device, properties = torch.cuda.current_device(), torch.cuda.get_device_properties(0)
     processors, source = properties.multi_processor_count, SOURCE.read_text(encoding="utf-8")
+    compile_together([(source, (f"-DSTEP={step}",), False) for step in STEPS.values()], device)
     cycles: dict[str, dict[str, float]] = {}
     for name, step in STEPS.items():
         run = kernel(source, "rate", (f"-DSTEP={step}",), device)

@@ -1,5 +1,7 @@
 """The CUDA kernels against the plain meaning in float64, within the bounds stated in `whit/kernels/cuda_linear.py`."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -179,6 +181,18 @@ def test_same_input_same_bytes():
         x = inputs(tokens, 4096, torch.bfloat16, "cuda")
         first = packed_linear(x, packed)
         assert all(torch.equal(packed_linear(x, packed), first) for _ in range(20))
+
+
+@needs_gpu
+@pytest.mark.gpu
+def test_a_new_thread_multiplies():
+    """Its first call is a kernel's, in memory that torch has kept: nothing has brought it to the device before."""
+    packed = random_packed(GroupedInteger(2, 64, True), 3000, 1024, "cuda")
+    x = inputs(1, 1024, torch.float16, "cuda")
+    expected = packed_linear(x, packed)
+    packed_linear(x, packed)  # its result's memory is free again
+    with ThreadPoolExecutor(1) as pool:
+        assert torch.equal(pool.submit(packed_linear, x, packed).result(), expected)
 
 
 @needs_gpu

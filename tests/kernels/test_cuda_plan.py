@@ -255,6 +255,29 @@ def test_a_user_without_a_home_compiles_each_time(monkeypatch):
     assert nvrtc.cached_cubin("one", []) == b"code"
 
 
+def test_what_tuning_tries_is_compiled_beforehand(hopper, monkeypatch, tmp_path):
+    """Side by side, each once; what does not compile is left to be said where it is wanted."""
+    monkeypatch.setenv("WHIT_CACHE", str(tmp_path))
+    compiled = []
+
+    def compile_some(source, options):
+        compiled.append(options)
+        if "-DRESIDENT=2" in options:
+            raise nvrtc.CompilationError("no room")
+        return b"code"
+
+    monkeypatch.setattr(nvrtc, "compile_cubin", compile_some)
+    layout = layout_of(LevelTable(2, 128), 4096)
+    wanted = cuda_linear.sources(layout, 512, 4096, 1, True, 0)
+    assert len(wanted) == len(set(wanted)) == len(cuda_linear.candidates(layout, 512, 4096, 1, 0))
+    nvrtc.compile_together([*wanted, *wanted], 0)
+    assert len(compiled) == len(wanted)
+    kept = [options for _, options, _ in wanted if "-DRESIDENT=2" not in options]
+    assert 0 < len(kept) == len(list((tmp_path / "kernels").glob("*.cubin"))) < len(wanted)
+    for tokens in (16, 256):
+        assert len(cuda_linear.sources(layout, 512, 4096, tokens, True, 0)) >= tokens // 16
+
+
 def test_devices_without_binary_tensor_cores_get_limbs():
     layout = layout_of(LevelTable(2, 128), 4096)
     keep_tuned("No Such GPU", {tuning_key(layout, 512, 4096, 1): Shape(256, 256, 1, True)})

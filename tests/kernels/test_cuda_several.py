@@ -126,6 +126,8 @@ def test_every_shape_is_tried_and_the_fastest_kept(tmp_path: Path, monkeypatch: 
         monkeypatch.setattr(module, "starts_early", lambda index: True)
     monkeypatch.setattr(cuda_several, "usable", lambda x, packed: described)
     made: list[Shape] = []
+    ahead: list[int] = []
+    monkeypatch.setattr(cuda_several, "compile_together", lambda sources, index: ahead.append(len(sources)))
 
     def built(layout: Layout, launch: Launch, *others: object) -> tuple[str, str, tuple[str, ...], bool]:
         made.append(launch.shape)
@@ -149,6 +151,7 @@ def test_every_shape_is_tried_and_the_fastest_kept(tmp_path: Path, monkeypatch: 
         return 0.5 if launched() == wanted[4] else 1.0
 
     assert cuda_several._tune(x, weights, seconds) == len(wanted) == len(set(made))
+    assert ahead == [len(wanted)]
     assert launched() == wanted[4]
     for item in (cuda_several._own_shape, tuned_shapes):
         item.cache_clear()

@@ -29,6 +29,7 @@ from whit.formats.base import Packed
 from whit.kernels.cuda_layout import Layout, layout_of
 from whit.kernels.cuda_ops import (
     FEW,
+    build,
     choice,
     counts_bits,
     device_limits,
@@ -38,6 +39,7 @@ from whit.kernels.cuda_ops import (
     starts_early,
 )
 from whit.kernels.cuda_plan import (
+    Launch,
     Tuned,
     gemv_shapes,
     keep_tuned,
@@ -49,7 +51,7 @@ from whit.kernels.cuda_plan import (
 )
 from whit.kernels.cuda_wide import Decode, WideShape, wide_shapes, wide_supports
 from whit.kernels.linear import Implementation, register_implementation
-from whit.kernels.nvrtc import CompilationError, kernel
+from whit.kernels.nvrtc import CompilationError, Source, compile_together, kernel
 from whit.kernels.tuning import Tuner, fastest, register_tuner
 
 _ADDRESSED = 2**31  # bytes of a tensor that the kernels' 32-bit offsets reach
@@ -166,6 +168,25 @@ def candidates(layout: Layout, rows: int, columns: int, tokens: int, index: int)
     return [*found, Decode()] if found and tokens > FEW else found
 
 
+def sources(layout: Layout, rows: int, columns: int, vectors: int, bfloat: bool, index: int) -> list[Source]:
+    """What the launches worth trying for a weight and so many vectors are compiled from."""
+    _, processors, memory = device_limits(index)
+    tokens, early = size_class(layout, vectors), starts_early(index)
+    found: list[Source] = []
+    for shape in candidates(layout, rows, columns, tokens, index):
+        if isinstance(shape, Decode):
+            continue
+        parts: list[Launch | WideShape]
+        if isinstance(shape, WideShape):
+            parts = [part for part, _, _ in shape.parts(rows, vectors, processors)]
+        else:
+            parts = [plan(layout, rows, columns, tokens, processors, memory, [shape])]
+        for part in parts:
+            source, _, options, specific = build(layout, part, tokens, bfloat, early)
+            found.append((source, options, specific))
+    return found
+
+
 def tune(x: Tensor, packed: Packed, seconds: Callable[[], float]) -> tuple[str, Tuned, int]:
     """Find the fastest launch for one call and use it from now on in this process.
 
@@ -194,6 +215,8 @@ def tune(x: Tensor, packed: Packed, seconds: Callable[[], float]) -> tuple[str, 
         use_shape(device, key, launch)
         choice.cache_clear()
 
+    bfloat = x.dtype == torch.bfloat16
+    compile_together(sources(layout, packed.rows, packed.columns, _vectors(x), bfloat, index), index)
     what = f"{_vectors(x)} vectors and {packed.format}"
     best, times = fastest(possible, tuned_shapes(device).get(key), use, seconds, what)
     return key, best, len(times)

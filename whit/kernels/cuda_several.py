@@ -45,7 +45,7 @@ from whit.kernels.cuda_plan import (
 )
 from whit.kernels.cuda_wide import Decode, WideShape
 from whit.kernels.linear import SeveralProducts, register_several
-from whit.kernels.nvrtc import Argument, Kernel, kernel
+from whit.kernels.nvrtc import Argument, Kernel, compile_together, kernel
 from whit.kernels.tuning import fastest
 
 Chosen = Launch | WideShape | Decode
@@ -133,8 +133,14 @@ def _prepared(
     device, processors, memory = device_limits(index)
     early = starts_early(index)
     launch, blocks = place_several(device, layout, rows, columns, processors, memory, counts_bits(index), early)
+    source, name, options = _built(layout, launch, len(rows), bfloat, early)
+    return kernel(source, name, options, index), launch, blocks
+
+
+def _built(layout: Layout, launch: Launch, count: int, bfloat: bool, early: bool) -> tuple[str, str, tuple[str, ...]]:
+    """Source, name and options of the kernel for `count` weights."""
     source, name, options, _ = build(layout, launch, 1, bfloat, early)
-    return kernel(source, name, (*options, f"-DSEVERAL={len(rows)}"), index), launch, blocks
+    return source, name, (*options, f"-DSEVERAL={count}")
 
 
 @torch.library.custom_op("whit::packed_products", mutates_args=(), device_types="cuda")
@@ -192,11 +198,14 @@ def _tune(x: Tensor, weights: Sequence[Packed], seconds: Callable[[], float]) ->
         use_shape(device, key, shape)
         _own_shape.cache_clear()
 
-    known = several_shapes(layout, counts_bits(index), starts_early(index))
-    shapes: list[Tuned] = [
-        shape for shape in known if _placed(layout, rows, columns, processors, memory, shape) is not None
-    ]
+    early = starts_early(index)
+    known = several_shapes(layout, counts_bits(index), early)
+    placed = {shape: _placed(layout, rows, columns, processors, memory, shape) for shape in known}
+    launches = {shape: launch for shape, launch in placed.items() if launch is not None}
+    built = [_built(layout, item, len(rows), x.dtype == torch.bfloat16, early) for item in launches.values()]
+    compile_together([(source, options, False) for source, _, options in built], index)
     what = f"{len(weights)} weights at once of {weights[0].format}"
+    shapes: list[Tuned] = list(launches)
     best, times = fastest(shapes, tuned_shapes(device).get(key), use, seconds, what)
     keep_tuned(device, {key: best})
     _own_shape.cache_clear()

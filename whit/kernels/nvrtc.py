@@ -28,6 +28,7 @@ __all__ = [
     "CompilationError",
     "DeviceError",
     "Kernel",
+    "Source",
     "TensorMap",
     "attempted",
     "cache_folder",
