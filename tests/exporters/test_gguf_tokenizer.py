@@ -18,6 +18,7 @@ from tests.exporters import models
 from tests.report.example import example_result
 from whit.exporters.gguf_check import PROBES
 from whit.exporters.gguf_tokenizer import tokenizer_metadata
+from whit.models.gguf import open_gguf
 
 pytest.importorskip("gguf", reason="the gguf package is not installed")
 pytest.importorskip("accelerate", reason="transformers reads GGUF only with accelerate installed")
@@ -52,6 +53,28 @@ def test_bytes_fall_back_in_a_sentencepiece_vocabulary(tmp_path: Path) -> None:
         read(text)["input_ids"] != original(text)["input_ids"] for text in PROBES
     )
     assert "tokenizer: derived from tokenizer.json" in notes
+
+
+def test_a_file_is_not_read_twice_for_the_class_of_its_tokenizer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What AutoTokenizer would give, without its search."""
+    directory = models.compress(
+        STORIES, tmp_path / "packed", bits=4, group_size=32, symmetric=True, skip=("*.down_proj",)
+    )
+    expected, _ = exported(directory, tmp_path)
+
+    def refuse(*arguments: object, **options: object) -> None:
+        raise AssertionError("it was searched for")
+
+    monkeypatch.setattr(tf.AutoTokenizer, "from_pretrained", refuse)
+    found = open_gguf(tmp_path / "model.gguf").load_tokenizer()
+    assert type(found) is type(expected)
+    for tokenizer, name in ((expected, "expected"), (found, "found")):
+        tokenizer.save_pretrained(tmp_path / name)
+    files = {path.name: path.read_bytes() for path in (tmp_path / "expected").iterdir()}
+    assert files == {path.name: path.read_bytes() for path in (tmp_path / "found").iterdir()}
+    assert "tokenizer.json" in files
 
 
 def byte_level(directory: Path, split: Any) -> None:

@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 
 from whit.errors import MissingDependencyError, ModelError, nearest
 from whit.models.gguf_architectures import ARCHITECTURES, CONFIG_KEYS, TOKEN_KEYS, GGUFArchitecture
@@ -153,7 +154,7 @@ def open_gguf(path: Path) -> GGUFModel:
         tensors[model_name] = tensor
     config = _config(path, name, header.metadata, tensors)
     source = GGUFSource(path, tensors, architecture, config)
-    return GGUFModel(config, source, _tokenizer_loader(path), architecture.dtype, _notes(header.tensors))
+    return GGUFModel(config, source, _tokenizer_loader(path, config), architecture.dtype, _notes(header.tensors))
 
 
 def _config(path: Path, name: str, metadata: Mapping[str, Any], tensors: Mapping[str, GGUFTensor]) -> Any:
@@ -205,15 +206,19 @@ def _notes(tensors: list[GGUFTensor]) -> tuple[str, ...]:
     )
 
 
-def _tokenizer_loader(path: Path) -> Callable[[], Any]:
+def _tokenizer_loader(path: Path, config: Any) -> Callable[[], Any]:
+    # AutoTokenizer reads the file for seconds to learn that such a kind of model has no tokenizer class of its own.
+    own = TOKENIZER_MAPPING_NAMES.get(config.model_type)
+    loader: Any = PreTrainedTokenizerFast if own is None else AutoTokenizer
+
     @lru_cache(maxsize=1)
-    def read() -> Any:  # seconds of work, and asked for at both ends of a run
+    def read() -> Any:  # seconds of work for some, and asked for at both ends of a run
         logger = logging.getLogger("transformers")
         level = logger.level
         logger.setLevel(logging.ERROR)
         try:
             with contextlib.redirect_stderr(io.StringIO()):  # transformers shows progress bars of its own
-                return AutoTokenizer.from_pretrained(
+                return loader.from_pretrained(
                     path.parent, gguf_file=path.name, local_files_only=True, trust_remote_code=False
                 )
         except Exception as error:
