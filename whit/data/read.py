@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from whit.data.corpora import Corpus, bundled_corpora, corpus_with_hash
 from whit.errors import DataError, nearest
+from whit.finite import all_finite
 
 #: Keyword inputs a data file may hold: the names that forward methods of the field use.
 INPUT_NAMES = frozenset(
@@ -173,7 +173,7 @@ def _read_tensors(path: Path) -> TensorSource:
             )
         if item.ndim == 0:
             raise DataError(f"{name!r} in {where} is a single number: give it a leading sample dimension")
-        if item.is_floating_point() and not bool(torch.isfinite(item).all()):
+        if not all_finite(item):
             raise DataError(f"{name!r} in {where} holds NaN or Inf: make the inputs again")
     lengths = {name: item.shape[0] for name, item in sorted(tensors.items())}
     if len(set(lengths.values())) > 1:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from whit.errors import ModelError
+from whit.finite import all_finite
 from whit.formats.base import Format, Packed, TensorSpec, register_format
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -38,7 +39,7 @@ class Dense(Format):
             ModelError: a value overflows the dtype.
         """
         data = weight.to(DTYPES[self.dtype]).contiguous()
-        if not bool(torch.isfinite(data).all()):
+        if not all_finite(data):
             raise ModelError(
                 f"a weight of magnitude {float(weight.abs().max()):.3g} is beyond {self.dtype}: choose another dtype"
             )

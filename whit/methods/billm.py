@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from whit.errors import KnobError, ModelError
+from whit.finite import all_finite
 from whit.formats.base import Packed
 from whit.formats.binary_residual import BinaryResidual
 from whit.methods.base import Compressed, Method, knob, register_method
@@ -82,7 +83,7 @@ class BiLLM(Method):
             ModelError: a scalar overflows float16.
         """
         packed, notes = self._refined(weight, statistics) if self.variant == "whit" else self._block(weight, statistics)
-        if not bool(torch.isfinite(packed.tensors["scalars"]).all()):
+        if not all_finite(packed.tensors["scalars"]):
             raise ModelError(
                 f"a weight of magnitude {float(weight.abs().max()):.3g} needs a scale beyond float16; rescale the model"
             )

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from whit.errors import KnobError, ModelError
+from whit.finite import all_finite
 from whit.formats.vector_codebook import STEPS, VectorCodebook
 from whit.kernels.split_product import product
 from whit.methods.base import Compressed, Method, knob, register_method
@@ -129,7 +130,7 @@ class Codebook(Method):
             if turn < self.passes:
                 values = decode(codes, scales, words, order)
                 descend_groups(codes, values, product(target - values, inner), inner, order, scales, words)
-        if not bool(torch.isfinite(scales).all()):
+        if not all_finite(scales):
             raise ModelError(
                 f"a weight of magnitude {float(weight.abs().max()):.3g} needs a scale beyond float16; rescale the model"
             )

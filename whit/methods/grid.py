@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from whit.errors import ModelError
+from whit.finite import all_finite
 from whit.methods.rounders import BlockRounder, GridRounder, LevelRounder
 
 
@@ -78,7 +79,7 @@ def fit_grid(values: Tensor, bits: int, symmetric: bool, clip_steps: int = 0) ->
                 torch.where(better, trial.scale, best.scale),
                 torch.where(better, trial.zero, best.zero),
             )
-    if not bool(torch.isfinite(best.scale).all()):
+    if not all_finite(best.scale):
         raise ModelError(
             f"a weight of magnitude {float(values.abs().max()):.3g} needs a scale beyond float16; rescale the model"
         )

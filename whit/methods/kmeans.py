@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from whit.errors import ModelError
+from whit.finite import all_finite
 from whit.formats.level_table import LevelTable
 from whit.kernels import lloyd
 from whit.methods.base import Compressed, Method, knob, register_method
@@ -105,6 +106,6 @@ def weighted_levels(values: Tensor, importance: Tensor, count: int, iterations: 
             break
         levels = moved
     levels = levels.half().float()
-    if not bool(torch.isfinite(levels).all()):
+    if not all_finite(levels):
         raise ModelError(f"a weight of magnitude {float(values.abs().max()):.3g} is beyond float16; rescale the model")
     return levels

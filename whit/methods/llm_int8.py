@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from whit.errors import KnobError, ModelError
+from whit.finite import all_finite
 from whit.formats.base import Packed
 from whit.formats.outlier_int8 import GRANULARITIES, OUTLIERS, OutlierInt8, quantise
 from whit.methods.base import Compressed, Method, knob, register_method
@@ -89,7 +90,7 @@ class LLMInt8(Method):
         """
         if self.compat:
             weight = weight.half().float()
-            if not bool(torch.isfinite(weight).all()):
+            if not all_finite(weight):
                 raise ModelError("a weight is beyond float16, through which compat=true passes it: use compat=false")
         if not self._lists_columns():
             return Compressed(_pack(self._layout(0, "int8"), weight, None))
@@ -148,7 +149,7 @@ def outlier_columns(largest: Tensor, threshold: float, most: int) -> Tensor:
 def _exact_dtype(values: Tensor) -> str:
     """The 16-bit dtype that holds weights: bfloat16 if that is exact or needed for the range, else float16."""
     exact = bool((values.bfloat16().float() == values).all())
-    return "bfloat16" if exact or not bool(torch.isfinite(values.half()).all()) else "float16"
+    return "bfloat16" if exact or not all_finite(values.half()) else "float16"
 
 
 def _pack(layout: OutlierInt8, weight: Tensor, index: Tensor | None) -> Packed:

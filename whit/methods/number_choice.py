@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from whit.errors import ModelError
+from whit.finite import all_finite
 from whit.formats.base import Packed
 from whit.formats.minifloat import NumberSystem
 from whit.formats.scaled_codes import WHOLE_TENSOR, ScaledCodes, join_groups, split_groups
@@ -37,7 +38,7 @@ def fit_scales(values: Tensor, numbers: NumberSystem, dtype: torch.dtype, *, sea
         ModelError: a magnitude is infinite or NaN, or too large for a finite scale.
     """
     best = _positive(largest / numbers.maximum, dtype)
-    if not bool(torch.isfinite(best).all()):
+    if not all_finite(best):
         raise ModelError(
             f"a magnitude of {float(largest.max()):.3g} has no finite scale for {numbers.name}: rescale the model, or "
             "try --dtype float32"

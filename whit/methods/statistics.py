@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from whit.errors import ModelError
+from whit.finite import all_finite
 from whit.kernels.split_product import coarse_product, product
 
 
@@ -122,7 +123,7 @@ def dead_column_notes(statistics: LayerStatistics) -> tuple[str, ...]:
 
 def _factorise(moment: Tensor, damping: float, order: Tensor | None) -> InverseFactor:
     h = moment.float().clone()
-    if not bool(torch.isfinite(h).all()):
+    if not all_finite(h):
         raise ModelError("calibration activations hold NaN or Inf: try --dtype float32, or check the model's weights")
     diagonal = torch.diagonal(h)
     dead = diagonal == 0
@@ -163,7 +164,7 @@ def _inverse_factor(matrix: Tensor, damping: Tensor) -> Tensor | None:
     else:
         lower = lower.flip(0, 1)
         upper = inverse_of_triangle(lower)
-    return None if int(failed) or not bool(torch.isfinite(upper).all()) else upper
+    return None if int(failed) or not all_finite(upper) else upper
 
 
 def inverse_of_triangle(matrix: Tensor, leaf: int = 512) -> Tensor:

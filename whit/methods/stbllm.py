@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from whit.errors import KnobError, ModelError
+from whit.finite import all_finite
 from whit.formats.structured_binary import StructuredBinary
 from whit.methods.allocation import outlier_share
 from whit.methods.base import Compressed, Method, SurveyedBlock, knob, register_method
@@ -119,7 +120,7 @@ class STBLLM(Method):
         planes, notes = (self._refined if self.variant == "whit" else self._released)(weight, kept, statistics)
         stored = kept if self.variant == "whit" else torch.ones_like(kept)
         packed = layout.pack(stored, planes.signs, planes.regions, planes.salient, planes.scalars)
-        if not bool(torch.isfinite(packed.tensors["scalars"]).all()):
+        if not all_finite(packed.tensors["scalars"]):
             raise ModelError(
                 f"a weight of magnitude {float(weight.abs().max()):.3g} needs a scale beyond float16; rescale the model"
             )

@@ -69,7 +69,7 @@ class GGUFSource(OneFileSource[GGUFTensor]):
         raw = read_bytes(self.path, tensor.start, stored_size(tensor)).numpy()
         rows = math.prod(tensor.shape[:-1])
         values = gguf.dequantize(raw.reshape(rows, -1), kind)
-        value = torch.from_numpy(np.array(values, dtype=np.float32)).reshape(tensor.shape)
+        value = torch.from_numpy(np.asarray(values, dtype=np.float32)).reshape(tensor.shape)
         transform = self._architecture.transform(tensor.name)
         return value if transform is None else transform.read(value, self._config)
 

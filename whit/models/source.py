@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from whit.errors import ModelError, nearest
+from whit.finite import all_finite
 from whit.models.safetensors_header import Entry, read_header
 
 _CHUNK = 1 << 22
@@ -52,7 +53,7 @@ def check_finite(name: str, tensor: Tensor) -> None:
     Raises:
         ModelError: says how many values are not finite.
     """
-    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+    if not all_finite(tensor):
         bad = int((~torch.isfinite(tensor.float())).sum())
         raise ModelError(
             f"weight {name!r} has {bad:,} of {tensor.numel():,} values that are NaN or infinite "

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from whit.errors import DataError, ModelError
+from whit.finite import all_finite
 from whit.module.calibration import Feed, tensors_of
 from whit.pipeline.assign import AssignedLayer
 
@@ -94,7 +95,7 @@ def _scalar(value: Any, index: int) -> Tensor:
 
 
 def _checked(name: str, gradient: Tensor) -> Tensor:
-    if not bool(torch.isfinite(gradient).all()):
+    if not all_finite(gradient):
         raise ModelError(f"the gradient of the loss for {name!r} holds NaN or Inf: check the loss, or use float32")
     if not bool(gradient.any()):
         raise ModelError(f"the gradient of the loss for {name!r} is zero throughout: check the loss, or skip the layer")

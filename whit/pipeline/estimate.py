@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Iterable
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,8 @@ from whit.pipeline.survey import surveying_methods
 PROBE_ROWS = 96
 PROBE_COLUMNS = 1024
 PROBES = 3
+COMPILED_COLUMNS = 192
+"""Of the matrix for which a CPU's loops are compiled: more than a block of them."""
 
 
 @dataclass(frozen=True)
@@ -94,12 +97,12 @@ def _pass_seconds(
 
 
 def load_kernels(methods: Iterable[Method], device: torch.device) -> None:
-    """Let a GPU load, and compile, what methods need of kernels and libraries: each is run on a small matrix."""
-    if device.type != "cuda":
-        return
-    with torch.cuda.device(device):
+    """Load, and compile, what methods need of kernels and libraries: each is run on a small matrix."""
+    on_cuda = device.type == "cuda"
+    columns = PROBE_COLUMNS if on_cuda else COMPILED_COLUMNS
+    with torch.cuda.device(device) if on_cuda else nullcontext():
         for method in dict.fromkeys(methods):
-            _time(method, PROBE_ROWS, PROBE_COLUMNS, device)
+            _time(method, PROBE_ROWS, columns, device)
 
 
 def _probe(method: Method, columns: int, device: torch.device) -> Probe:

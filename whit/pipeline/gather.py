@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from whit.errors import ModelError
+from whit.finite import all_finite
 from whit.kernels.cpu.bfloat16 import products_of_bfloat16
 from whit.methods.statistics import LayerStatistics, Statistic
 from whit.models.layers import LayerKind, layer_kind
@@ -199,7 +200,7 @@ class InputAccumulator:
         statistics.absolute_maximum = self.maximum
         statistics.sample = torch.cat(self.sample) if self.sample else None
         parts = (statistics.second_moment, self.square_sums, self.maximum, statistics.sample)
-        if not all(bool(torch.isfinite(part).all()) for part in parts if part is not None):
+        if not all(all_finite(part) for part in parts if part is not None):
             raise ModelError(
                 f"the calibration inputs of {name!r} hold NaN or Inf: try --dtype float32, or check the model"
             )

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from whit.errors import ModelError
+from whit.finite import all_finite
 from whit.pipeline.ledger import Kept, Ledger, keep_tensors, read_tensors, sha256_of
 from whit.pipeline.loss import without_gradients
 
@@ -115,7 +116,7 @@ class GradientStore:
         """
         for layers in sums.values():
             for name, value in layers.items():
-                if not bool(torch.isfinite(value).all()):
+                if not all_finite(value):
                     raise ModelError(
                         f"the gradient of the loss with respect to {name!r} is NaN or Inf: check the model's weights, "
                         f"or {without_gradients()}"

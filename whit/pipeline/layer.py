@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from whit.errors import ModelError
+from whit.finite import all_finite
 from whit.formats.base import Packed, format_from_json
 from whit.methods.statistics import LayerStatistics, relative_output_error
 from whit.models.packed import PackedModule, places_of, replace_module
@@ -87,7 +88,7 @@ def compress_layer(
     seconds = time.perf_counter() - start
     quantised = result.packed.unpack()
     error = layer_error(weight, quantised, result.packed, statistics)
-    if not bool(torch.isfinite(quantised).all()) or math.isnan(error):
+    if not all_finite(quantised) or math.isnan(error):
         raise ModelError(
             f"method {layer.method.name!r} produced NaN or Inf for {layer.name!r}: raise its damping, if any, and "
             "check the model's weights and the calibration inputs for very large values"
