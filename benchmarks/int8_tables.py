@@ -11,8 +11,9 @@ from typing import Any
 
 from committed import load, load_all, markdown, numbered_steps, write
 
-READ = 4.24e12
-SIXTEEN_BIT = 780e12
+MACHINE = load("machine-h200.json")
+READ = MACHINE["read_bytes_per_second"]
+SIXTEEN_BIT = MACHINE["operations_per_second"]["bfloat16"]
 NAMES = {
     "none": "LLM.int8(), no outliers",
     "dynamic": "LLM.int8(), dynamic",

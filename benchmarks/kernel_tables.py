@@ -1,6 +1,6 @@
 """Turn the committed measurements of kernels into the tables of docs/kernels.md.
 
-    python benchmarks/kernel_tables.py     # rewrites docs/generated/kernels-*.md and history-of-kernels.md
+    python benchmarks/kernel_tables.py     # rewrites docs/generated/kernels-*.md, machine-*.md, history-of-kernels.md
 
 No number of those tables is typed by hand: a test runs this script's functions and compares.
 """

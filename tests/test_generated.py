@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {
     "tables": {"frontier-smollm2-135m.md", "billm-layers.md", "random-llama-7b.md"},
-    "kernel_tables": {"kernels-h200.md", "history-of-kernels.md"},
+    "kernel_tables": {"kernels-h200.md", "machine-h200.md", "history-of-kernels.md"},
     "int8_tables": {"int8-kernels-h200.md", "history-of-int8-kernels.md"},
     "speed_tables": {"speed-runs.md", "history-of-compression.md"},
     "decode_tables": {"decode-7b.md", "history-of-decoding.md"},
