@@ -9,7 +9,8 @@ from torch import Tensor
 
 from whit.errors import KnobError, ModelError
 from whit.formats.binary_residual import BinaryResidual
-from whit.methods import LayerStatistics, make_method, relative_output_error
+from whit.kernels.cpu.compiling import numba_works
+from whit.methods import LayerStatistics, billm_refined, make_method, relative_output_error
 from whit.methods.billm import BiLLM
 from whit.methods.billm_official import official_billm
 from whit.methods.billm_paper import paper_billm, search_salient_columns, search_split
@@ -279,3 +280,20 @@ def test_a_knob_of_another_variant_is_refused(variant: str, knob: str) -> None:
     value = False if knob == "compensate" else 3
     with pytest.raises(KnobError, match=f"'{knob}'.*'{variant}'"):
         make_method("billm", {"variant": variant, knob: value})
+
+
+@pytest.mark.skipif(not numba_works(), reason="needs numba")
+def test_compiled_magnitudes_are_those_of_torch_to_the_bit(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    cases = []
+    for columns in (1, 2, 37, 300):
+        magnitude = torch.randn(40, columns, generator=generator).abs()
+        mass = torch.rand(40, columns, generator=generator) ** 4
+        thin = mass * (torch.rand(columns, generator=generator) < 0.1)
+        cases += [(magnitude, mass), ((4 * magnitude).round() / 4, 1e4 * thin), (1e-5 * magnitude, 0 * mass)]
+    cases = [(magnitude.sort(1).values, mass) for magnitude, mass in cases]
+    found = [two_magnitudes(*case) for case in cases]
+    monkeypatch.setattr(billm_refined, "runs_compiled", lambda tensor: False)
+    for (low, high), case in zip(found, cases, strict=True):
+        expected = two_magnitudes(*case)
+        assert torch.equal(low, expected[0]) and torch.equal(high, expected[1])

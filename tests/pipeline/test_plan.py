@@ -14,6 +14,7 @@ from whit.cli.tables import plan_view
 from whit.errors import ResourceError
 from whit.methods import make_method
 from whit.methods.base import Method
+from whit.pipeline import estimate
 from whit.pipeline.checks import check_disk, check_memory, disk_bytes
 from whit.pipeline.compress import merge_batches
 from whit.pipeline.estimate import Probe, estimate_minutes, fit_probe
@@ -44,6 +45,16 @@ def test_probe_separates_what_grows_with_rows_from_what_does_not() -> None:
     assert launch_bound.seconds(96, 64) == pytest.approx(1.0)
     assert launch_bound.seconds(96_000, 64) == pytest.approx(1.0)
     assert fit_probe(64, (32, 0.1), (96, 3.0)).fixed == 0.0
+
+
+def test_a_cpu_compiles_beforehand_what_methods_need(monkeypatch: pytest.MonkeyPatch) -> None:
+    """While the weight files are read; each method once, on a matrix that is soon done."""
+    seen = []
+    monkeypatch.setattr(estimate, "_time", lambda method, rows, columns, device: seen.append((method.name, columns)))
+    methods = [make_method("gptq"), make_method("billm"), make_method("gptq")]
+    estimate.load_kernels(methods, torch.device("cpu"))
+    assert [name for name, _ in seen] == ["gptq", "billm"]
+    assert all(columns < estimate.PROBE_COLUMNS for _, columns in seen)
 
 
 def test_minutes_grow_with_the_work_and_shrink_with_what_is_done(tmp_path: Path) -> None:

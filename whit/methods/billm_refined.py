@@ -24,6 +24,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from whit.kernels.cpu.compiling import runs_compiled, shared_out
 from whit.kernels.signs import decode_signs, pattern_rows, signed_sums
 from whit.kernels.split_product import SplitFactor
 from whit.methods.billm_planes import BinaryPlanes
@@ -76,6 +77,8 @@ def two_magnitudes(sorted_magnitude: Tensor, mass: Tensor) -> tuple[Tensor, Tens
         sorted_magnitude: float32 (rows, k), ascending per row.
         mass: non-negative weights (rows, k); entries of mass zero do not count.
     """
+    if runs_compiled(mass) and sorted_magnitude.dtype == mass.dtype == torch.float32:
+        return _compiled_two_magnitudes(sorted_magnitude, mass)
     mass_low = mass.cumsum(1)
     sum_low = (mass * sorted_magnitude).cumsum(1)
     mass_high = (mass_low[:, -1:] - mass_low).clamp(min=0)
@@ -88,6 +91,18 @@ def two_magnitudes(sorted_magnitude: Tensor, mass: Tensor) -> tuple[Tensor, Tens
     low = torch.where(below > tiny, sum_low.gather(1, split) / below.clamp(min=tiny), overall)
     high = torch.where(above > tiny, sum_high.gather(1, split) / above.clamp(min=tiny), overall)
     return torch.minimum(low, high).squeeze(1), torch.maximum(low, high).squeeze(1)
+
+
+def _compiled_two_magnitudes(sorted_magnitude: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]:
+    """The same numbers in one pass over the rows."""
+    from whit.kernels.cpu.two_means import ROWS_PER_TILE, split_rows
+
+    low, high = torch.empty(len(mass)), torch.empty(len(mass))
+    arrays = [item.contiguous().numpy() for item in (sorted_magnitude, mass)]
+    shared_out(
+        lambda first, last: split_rows(*arrays, low.numpy(), high.numpy(), first, last), len(mass), ROWS_PER_TILE
+    )
+    return low, high
 
 
 def choose_marks(weight: Tensor, importance: Tensor, rounds: int = MARK_ROUNDS) -> Tensor:
@@ -147,7 +162,8 @@ def _levels(books: Codebooks) -> Tensor:
 
 def _code_of_level(levels: Tensor) -> Tensor:
     """Codes (bit 0 = positive, bit 1 = high) of indices into `_levels`, uint8."""
-    return torch.tensor([2, 0, 1, 3], dtype=torch.uint8, device=levels.device)[levels.int()]
+    table = torch.tensor([2, 0, 1, 3], dtype=torch.uint8, device=levels.device)
+    return table.index_select(0, levels.flatten().int()).view(levels.shape)  # indexing takes six times as long
 
 
 def round_columns(weight: Tensor, upper: Tensor, books: Codebooks, book: Tensor) -> Tensor:
