@@ -38,6 +38,7 @@ from whit.kernels import explain, packed_linear
 from whit.kernels.cuda_decode import decode_options, decode_source
 from whit.kernels.cuda_layout import layout_of
 from whit.kernels.cuda_linear import sources, tune
+from whit.kernels.cuda_ops import starts_early
 from whit.kernels.cuda_plan import keep_tuned
 from whit.kernels.linear import choose
 from whit.kernels.nvrtc import CompilationError, cached_cubin, device_options
@@ -192,7 +193,8 @@ def compile_candidates(names: list[str], shapes: list[str], counts: list[int], b
         rows, columns = map(int, shape.split("x"))
         layout = layout_of(FORMATS[name], columns)
         assert layout is not None
-        jobs.add((decode_source(layout), device_options(capability, decode_options(layout, bfloat))))
+        options = decode_options(layout, bfloat, starts_early(0))
+        jobs.add((decode_source(layout, columns), device_options(capability, options)))
         for source, options, specific in sources(layout, rows, columns, count, bfloat, 0):
             jobs.add((source, device_options(capability, options, specific=specific)))
     with ProcessPoolExecutor(processes) as pool:

@@ -12,11 +12,9 @@ from tests.kernels.test_cuda_kernels import error_bound, inputs, name_of, random
 from whit.formats.binary_residual import BinaryResidual
 from whit.formats.grouped_integer import GroupedInteger
 from whit.formats.level_table import LevelTable
-from whit.formats.structured_binary import StructuredBinary
 from whit.formats.vector_codebook import VectorCodebook
-from whit.kernels.cuda_decode import decode_shared
 from whit.kernels.cuda_layout import layout_of
-from whit.kernels.cuda_plan import Launch, Shape, place_gemv, place_small, source_of, wide_source
+from whit.kernels.cuda_plan import Shape, place_gemv, place_small, source_of, wide_source
 from whit.kernels.cuda_wide import WideShape
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs g++")
@@ -181,38 +179,6 @@ def test_tiles_that_do_not_fill_the_device_are_cut_finer(tmp_path):
     expected = x.double() @ weight.T
     actual = torch.where(results[0].isnan(), results[1], results[0])
     assert ((actual.double() - expected).abs() <= error_bound(x, weight, expected)).all()
-
-
-@pytest.mark.parametrize(
-    "layout",
-    [
-        BinaryResidual(64, True),
-        BinaryResidual(16, False),
-        LevelTable(2, 128),
-        LevelTable(3, 32),
-        GroupedInteger(4, 64, True),
-        GroupedInteger(5, 8, False),
-        VectorCodebook(256, 12, False),
-        VectorCodebook(64, 5, True),
-        VectorCodebook(8, 3, False),
-        StructuredBinary(4, 8, 0),
-        StructuredBinary(2, 8, 32, regions=2),
-        StructuredBinary(1, 4, 0, regions=1),
-        StructuredBinary(1, 1, 64, means=True),
-        StructuredBinary(7, 16, 24),
-    ],
-    ids=name_of,
-)
-def test_decoded_weight(layout, tmp_path):
-    rows, columns = 12, 112 if layout.to_json().get("block_size") == 16 else 100
-    described = layout_of(layout, columns)
-    launch = Launch(2, Shape(256, 128, 1), 2, 0, 0, decode_shared(described) + 16)
-    program = compiled("decode", described, launch, 8, False, tmp_path)
-    packed = random_packed(layout, rows, columns)
-    tensors = [packed.tensors[name] for name in described.names if name]
-    x = torch.empty(0, columns, dtype=torch.float16)
-    actual = run(program, described, launch, tensors, (rows, columns), x, None)
-    assert torch.equal(actual, packed.unpack().half())
 
 
 def test_the_emulator_replaces_every_assembly_function():

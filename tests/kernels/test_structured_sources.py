@@ -4,11 +4,10 @@ import pytest
 import torch
 
 from tests.kernels.emulator.build import COMPILER, built, executed
-from tests.kernels.test_cuda_kernels import error_bound, inputs, name_of, random_packed
+from tests.kernels.test_cuda_kernels import error_bound, inputs, random_packed
 from whit.formats.structured_binary import StructuredBinary
 from whit.kernels.cuda_layout import layout_of
 from whit.kernels.structured_plan import (
-    structured_decode_launch,
     structured_launch,
     structured_options,
     structured_source,
@@ -60,26 +59,6 @@ def test_products(layout, shape, tokens, dtype, split, tmp_path):
     expected = x.double() @ weight.T + bias.double()
     assert ((results[0].double() - expected).abs() <= error_bound(x, weight, expected, "structured")).all()
     assert torch.equal(*results)
-
-
-@needs_compiler
-@pytest.mark.parametrize(
-    "layout",
-    [StructuredBinary(n, 8, 0, regions=1 + n % 3, means=n == 5) for n in range(1, 8)],
-    ids=name_of,
-)
-def test_decoded_weight(layout, tmp_path):
-    rows, columns = 18, 1608
-    described = layout_of(layout, columns)
-    unit = unit_of(described)
-    threads, shared = structured_decode_launch(described, columns, 80_000)
-    options = structured_options(described, unit, threads, 1, False, False)
-    program = built("decode", structured_source(described, "structured_decode"), options, tmp_path)
-    packed = random_packed(layout, rows, columns)
-    tensors = [packed.tensors[name] for name in described.names if name]
-    launch = (0, 0, 2, shared, 0, 1)
-    actual = executed(program, described, launch, tensors, (rows, columns), torch.empty(0, columns).half(), None)
-    assert torch.equal(actual, packed.unpack().half())
 
 
 def test_every_word_can_be_parted():

@@ -26,15 +26,20 @@ import torch
 from torch import Tensor
 
 from whit.formats.base import Packed
+from whit.kernels.calling import call
 from whit.kernels.cuda_layout import Layout, layout_of
 from whit.kernels.cuda_ops import (
     FEW,
     build,
     choice,
     counts_bits,
+    decode_weight,
+    decoded_weight,
     device_limits,
     has_warpgroups,
     layout_fields,
+    multiply_packed,
+    packed_product,
     size_class,
     starts_early,
 )
@@ -140,13 +145,13 @@ def product_arguments(x: Tensor, packed: Packed, bias: Tensor | None) -> Product
 
 
 def _product(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
-    out: Tensor = torch.ops.whit.packed_product(*product_arguments(x, packed, bias))
+    out = call(x, multiply_packed, packed_product, *product_arguments(x, packed, bias))
     return out.reshape(*x.shape[:-1], packed.rows)
 
 
 def _decoded_product(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
     tensors, layout = op_arguments(packed)
-    weight = torch.ops.whit.decoded_weight(tensors, layout, packed.rows, packed.columns, x.dtype)
+    weight = call(x, decode_weight, decoded_weight, tensors, layout, packed.rows, packed.columns, x.dtype)
     return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
 

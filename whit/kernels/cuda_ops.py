@@ -9,8 +9,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from whit.kernels.cuda_decode import THREADS as DECODE_THREADS
-from whit.kernels.cuda_decode import decode_grid, decode_options, decode_shared, decode_source
+from whit.kernels.cuda_decode import SHAPE, decode_grid, decode_options, decode_shared, decode_source
 from whit.kernels.cuda_layout import Layout
 from whit.kernels.cuda_plan import (
     Launch,
@@ -36,7 +35,6 @@ from whit.kernels.cuda_wide import (
     wide_supports,
 )
 from whit.kernels.nvrtc import Argument, Kernel, kernel, tensor_map
-from whit.kernels.structured_plan import structured_decode_launch, structured_options, structured_source, unit_of
 
 FEW = 32
 """Most vectors that `small` multiplies."""
@@ -129,8 +127,9 @@ def _compiled(layout: Layout, launch: Launch | WideShape, tokens: int, bfloat: b
 
 
 @lru_cache(maxsize=256)
-def _decoder(layout: Layout, bfloat: bool, index: int) -> Kernel:
-    return kernel(decode_source(layout), "decode", decode_options(layout, bfloat), index)
+def _decoder(layout: Layout, columns: int, bfloat: bool, index: int) -> Kernel:
+    options = decode_options(layout, bfloat, starts_early(index))
+    return kernel(decode_source(layout, columns), "decode", options, index)
 
 
 def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
@@ -154,10 +153,15 @@ def waits_for_nothing(index: int, given: list[Tensor], tensors: list[Tensor]) ->
     return starts_early(index) and all(mine is one for mine, one in zip(tensors, given, strict=True))
 
 
+@lru_cache(maxsize=256)
+def _layout_fields(layout: Layout) -> tuple[int, ...]:
+    present = sum(1 << i for i, name in enumerate(layout.names) if name)
+    return (present, *(int(value) for value in astuple(layout)[:7]), *layout.numbers)
+
+
 def layout_fields(layout: Layout) -> list[int]:
     """A layout as an op takes it."""
-    present = sum(1 << i for i, name in enumerate(layout.names) if name)
-    return [present, *(int(value) for value in astuple(layout)[:7]), *layout.numbers]
+    return list(_layout_fields(layout))
 
 
 def layout_from(fields: list[int]) -> Layout:
@@ -167,30 +171,16 @@ def layout_from(fields: list[int]) -> Layout:
     return Layout(kind, bits, scalars, bool(asymmetric), group, width, groups, names, tuple(numbers))  # type: ignore[arg-type]
 
 
-@lru_cache(maxsize=256)
-def _structured_decoder(layout: Layout, threads: int, bfloat: bool, index: int) -> Kernel:
-    unit = unit_of(layout)
-    assert unit is not None
-    options = structured_options(layout, unit, threads, 1, bfloat, early=False)
-    return kernel(structured_source(layout, "structured_decode"), "decode", options, index)
-
-
-def _decode(layout: Layout, weight: Weight, out: Tensor) -> None:
+def decode_into(out: Tensor, layout: Layout, weight: Weight, early: bool) -> None:
+    """Decode a weight into `out` (rows, columns), contiguous; `early`: no kernel before this one writes the weight."""
+    rows, columns = out.shape
     index = out.device.index
-    _, processors, memory = device_limits(index)
-    found = structured_decode_launch(layout, out.shape[1], memory)
-    if found is not None:
-        threads, shared = found
-        run = _structured_decoder(layout, threads, out.dtype == torch.bfloat16, index)
-        run.launch(processors, threads, shared, [weight, _pointer(out)])
-        return
-    run = _decoder(layout, out.dtype == torch.bfloat16, index)
-    grid = decode_grid(layout, out.shape[0], out.shape[1], processors)
-    run.launch(grid, DECODE_THREADS, decode_shared(layout), [weight, _pointer(out)])
+    run = _decoder(layout, columns, out.dtype == torch.bfloat16, index)
+    grid = decode_grid(layout, rows, columns, device_limits(index)[1])
+    run.launch(grid, SHAPE.threads, decode_shared(layout, columns), [weight, _pointer(out)], early=early)
 
 
-@torch.library.custom_op("whit::packed_product", mutates_args=(), device_types="cuda")
-def packed_product(
+def multiply_packed(
     x: Tensor, tensors: list[Tensor], bias: Tensor | None, layout: list[int], rows: int, columns: int
 ) -> Tensor:
     """x (m, columns), contiguous, times the packed weight: (m, rows). See `whit/kernels/cuda_linear.py`."""
@@ -202,7 +192,7 @@ def packed_product(
         launch = choice(described, rows, columns, tokens, index)
         if isinstance(launch, Decode):
             dense = torch.empty(rows, columns, dtype=x.dtype, device=x.device)
-            _decode(described, weight, dense)
+            decode_into(dense, described, weight, waits_for_nothing(index, given, tensors))
             return torch.nn.functional.linear(x, dense, bias)
         out = torch.empty(m, rows, dtype=x.dtype, device=x.device)
         if isinstance(launch, WideShape):
@@ -227,19 +217,25 @@ def packed_product(
     return out
 
 
+packed_product = torch.library.custom_op("whit::packed_product", multiply_packed, mutates_args=(), device_types="cuda")
+
+
 @packed_product.register_fake
 def _(x: Tensor, tensors: list[Tensor], bias: Tensor | None, layout: list[int], rows: int, columns: int) -> Tensor:
     return x.new_empty(x.shape[0], rows)
 
 
-@torch.library.custom_op("whit::decoded_weight", mutates_args=(), device_types="cuda")
-def decoded_weight(tensors: list[Tensor], layout: list[int], rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+def decode_weight(tensors: list[Tensor], layout: list[int], rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     """The dense weight (rows, columns) in float16 or bfloat16: `unpack().to(dtype)`, value for value."""
-    described, tensors = layout_from(layout), aligned(tensors)
+    described, given, tensors = layout_from(layout), tensors, aligned(tensors)
     out = torch.empty(rows, columns, dtype=dtype, device=tensors[0].device)
     with torch.cuda.device(out.device):
-        _decode(described, weight_of(described, tensors, rows, columns), out)
+        early = waits_for_nothing(out.device.index, given, tensors)
+        decode_into(out, described, weight_of(described, tensors, rows, columns), early)
     return out
+
+
+decoded_weight = torch.library.custom_op("whit::decoded_weight", decode_weight, mutates_args=(), device_types="cuda")
 
 
 @decoded_weight.register_fake

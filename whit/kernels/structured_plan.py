@@ -21,9 +21,6 @@ ROWS = 16
 UNIT_GROUPS = 40
 """Groups that a lane decodes in one go, about."""
 LONGEST_UNIT = 96
-DECODE_WARPS = 16
-LINES_BYTES = 32 * 144
-"""Shared memory in which a warp of `structured_decode` collects lines of the result."""
 MOST_VECTORS = 16
 MOST_WARPS = 20
 ENOUGH_WARPS = 12
@@ -136,7 +133,7 @@ def table_bytes(layout: Layout) -> int:
 
 @lru_cache(maxsize=64)
 def structured_source(layout: Layout, name: str) -> str:
-    """The CUDA C++ of `structured_product` or `structured_decode`."""
+    """The CUDA C++ of `structured_product`."""
     return source_of("common.cuh") + tables_of(layout) + source_of("structured.cu", f"{name}.cu")
 
 
@@ -229,13 +226,3 @@ def structured_launch(
         if warps >= min(useful, ENOUGH_WARPS):
             break
     return found
-
-
-def structured_decode_launch(layout: Layout, columns: int, memory: int) -> tuple[int, int] | None:
-    """Threads and bytes of shared memory of a block of `structured_decode`; None if it cannot decode the weight."""
-    unit = unit_of(layout)
-    if unit is None or columns % GROUP_COLUMNS:
-        return None
-    each = unit.item_bytes + LINES_BYTES
-    warps = min(DECODE_WARPS, (memory - table_bytes(layout) - 16) // each)
-    return (32 * warps, table_bytes(layout) + warps * each + 16) if warps > 0 else None

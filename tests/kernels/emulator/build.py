@@ -13,7 +13,6 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor
 
-from whit.kernels.cuda_decode import decode_options, decode_source
 from whit.kernels.cuda_layout import Layout
 from whit.kernels.cuda_plan import Launch, options_of, parts_of, source_of, wide_source
 from whit.kernels.cuda_wide import WideShape, shared_bytes, wide_options
@@ -149,8 +148,6 @@ def compiled(name: str, layout: Layout, launch: Launch | WideShape, tokens: int,
     """An executable that runs the kernel `name` once."""
     if isinstance(launch, WideShape):
         options, source = wide_options(layout, launch, bfloat, early=False), wide_source(launch.tokens)
-    elif name == "decode":
-        options, source = decode_options(layout, bfloat), decode_source(layout)
     else:
         options = options_of(layout, launch.shape, launch.depth, tokens, bfloat, early=False)
         source = source_of(*parts_of(name, launch.shape))
