@@ -16,7 +16,9 @@ from tests.kernels.test_cuda_kernels import FORMATS, OTHERS, error_bound, inputs
 from tests.kernels.test_embedding import weight as embedding_weight
 from whit.formats.base import Packed
 from whit.formats.binary_residual import BinaryResidual
+from whit.formats.structured_binary import StructuredBinary
 from whit.kernels import explain, packed_embedding, packed_linear
+from whit.kernels.cuda_wide import MANY
 from whit.kernels.linear import choose_several
 
 SHAPES = [(33, 200), (100, 1088), (130, 2176)]
@@ -67,11 +69,19 @@ def check_others() -> int:
     assert version is not None
     for mine, packed in zip(version.products(x, weights), weights, strict=True):
         torch.testing.assert_close(mine, packed_linear(x, packed), rtol=0, atol=0)
+    layout, x = StructuredBinary(4, 8, 0), padded(inputs(MANY, 1088, torch.float16, "cuda"))
+    weights = [moved(random_packed(layout, rows, 1088, "cuda", seed=rows)) for rows in (48, 17, 33)]
+    version = choose_several(x, weights)
+    assert version is not None
+    for mine, packed in zip(version.products(x, weights), weights, strict=True):
+        weight = packed.unpack().double()
+        expected = x.double() @ weight.T
+        assert ((mine.double() - expected).abs() <= error_bound(x, weight, expected, version.name)).all()
     for bits, group, columns in [(8, 64, 1100), (8, 0, 30), (4, 24, 50), (2, 8, 1025)]:
         packed = moved(embedding_weight(bits, group, 300, columns).to("cuda"))
         ids = torch.randint(0, 300, (50,), device="cuda")
         assert torch.equal(packed_embedding(ids, packed, torch.float16), packed.unpack()[ids].half())
-    return 1 + 4
+    return 2 + 4
 
 
 if __name__ == "__main__":

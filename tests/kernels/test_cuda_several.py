@@ -6,19 +6,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 
 from tests.kernels.emulator import build
 from tests.kernels.test_cuda_kernels import error_bound, inputs, random_packed, unit_columns
-from whit.formats.base import Packed
+from whit.formats.base import Format, Packed
 from whit.formats.binary_residual import BinaryResidual
 from whit.formats.grouped_integer import GroupedInteger
 from whit.formats.level_table import LevelTable
+from whit.formats.structured_binary import StructuredBinary
 from whit.generation.products import Products
 from whit.kernels import cuda_ops, cuda_plan, cuda_several
 from whit.kernels.cuda_layout import Layout, layout_of
+from whit.kernels.cuda_ops import layout_fields
 from whit.kernels.cuda_plan import Launch, Shape, gemv_shapes, tuned_shapes, tuning_key
 from whit.kernels.cuda_several import place_several, several_key, shares
-from whit.kernels.cuda_wide import WideShape
+from whit.kernels.cuda_wide import MANY, WideShape
 from whit.kernels.linear import choose_several
 from whit.models.packed import PackedLinear
 
@@ -158,9 +161,11 @@ def test_every_shape_is_tried_and_the_fastest_kept(tmp_path: Path, monkeypatch: 
     assert launched() == wanted[4]
 
 
-def modules(device: str, *, same: bool) -> list[PackedLinear]:
+ROW = BinaryResidual(0, False)
+
+
+def modules(device: str, *, same: bool, layout: Format = ROW) -> list[PackedLinear]:
     out = []
-    layout = BinaryResidual(0, False)
     for rows in (48, 16, 32):
         weight = random_packed(layout if same or rows != 16 else LevelTable(2, 0), rows, 640)
         if rows == 48 and same:  # or they could be joined
@@ -215,3 +220,30 @@ def test_one_launch_in_a_graph_is_the_single_products() -> None:
             weight = packed.unpack().double()
             expected = x.double() @ weight.T
             assert ((mine.double() - expected).abs() <= error_bound(x, weight, expected)).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_prompt_meets_weights_that_are_decoded_into_one(dtype: torch.dtype) -> None:
+    layers = modules("cuda", same=True, layout=StructuredBinary(4, 8, 0))
+    x = inputs(MANY + 3, 640, dtype, "cuda")
+    weights = [layer.packed for layer in layers]
+    version = choose_several(x, weights)
+    assert version is not None and version.name == "cuda decode + matmul"
+    for mine, packed in zip(Products(layers)(x), weights, strict=True):
+        weight = packed.unpack().double()
+        expected = x.double() @ weight.T
+        assert mine.shape == expected.shape
+        assert ((mine.double() - expected).abs() <= error_bound(x, weight, expected, "decoded")).all()
+    assert choose_several(x[:40], weights) is None
+    assert choose_several(x, [layer.packed for layer in modules("cuda", same=False)]) is None
+
+
+def test_the_op_of_several_decoded_weights_has_a_shape_without_a_gpu() -> None:
+    layout = layout_of(BinaryResidual(0, False), 640)
+    assert layout is not None
+    with FakeTensorMode():
+        tensors = [torch.empty(1, device="cuda", dtype=torch.uint8) for _ in range(8)]
+        out = torch.ops.whit.decoded_weights(tensors, layout_fields(layout), [48, 16], 640, torch.float16)
+    assert out.shape == (64, 640) and out.dtype == torch.float16
