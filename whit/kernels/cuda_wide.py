@@ -177,7 +177,9 @@ def decodes_first(layout: Layout, tokens: int) -> bool:
     With many vectors every tile expands the weight anew, which hides behind the products but for two planes with two
     sets of levels, and for bytes, whose stages leave no room for tiles of 256 vectors.
     """
-    return tokens >= MANY and (layout.kind == BINARY_RESIDUAL or (layout.kind == GROUPED_INTEGER and layout.bits == 8))
+    fine = layout.bits > 2 and layout.group % (2 * BOX) != 0  # stages of 64 columns
+    integers = layout.kind == GROUPED_INTEGER and (layout.bits == 8 or fine)
+    return tokens >= MANY and (layout.kind == BINARY_RESIDUAL or integers)
 
 
 def wide_options(layout: Layout, shape: WideShape, bfloat: bool, early: bool) -> tuple[str, ...]:
