@@ -27,7 +27,17 @@ from whit.kernels.cuda_plan import (
     tuning_file,
     tuning_key,
 )
-from whit.kernels.cuda_wide import Decode, WideShape, bucket, shared_bytes, wide_plan, wide_shapes, wide_supports
+from whit.kernels.cuda_wide import (
+    MANY,
+    Decode,
+    WideShape,
+    bucket,
+    decodes_first,
+    shared_bytes,
+    wide_plan,
+    wide_shapes,
+    wide_supports,
+)
 
 H200 = (132, 232448)
 
@@ -352,3 +362,15 @@ def test_tuning_passes_over_launches_that_cannot_be_compiled(hopper, monkeypatch
 
     assert cuda_linear.tune(torch.empty(1, 4096, device="meta"), packed, seconds)[1] == wanted
     assert tried == cuda_linear.candidates(layout, 512, 4096, 1, 0)
+
+
+def test_what_is_dear_to_expand_is_decoded_first_for_many_vectors() -> None:
+    """Integers of three bits and more in groups that are no multiple of 128, and bytes; not for few vectors."""
+    layouts = {
+        (bits, group): layout_of(GroupedInteger(bits, group, False), 4096)
+        for bits in (2, 3, 4, 8)
+        for group in (64, 128)
+    }
+    found = {key for key, layout in layouts.items() if layout is not None and decodes_first(layout, MANY)}
+    assert found == {(3, 64), (4, 64), (8, 64), (8, 128)}
+    assert not any(layout is not None and decodes_first(layout, MANY // 2) for layout in layouts.values())
