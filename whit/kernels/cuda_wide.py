@@ -175,8 +175,8 @@ def decodes_first(layout: Layout, tokens: int) -> bool:
     """Whether, where nothing was tuned, a library over the decoded weight is the faster way.
 
     With many vectors every tile expands the weight anew, which hides behind the products but for two planes with two
-    sets of levels, for wider integers where groups leave room for stages of 64 columns only, and for bytes, whose stages
-    leave no room for tiles of 256 vectors.
+    sets of levels, for wider integers where groups leave room for stages of 64 columns only, and for bytes, whose
+    stages leave no room for tiles of 256 vectors.
     """
     fine = layout.bits > 2 and layout.group % (2 * BOX) != 0
     integers = layout.kind == GROUPED_INTEGER and (layout.bits == 8 or fine)
