@@ -1,0 +1,262 @@
+"""LLM.int8() for many tokens on Hopper's warpgroup tensor cores: how `cuda/outlier_product.cu` is launched."""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from whit.kernels.cuda_plan import source_of
+from whit.kernels.nvrtc import Argument, Kernel, TensorMap, kernel, tensor_map
+from whit.kernels.outlier_launch import Weight
+
+SLICE = 64
+"""Outlier columns that are multiplied at a time; 128 bytes, as of 128 codes."""
+THREADS = 384
+SPLIT_THREADS = 256
+MARKED_AT_ONCE = 256
+MOST_SHARES = 16
+
+
+@dataclass(frozen=True)
+class WideTile:
+    """Tile of `m` tokens x `n` rows, in slices of which `depth` are on their way."""
+
+    m: int
+    n: int
+    depth: int
+    group: int = 8
+
+    @property
+    def chunk(self) -> int:
+        """Results of a token that a warp stores at a time."""
+        return SLICE if self.n % SLICE == 0 else self.n // 2
+
+    @property
+    def shared(self) -> int:
+        """Bytes of shared memory."""
+        stride = self.chunk + 8 if self.chunk % 32 == 0 else self.chunk
+        return self.depth * ((self.m + self.n) * 128 + 16) + 8 * 16 * stride * 2
+
+    def tiles(self, tokens: int, rows: int) -> int:
+        """Tiles of a product."""
+        return -(-tokens // self.m) * -(-rows // self.n)
+
+
+class Work(ctypes.Structure):
+    """`Work` of the kernel."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("input_absmax", "absmax", "counts", "bias", "out")),
+        *((name, ctypes.c_int) for name in ("tokens", "rows", "columns", "absmax_step", "loose", "placed", "group")),
+    )
+
+
+@lru_cache(maxsize=16)
+def product_source(rows: int) -> str:
+    """The CUDA C++ of the product for tiles of `rows` rows.
+
+    The instructions name every sum, so their text depends on the number of rows. Descriptors: address over 16, 1024
+    bytes between groups of eight lines, swizzled by 128 bytes; the next 32 bytes of a line are 2 on.
+    """
+    count = rows // 2
+    sums = ", ".join(f"%{i}" for i in range(count))
+    outputs = ", ".join(f'"+r"(c[{i}])' for i in range(count))
+    left, right, high, more = (f"%{count + i}" for i in range(4))
+
+    def function(name: str, depth: int, kinds: str, condition: str, signs: str) -> str:
+        return f"""
+__device__ __forceinline__ void {name}(u32 (&c)[N / 2], u32 left, u32 right, int more)
+{{
+    asm volatile("{{.reg .pred p; .reg .b64 a, b; {condition}; mov.b64 a, {{{left}, {high}}}; mov.b64 b, {{{right}, {high}}}; "
+        "wgmma.mma_async.sync.aligned.m64n{rows}k{depth}." {kinds} " {{{sums}}}, a, b, p{signs};}}"
+        : {outputs} : "r"(left), "r"(right), "n"(0x40000040), "r"(more) : "memory");
+}}
+"""
+
+    condition = f"setp.ne.s32 p, {more}, 0"
+    products = (
+        function("codes_product", 32, '"s32.s8.s8"', condition, ""),
+        function("columns_product", 16, "HALVES", condition, ", 1, 1, 0, 0"),
+    )
+    return source_of("words.cuh", "warpgroup.cuh") + "".join(products) + source_of("outlier_product.cu")
+
+
+@lru_cache(maxsize=64)
+def _compiled(tile: WideTile, bfloat: bool, loose: bool, placed: bool, bias: bool, index: int) -> Kernel:
+    values = {
+        "M": tile.m,
+        "N": tile.n,
+        "DEPTH": tile.depth,
+        "CHUNK": tile.chunk,
+        "BF16": bfloat,
+        "LOOSE": loose,
+        "PLACED": placed,
+        "BIAS": bias,
+        "EARLY": True,
+    }
+    options = tuple(f"-D{key}={int(value)}" for key, value in values.items())
+    return kernel(product_source(tile.n), "outlier_product", options, index, specific=True)
+
+
+class Split(ctypes.Structure):
+    """`Split` of the kernel."""
+
+    _fields_ = (
+        *(
+            (name, ctypes.c_void_p)
+            for name in (
+                "x", "flags", "index", "place", "codes", "wide", "rounded", "largest",
+                "loose_inputs", "loose_weight", "placed_inputs", "placed_weight", "counts",
+            )
+        ),
+        *(
+            (name, ctypes.c_int)
+            for name in (
+                "tokens", "rows", "columns", "stored", "shares", "capacity", "placed_capacity", "weight_blocks",
+            )
+        ),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What the product multiplies: codes and largest magnitudes of tokens, outlier columns of inputs and weight."""
+
+    rounded: Tensor
+    largest: Tensor
+    loose: tuple[Tensor, Tensor] | None
+    placed: tuple[Tensor, Tensor] | None
+    counts: Tensor
+
+
+@lru_cache(maxsize=256)
+def _splitter(name: str, columns: int, bfloat: bool, loose: bool, placed: bool, counted: bool, index: int) -> Kernel:
+    values = {
+        "WORDS": -(-columns // 32),
+        "ITEMS": -(-columns // (8 * SPLIT_THREADS)),
+        "BF16": bfloat,
+        "LOOSE": loose,
+        "PLACED": placed,
+        "COUNTED": counted,
+        "EARLY": True,
+    }
+    options = tuple(f"-D{key}={int(value)}" for key, value in values.items())
+    return kernel(source_of("words.cuh", "outlier_split.cu"), name, options, index)
+
+
+def prepare(x: Tensor, weight: Weight, many: int) -> Prepared:
+    """Outlier columns found, tokens rounded, outlier columns gathered: two launches, or one where they are known.
+
+    Args:
+        x: (tokens, columns), contiguous, at an address that is a multiple of 16.
+        weight: whose columns are a multiple of 16.
+        many: multiprocessors.
+    """
+    (tokens, columns), rows, device = x.shape, weight.rows, x.device
+    capacity = -(-columns // SLICE) * SLICE
+    words, shares = -(-columns // 32), 0
+    loose, placed = weight.loose, weight.wide is not None
+    variant = (columns, x.dtype == torch.bfloat16, loose, placed, weight.dynamic, device.index)
+
+    def pair(there: bool, width: int) -> tuple[Tensor, Tensor] | None:
+        if not there:
+            return None
+        return tuple(torch.empty(count, width, dtype=x.dtype, device=device) for count in (tokens, rows))
+
+    placed_capacity = -(-weight.stored // SLICE) * SLICE
+    ready = Prepared(
+        torch.empty(tokens, columns, dtype=torch.int8, device=device),
+        torch.empty(tokens, dtype=torch.float32, device=device),
+        pair(loose, capacity),
+        pair(placed, placed_capacity),
+        torch.empty(2, dtype=torch.int32, device=device),
+    )
+    flags = None
+    if weight.dynamic:
+        shares = min(MOST_SHARES, -(-tokens // 32))
+        flags = torch.empty(shares, words, dtype=torch.int32, device=device)
+        numbers = (ctypes.c_int(tokens), ctypes.c_int(columns), ctypes.c_int(-(-tokens // shares)))
+        arguments: list[Argument] = [ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(flags.data_ptr()), *numbers]
+        arguments.append(ctypes.c_float(weight.threshold))
+        run = _splitter("mark_columns", *variant)
+        run.launch(-(-columns // MARKED_AT_ONCE) * shares, SPLIT_THREADS, 0, arguments, early=True)
+    pointers = [
+        x, flags, weight.index, weight.place() if placed else None, weight.codes, weight.wide, ready.rounded,
+        ready.largest, *(ready.loose or (None, None)), *(ready.placed or (None, None)), ready.counts,
+    ]  # fmt: skip
+    gathering = min(-(-rows // 16), 4 * many) if loose or placed else 0
+    split = Split(
+        *(None if tensor is None else tensor.data_ptr() for tensor in pointers),
+        tokens, rows, columns, weight.stored, shares, capacity, placed_capacity, gathering,
+    )  # fmt: skip
+    shared = 8 * words + 128 + 64 * words * (loose + placed)
+    run = _splitter("split_tokens", *variant)
+    run.launch(gathering + min(tokens, 2 * many), SPLIT_THREADS, shared, [split], early=True)
+    return ready
+
+
+def _map(matrix: Tensor, lines: int) -> TensorMap:
+    words = matrix.shape[1] * matrix.element_size() // 2
+    return tensor_map(matrix.data_ptr(), len(matrix), words, lines, SLICE)
+
+
+def wide_product(
+    tile: WideTile,
+    rounded: Tensor,
+    codes: Tensor,
+    largest: Tensor,
+    absmax: Tensor,
+    loose: tuple[Tensor, Tensor] | None,
+    placed: tuple[Tensor, Tensor] | None,
+    counts: Tensor | tuple[int, int],
+    bias: Tensor | None,
+    out: Tensor,
+    processors: int,
+) -> None:
+    """Product of codes and outlier columns into `out`.
+
+    Args:
+        rounded: int8 (tokens, columns). codes: int8 (rows, columns). largest: float32 (tokens,).
+        loose: inputs (tokens, capacity) and codes (rows, capacity) of outlier columns, 16-bit; capacity a multiple of 8.
+        placed: likewise with their 16-bit weights.
+        counts: how many of each, int32 on the device, or numbers.
+        bias: of the type of `out`.
+    """
+    left, right = _map(rounded, tile.m), _map(codes, tile.n)
+    maps = [left, right]
+    for pair in (loose, placed):
+        maps += [left, right] if pair is None else [_map(pair[0], tile.m), _map(pair[1], tile.n)]
+    work = Work(
+        largest.data_ptr(),
+        absmax.data_ptr(),
+        counts.data_ptr() if isinstance(counts, Tensor) else None,
+        None if bias is None else bias.data_ptr(),
+        out.data_ptr(),
+        len(rounded),
+        len(codes),
+        codes.shape[1],
+        0 if len(absmax) == 1 else 1,
+        0 if isinstance(counts, Tensor) else counts[0],
+        0 if isinstance(counts, Tensor) else counts[1],
+        tile.group,
+    )
+    run = _compiled(
+        tile, out.dtype == torch.bfloat16, loose is not None, placed is not None, bias is not None, out.device.index
+    )
+    arguments: list[Argument] = [*maps, work]
+    grid = min(processors, tile.tiles(len(rounded), len(codes)))
+    run.launch(grid, THREADS, tile.shared, arguments, early=True)
+
+
+def wide_layer(x: Tensor, weight: Weight, out: Tensor, tile: WideTile, many: int) -> None:
+    """An LLM.int8() layer for many tokens into `out`."""
+    ready = prepare(x, weight, many)
+    bias = None if weight.bias is None else weight.bias.to(x.dtype)
+    wide_product(
+        tile, ready.rounded, weight.codes, ready.largest, weight.absmax, ready.loose, ready.placed, ready.counts,
+        bias, out, many,
+    )  # fmt: skip
