@@ -146,10 +146,8 @@ outlier_product(const __grid_constant__ TensorMap left, const __grid_constant__ 
                     before = slot;
                     next();
                 }
-                if (slices) {
-                    products_wait<0>();
-                    leave(before);
-                }
+                products_wait<0>();
+                if (slices) leave(before);
             };
             if (LOOSE) add_columns(loose);
 #pragma unroll
