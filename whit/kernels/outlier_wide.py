@@ -51,7 +51,7 @@ class Work(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("input_absmax", "absmax", "counts", "bias", "out")),
-        *((name, ctypes.c_int) for name in ("tokens", "rows", "columns", "absmax_step", "loose", "placed", "group")),
+        *((name, ctypes.c_int) for name in ("tokens", "rows", "columns", "absmax_step", "group")),
     )
 
 
@@ -85,8 +85,10 @@ __device__ __forceinline__ void {name}(u32 (&c)[N / 2], u32 left, u32 right, int
     return source_of("words.cuh", "warpgroup.cuh") + "".join(products) + source_of("outlier_product.cu")
 
 
-@lru_cache(maxsize=64)
-def _compiled(tile: WideTile, bfloat: bool, loose: bool, placed: bool, bias: bool, index: int) -> Kernel:
+def product_options(
+    tile: WideTile, *, bfloat: bool, loose: bool, placed: bool, bias: bool, early: bool
+) -> tuple[str, ...]:
+    """Preprocessor options of the product: which outlier columns there may be, and whether there is a bias."""
     values = {
         "M": tile.m,
         "N": tile.n,
@@ -96,9 +98,30 @@ def _compiled(tile: WideTile, bfloat: bool, loose: bool, placed: bool, bias: boo
         "LOOSE": loose,
         "PLACED": placed,
         "BIAS": bias,
-        "EARLY": True,
+        "EARLY": early,
     }
-    options = tuple(f"-D{key}={int(value)}" for key, value in values.items())
+    return tuple(f"-D{key}={int(value)}" for key, value in values.items())
+
+
+def split_options(
+    columns: int, *, bfloat: bool, loose: bool, placed: bool, counted: bool, early: bool
+) -> tuple[str, ...]:
+    """Preprocessor options of the launches before the product; `counted`: outliers are found, not listed."""
+    values = {
+        "WORDS": -(-columns // 32),
+        "ITEMS": -(-columns // (8 * SPLIT_THREADS)),
+        "BF16": bfloat,
+        "LOOSE": loose,
+        "PLACED": placed,
+        "COUNTED": counted,
+        "EARLY": early,
+    }
+    return tuple(f"-D{key}={int(value)}" for key, value in values.items())
+
+
+@lru_cache(maxsize=64)
+def _compiled(tile: WideTile, bfloat: bool, loose: bool, placed: bool, bias: bool, index: int) -> Kernel:
+    options = product_options(tile, bfloat=bfloat, loose=loose, placed=placed, bias=bias, early=True)
     return kernel(product_source(tile.n), "outlier_product", options, index, specific=True)
 
 
@@ -135,16 +158,7 @@ class Prepared:
 
 @lru_cache(maxsize=256)
 def _splitter(name: str, columns: int, bfloat: bool, loose: bool, placed: bool, counted: bool, index: int) -> Kernel:
-    values = {
-        "WORDS": -(-columns // 32),
-        "ITEMS": -(-columns // (8 * SPLIT_THREADS)),
-        "BF16": bfloat,
-        "LOOSE": loose,
-        "PLACED": placed,
-        "COUNTED": counted,
-        "EARLY": True,
-    }
-    options = tuple(f"-D{key}={int(value)}" for key, value in values.items())
+    options = split_options(columns, bfloat=bfloat, loose=loose, placed=placed, counted=counted, early=True)
     return kernel(source_of("words.cuh", "outlier_split.cu"), name, options, index)
 
 
@@ -212,7 +226,7 @@ def wide_product(
     absmax: Tensor,
     loose: tuple[Tensor, Tensor] | None,
     placed: tuple[Tensor, Tensor] | None,
-    counts: Tensor | tuple[int, int],
+    counts: Tensor,
     bias: Tensor | None,
     out: Tensor,
     processors: int,
@@ -223,7 +237,7 @@ def wide_product(
         rounded: int8 (tokens, columns). codes: int8 (rows, columns). largest: float32 (tokens,).
         loose: inputs (tokens, capacity) and codes (rows, capacity) of outlier columns, 16-bit; capacity a multiple of 8.
         placed: likewise with their 16-bit weights.
-        counts: how many of each, int32 on the device, or numbers.
+        counts: int32 (2,): how many of each.
         bias: of the type of `out`.
     """
     left, right = _map(rounded, tile.m), _map(codes, tile.n)
@@ -233,15 +247,13 @@ def wide_product(
     work = Work(
         largest.data_ptr(),
         absmax.data_ptr(),
-        counts.data_ptr() if isinstance(counts, Tensor) else None,
+        counts.data_ptr(),
         None if bias is None else bias.data_ptr(),
         out.data_ptr(),
         len(rounded),
         len(codes),
         codes.shape[1],
         0 if len(absmax) == 1 else 1,
-        0 if isinstance(counts, Tensor) else counts[0],
-        0 if isinstance(counts, Tensor) else counts[1],
         tile.group,
     )
     run = _compiled(

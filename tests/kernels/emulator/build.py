@@ -80,6 +80,17 @@ MEANINGS = {
     "u32 descriptor_of(": "static u32 descriptor_of(const u8* tile) { return (tile - shared_memory) / 16; }",
     "void warpgroup_product(": "static void warpgroup_product(float (&c)[TOKENS / 2], const u32 (&a)[4],"
     " u32 descriptor) { late_product(c, TOKENS / 2, a, shared_memory + descriptor / 64 * 1024, descriptor % 64 / 2); }",
+    "void codes_product(": "static void codes_product(u32 (&c)[N / 2], u32 left, u32 right, int more)"
+    " { late_product(c, N / 2, left, right, true, more != 0); }",
+    "void columns_product(": "static void columns_product(u32 (&c)[N / 2], u32 left, u32 right, int more)"
+    " { late_product(c, N / 2, left, right, false, more != 0); }",
+    "void fewer_registers(": "template <int COUNT> static void fewer_registers() {}",
+    "void more_registers(": "template <int COUNT> static void more_registers() {}",
+    "u32 larger_pair(": "static u32 larger_pair(u32 most, u32 pair)"
+    " { return to16(fmaxf(from16(most), fabsf(from16(pair))))"
+    " | (u32)to16(fmaxf(from16(most >> 16), fabsf(from16(pair >> 16)))) << 16; }",
+    "u32 larger_integers(": "static u32 larger_integers(u32 a, u32 b)"
+    " { return max(a & 0xffffu, b & 0xffffu) | max(a >> 16, b >> 16) << 16; }",
     "u32 choose_bytes(": "static u32 choose_bytes(u32 low, u32 high, u32 selector)"
     " { return __byte_perm(low, high, selector); }",
     "u32 fma_pairs(": "static u32 fma_pairs(u32 a, u32 b, u32 c)"
@@ -129,6 +140,24 @@ int main(int, char** arguments) {
     return fclose(out);
 }
 """
+BUFFERS_MAIN = """
+int main(int, char** arguments) {
+    long count, numbers[16], sizes[16];
+    FILE* in = fopen(arguments[1], "rb");
+    if (fread(&count, 8, 1, in) != 1 || fread(numbers, 8, 16, in) != 16 || fread(sizes, 8, 16, in) != 16) return 2;
+    for (int i = 0; i < count; i++) {
+        b[i] = sizes[i] ? guarded(sizes[i]) : nullptr;
+        if (sizes[i] && fread(b[i], 1, sizes[i], in) != (size_t)sizes[i]) return 3;
+    }
+    fclose(in);
+    for (int i = 0; i < 16; i++) n[i] = numbers[i];
+    kernel_body = []() { CALL; };
+    run_blocks(n[0], n[1], n[2], n[3], 1);
+    FILE* out = fopen(arguments[2], "wb");
+    for (int i = 0; i < count; i++) fwrite(b[i], 1, sizes[i], out);
+    return fclose(out);
+}
+"""
 
 
 def translated(source: str) -> str:
@@ -171,9 +200,40 @@ def _precompiled() -> tuple[TemporaryDirectory[str], list[str]]:
 
 def built(name: str, source: str, options: Sequence[str], folder: Path) -> Path:
     """An executable that runs the kernel `name` of a source once."""
+    return _built(name, source, MAIN.replace("CALL", CALLS[name]), options, folder)
+
+
+def built_call(name: str, call: str, source: str, options: Sequence[str], folder: Path) -> Path:
+    """An executable for `run_call`: `call` is an expression of the buffers u8* b[] and the numbers int n[]."""
+    return _built(name, source, "static u8* b[16];\nstatic int n[16];" + BUFFERS_MAIN.replace("CALL", call), options, folder)
+
+
+def run_call(program: Path, buffers: Sequence[Tensor | None], launch: Sequence[int], numbers: Sequence[int] = ()) -> None:
+    """Run the call once; buffers that it changes are changed.
+
+    Args:
+        buffers: b of the call.
+        launch: blocks, threads of each, bytes of shared memory, whether threads run in descending order.
+        numbers: n of the call from 4 on; before them stands `launch`.
+    """
+    content = [b"" if item is None else item.contiguous().view(-1).view(torch.uint8).numpy().tobytes() for item in buffers]
+    sizes = [len(item) for item in content]
+    values = [*launch, *numbers]
+    header = [len(buffers), *values, *[0] * (16 - len(values)), *sizes, *[0] * (16 - len(sizes))]
+    source, target = program.with_suffix(".in"), program.with_suffix(".out")
+    source.write_bytes(torch.tensor(header).view(torch.uint8).numpy().tobytes() + b"".join(content))
+    subprocess.run([str(program), str(source), str(target)], check=True, capture_output=True)
+    found, start = bytearray(target.read_bytes()), 0
+    for item, size in zip(buffers, sizes, strict=True):
+        if item is not None and size:
+            item.view(-1).view(torch.uint8).copy_(torch.frombuffer(found[start : start + size], dtype=torch.uint8))
+        start += size
+
+
+def _built(name: str, source: str, main: str, options: Sequence[str], folder: Path) -> Path:
     source = '#include "emulator.h"\n' + translated(source)
     path = folder / f"{name}.cpp"
-    path.write_text(source + MAIN.replace("CALL", CALLS[name]), encoding="utf-8")
+    path.write_text(source + main, encoding="utf-8")
     command = [
         str(COMPILER),
         *FLAGS,

@@ -13,6 +13,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <deque>
+#include <functional>
 #include <map>
 #include <vector>
 
@@ -22,6 +23,7 @@
 #define __grid_constant__
 #define __launch_bounds__(...)
 #define __align__(x)
+#define __shared__ static
 using std::max;
 using std::min;
 
@@ -159,6 +161,15 @@ static unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
 }
 static unsigned __funnelshift_r(unsigned low, unsigned high, unsigned s) { return (unsigned)(((uint64_t)high << 32 | low) >> (s & 31)); }
 static int __popc(unsigned v) { return __builtin_popcount(v); }
+static int __ffs(unsigned v) { return __builtin_ffs((int)v); }
+static float __fmul_rn(float a, float b) { return a * b; }
+static float __fadd_rn(float a, float b) { return a + b; }
+static float __fdiv_rn(float a, float b) { return a / b; }
+static unsigned atomicOr(unsigned* place, unsigned v) { const unsigned old = *place; *place |= v; return old; }
+static int __shfl_up_sync(unsigned, int v, int by) {
+    const uint32_t word = (uint32_t)v;
+    return (int)collective(&word, 1, [by](Slots s, int lane) { return s[lane < by ? lane : lane - by][0]; });
+}
 static int __float2int_rn(float f) { return std::isnan(f) ? 0 : (int)lrintf(f); }
 static float __fdividef(float a, float b) { return a / b; }
 
@@ -270,8 +281,19 @@ struct LateProduct {
     float codes[2][16];
     const uint8_t* tile;
     int count, step;
+    void finish(int quad) const {
+        for (int i = 0; i < count; i++) {
+            const int token = i / 4 * 8 + 2 * quad + i % 2;
+            double sum = 0;
+            for (int k = 0; k < 16; k++) {
+                const int chunk = (step * 2 + k / 8) ^ (token & 7);
+                sum += (double)codes[i % 4 / 2][k] * from16(*(const uint16_t*)(tile + token * 128 + chunk * 16 + k % 8 * 2));
+            }
+            sums[i] += (float)sum;
+        }
+    }
 };
-static std::vector<std::deque<std::vector<LateProduct>>> product_groups;  // by thread; the last group is still open
+static std::vector<std::deque<std::vector<std::function<void()>>>> product_groups;  // by thread; the last group is still open
 static void late_product(float* sums, int count, const uint32_t (&a)[4], const uint8_t* tile, int step) {
     if ((uintptr_t)tile % 1024) abort();
     LateProduct late{sums, {}, tile, count, step};
@@ -280,23 +302,34 @@ static void late_product(float* sums, int count, const uint32_t (&a)[4], const u
             for (int k = 0; k < 16; k++) late.codes[h][k] = from16(s[lane / 4 * 4 + k % 8 / 2][h + 2 * (k / 8)] >> (16 * (k % 2)));
         return 0;
     });
-    product_groups[current].back().push_back(late);
+    product_groups[current].back().push_back([late, quad = current % 4] { late.finish(quad); });
+}
+// 64 rows of `left` times `count / 16` rows of `right`, 32 bytes of each from `step` on, both through the swizzle: 8-bit
+// integers, or 16-bit floats (the sums then are the bits of floats). Without `more` there is nothing to add to.
+static void late_product(uint32_t* sums, int count, uint32_t left, uint32_t right, bool integers, bool more) {
+    const uint8_t *one = shared_memory + left / 64 * 1024, *other = shared_memory + right / 64 * 1024;
+    const int left_step = left % 64 / 2, right_step = right % 64 / 2, warp = current % block_threads / 32 % 4, lane = current % 32;
+    product_groups[current].back().push_back([=] {
+        for (int i = 0; i < count; i++) {
+            const int row = warp * 16 + lane / 4 + i % 4 / 2 * 8, column = i / 4 * 8 + lane % 4 * 2 + i % 2;
+            double sum = 0;
+            for (int k = 0; k < 32; k += integers ? 1 : 2) {
+                const uint8_t* a = one + row * 128 + ((left_step * 2 + k / 16) ^ (row & 7)) * 16 + k % 16;
+                const uint8_t* b = other + column * 128 + ((right_step * 2 + k / 16) ^ (column & 7)) * 16 + k % 16;
+                sum += integers ? (double)((int)(int8_t)*a * (int8_t)*b) : (double)from16(*(const uint16_t*)a) * from16(*(const uint16_t*)b);
+            }
+            if (integers)
+                sums[i] = (more ? sums[i] : 0) + (uint32_t)(int)sum;
+            else
+                sums[i] = __float_as_uint((more ? __uint_as_float(sums[i]) : 0.0f) + (float)sum);
+        }
+    });
 }
 static void close_products() { product_groups[current].emplace_back(); }
 static void finish_products(int left) {
     auto& groups = product_groups[current];
-    const int quad = current % 4;
     for (; (int)groups.size() > left + 1; groups.pop_front())
-        for (const LateProduct& late : groups.front())
-            for (int i = 0; i < late.count; i++) {
-                const int token = i / 4 * 8 + 2 * quad + i % 2;
-                double sum = 0;
-                for (int k = 0; k < 16; k++) {
-                    const int chunk = (late.step * 2 + k / 8) ^ (token & 7);
-                    sum += (double)late.codes[i % 4 / 2][k] * from16(*(const uint16_t*)(late.tile + token * 128 + chunk * 16 + k % 8 * 2));
-                }
-                late.sums[i] += (float)sum;
-            }
+        for (const auto& late : groups.front()) late();
 }
 
 // ---- Launch ----------------------------------------------------------------------------------------------------------
@@ -325,7 +358,7 @@ static void run_blocks(int grid, int threads, size_t shared, bool descending, in
         for (Barrier& barrier : block_barriers) barrier = Barrier();
         for (Barrier& barrier : warp_barriers) barrier = Barrier();
         copy_groups.assign(all, std::deque<std::vector<Copy>>(1));
-        product_groups.assign(all, std::deque<std::vector<LateProduct>>(1));
+        product_groups.assign(all, std::deque<std::vector<std::function<void()>>>(1));
         for (Fiber& fiber : fibers) {
             fiber.done = false;
             fiber.parked = -1;

@@ -17,10 +17,10 @@
 struct Work {
     const float* input_absmax;  // (tokens,)
     const float* absmax;        // (rows,), or one if absmax_step is 0
-    const int* counts;          // outlier columns without and with a 16-bit weight; null: loose, placed
+    const int* counts;          // outlier columns without and with a 16-bit weight
     const u16* bias;
     u16* out;
-    int tokens, rows, columns, absmax_step, loose, placed, group;
+    int tokens, rows, columns, absmax_step, group;
 };
 
 extern "C" __global__ void __launch_bounds__(384, 1)
@@ -59,8 +59,8 @@ outlier_product(const __grid_constant__ TensorMap left, const __grid_constant__ 
             }
             wait_for_previous_kernel();
             for (int slot = 0; slot < early; slot++) copy_box(memory + slot * STAGE_BYTES, left, full + slot, slot * 64, token0);
-            const int loose = LOOSE ? ((w.counts ? w.counts[0] : w.loose) + 63) / 64 : 0;
-            const int placed = PLACED ? ((w.counts ? w.counts[1] : w.placed) + 63) / 64 : 0;
+            const int loose = LOOSE ? (w.counts[0] + 63) / 64 : 0;
+            const int placed = PLACED ? (w.counts[1] + 63) / 64 : 0;
             int slot = early % DEPTH, parity = early == DEPTH ? 0 : 1, slice = early;
             for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x, slice = 0) {
                 place_of(tile, token0, row0);
@@ -86,8 +86,8 @@ outlier_product(const __grid_constant__ TensorMap left, const __grid_constant__ 
     } else {
         more_registers<232>();
         wait_for_previous_kernel();
-        const int loose = LOOSE ? ((w.counts ? w.counts[0] : w.loose) + 63) / 64 : 0;
-        const int placed = PLACED ? ((w.counts ? w.counts[1] : w.placed) + 63) / 64 : 0;
+        const int loose = LOOSE ? (w.counts[0] + 63) / 64 : 0;
+        const int placed = PLACED ? (w.counts[1] + 63) / 64 : 0;
         const int group = warp / 4, r = lane / 4, q = lane % 4;
         const u32 first_left = descriptor_of(memory) + group * BLOCKS * (64 * 128 / 16), first_right = descriptor_of(memory + M * 128);
         u16* const staged = results + warp * 16 * OUT_STRIDE;

@@ -31,7 +31,8 @@ __device__ __forceinline__ u32 larger_pair(u32 most, u32 pair) {
 #endif
     return most;
 }
-__device__ __forceinline__ u32 larger_integers(u32 a, u32 b) { return __vmaxu2(a, b); }  // of two 16-bit integers each
+// The larger of two pairs of 16-bit integers.
+__device__ __forceinline__ u32 larger_integers(u32 a, u32 b) { return __vmaxu2(a, b); }
 __device__ __forceinline__ u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
 // Until this returns, a kernel that started while the one before it runs may read what no kernel writes, and nothing else.
