@@ -27,10 +27,14 @@ from whit.formats.outlier_int8 import OutlierInt8
 from whit.kernels.int8_product import int32_product
 from whit.kernels.launching import usable
 from whit.kernels.linear import Implementation, register_implementation
+from whit.kernels.nvrtc import attempted
 from whit.kernels.outlier_launch import Weight, one_token
-from whit.kernels.outlier_many import many_tokens
+from whit.kernels.outlier_many import FEW, many_tokens
+from whit.kernels.outlier_wide import KIND, wide_fits, wide_product_of
 
 MOST_COLUMNS = 32768
+WIDE = FEW + 1
+"""Fewest tokens for the kernels of `outlier_wide`."""
 ADDRESSED = 2**31
 """Numbers of a matrix that 32-bit offsets reach."""
 
@@ -60,7 +64,7 @@ def outlier_int8_product(
         return out
     if len(x) == 1 and weight.columns % 4 == 0 and codes.data_ptr() % 4 == 0:
         one_token(x, weight, out)
-    else:
+    elif len(x) < WIDE or not wide_fits(x, weight) or not attempted(KIND, wide_product_of, x, weight, out):
         many_tokens(x, weight, out)
     return out
 

@@ -23,6 +23,7 @@ GATHERED, LATE = FEW, 1024
 """Most tokens for which the product fetches, of outlier columns, codes and inputs for itself."""
 DENSE = 1024
 """Most tokens for which whole rows are multiplied if so many columns are outliers; for more, that would cost all."""
+ONE_PASS = True
 WEIGHT_ROWS = 128
 MOST_PARTS = 4
 DIVIDED = 1024
@@ -188,7 +189,7 @@ def _product(x: Tensor, weight: Weight, split: _Split, out: Tensor) -> None:
     if descriptor:
         left, right = described(left, [tile.m, tile.k]), described(right, [tile.n, tile.k])
     tiles = -(-tokens // tile.m) * -(-rows // tile.n)
-    whole, rest, parts = divided(tiles, tile, columns, processors(x.device))
+    whole, rest, parts = divided(tiles, tile, columns, processors(x.device)) if tokens > FEW else (tiles, 0, 1)
     sums = torch.empty(rest * parts, tile.m, tile.n, dtype=torch.int32, device=x.device)
     kernels.split_product[(whole + rest * parts,)](
         left,
@@ -231,6 +232,7 @@ def _product(x: Tensor, weight: Weight, split: _Split, out: Tensor) -> None:
         LATE=is_late(tokens),
         GATHERED=gathers(tokens),
         DENSE=tokens <= DENSE,
+        ONE_PASS=ONE_PASS and weight.loose and tokens <= FEW,
         CHUNK=tile.k if tile.m <= 32 else 64,
         GROUP=tile.group,
         DESCRIPTOR=descriptor,

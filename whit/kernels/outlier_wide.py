@@ -1,4 +1,12 @@
-"""LLM.int8() for many tokens on Hopper's warpgroup tensor cores: how `cuda/outlier_product.cu` is launched."""
+"""LLM.int8() for many tokens on the warpgroup tensor cores of Hopper: how the kernels of `cuda/outlier_*.cu` are launched.
+
+    mark_columns      ("dynamic") bits: does a column reach the threshold in a share of the tokens?
+    split_tokens      codes and largest magnitudes of tokens; outlier columns of inputs and weight side by side in 16 bit
+    outlier_product   codes times codes, then outlier columns, as many as the device counted, in slices of 64
+
+Buffers of outlier columns have room for every column, so that any number is right and nothing waits for the device. What
+an outlier column costs is its share of a 16-bit product, twice that of an 8-bit one.
+"""
 
 from __future__ import annotations
 
@@ -9,10 +17,14 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from whit.kernels.cuda_ops import has_warpgroups
 from whit.kernels.cuda_plan import source_of
-from whit.kernels.nvrtc import Argument, Kernel, TensorMap, kernel, tensor_map
+from whit.kernels.launching import processors
+from whit.kernels.nvrtc import Argument, Kernel, TensorMap, failed, kernel, tensor_map
 from whit.kernels.outlier_launch import Weight
 
+KIND = "LLM.int8() layers for many tokens"
+"""As warnings name these kernels."""
 SLICE = 64
 """Outlier columns that are multiplied at a time; 128 bytes, as of 128 codes."""
 THREADS = 384
@@ -44,6 +56,22 @@ class WideTile:
     def tiles(self, tokens: int, rows: int) -> int:
         """Tiles of a product."""
         return -(-tokens // self.m) * -(-rows // self.n)
+
+
+TILES = (WideTile(128, 256, 4), WideTile(128, 192, 5), WideTile(128, 128, 6))
+
+
+@lru_cache(maxsize=1024)
+def wide_tile(tokens: int, rows: int, many: int) -> WideTile:
+    """The tile whose rounds over `many` multiprocessors compute least; of equals the largest."""
+    return min(TILES, key=lambda tile: -(-tile.tiles(tokens, rows) // many) * tile.m * tile.n)
+
+
+def wide_fits(x: Tensor, weight: Weight) -> bool:
+    """Whether the kernels take these: Hopper, and rows of whole 16 bytes that start at a multiple of 16."""
+    if not x.is_cuda or weight.columns % 16 or weight.rows % 8 or weight.codes.data_ptr() % 16:
+        return False
+    return has_warpgroups(x.device.index) and not failed(KIND)
 
 
 class Work(ctypes.Structure):
@@ -264,8 +292,20 @@ def wide_product(
     run.launch(grid, THREADS, tile.shared, arguments, early=True)
 
 
+def wide_product_of(x: Tensor, weight: Weight, out: Tensor) -> None:
+    """An LLM.int8() layer for many tokens into `out`; as `wide_layer`."""
+    many = processors(x.device)
+    with torch.cuda.device(x.device):
+        wide_layer(x, weight, out, wide_tile(len(x), weight.rows, many), many)
+
+
 def wide_layer(x: Tensor, weight: Weight, out: Tensor, tile: WideTile, many: int) -> None:
-    """An LLM.int8() layer for many tokens into `out`."""
+    """An LLM.int8() layer for many tokens into `out`.
+
+    Raises:
+        CompilationError: a kernel cannot be compiled or launched here; `out` may hold anything then.
+    """
+    x = x if x.data_ptr() % 16 == 0 else x.clone()
     ready = prepare(x, weight, many)
     bias = None if weight.bias is None else weight.bias.to(x.dtype)
     wide_product(

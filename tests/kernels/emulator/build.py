@@ -205,10 +205,14 @@ def built(name: str, source: str, options: Sequence[str], folder: Path) -> Path:
 
 def built_call(name: str, call: str, source: str, options: Sequence[str], folder: Path) -> Path:
     """An executable for `run_call`: `call` is an expression of the buffers u8* b[] and the numbers int n[]."""
-    return _built(name, source, "static u8* b[16];\nstatic int n[16];" + BUFFERS_MAIN.replace("CALL", call), options, folder)
+    return _built(
+        name, source, "static u8* b[16];\nstatic int n[16];" + BUFFERS_MAIN.replace("CALL", call), options, folder
+    )
 
 
-def run_call(program: Path, buffers: Sequence[Tensor | None], launch: Sequence[int], numbers: Sequence[int] = ()) -> None:
+def run_call(
+    program: Path, buffers: Sequence[Tensor | None], launch: Sequence[int], numbers: Sequence[int] = ()
+) -> None:
     """Run the call once; buffers that it changes are changed.
 
     Args:
@@ -216,7 +220,9 @@ def run_call(program: Path, buffers: Sequence[Tensor | None], launch: Sequence[i
         launch: blocks, threads of each, bytes of shared memory, whether threads run in descending order.
         numbers: n of the call from 4 on; before them stands `launch`.
     """
-    content = [b"" if item is None else item.contiguous().view(-1).view(torch.uint8).numpy().tobytes() for item in buffers]
+    content = [
+        b"" if item is None else item.contiguous().view(-1).view(torch.uint8).numpy().tobytes() for item in buffers
+    ]
     sizes = [len(item) for item in content]
     values = [*launch, *numbers]
     header = [len(buffers), *values, *[0] * (16 - len(values)), *sizes, *[0] * (16 - len(sizes))]

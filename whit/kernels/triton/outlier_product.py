@@ -134,6 +134,7 @@ def split_product(
     LATE: tl.constexpr,  # whether inputs of outlier columns are fetched from x
     GATHERED: tl.constexpr,  # whether their codes have been gathered
     DENSE: tl.constexpr,  # whether many loose columns are multiplied as whole rows
+    ONE_PASS: tl.constexpr,  # whether that is done in one loop with the integers
     CHUNK: tl.constexpr,  # columns at a time where there are more loose ones
     GROUP: tl.constexpr,
     DESCRIPTOR: tl.constexpr,
@@ -202,9 +203,21 @@ def split_product(
             )
         weight = tl.load(wide + from_row * stored + where[None, :], mask=here[:, None] & some, other=0.0)
 
+    if ONE_PASS:  # many loose columns are met in a loop of its own, which takes the others along
+        to_column = tl.where(loose_count <= most, to_column, 0)
     sums = _integer_sums(
         left, right, first, second, from_column, to_column, tokens, rows, columns, M, N, K, DESCRIPTOR, EVEN, STAGES
     )
+    if ONE_PASS:
+        beyond = tl.zeros((M, N), dtype=tl.float32)
+        for start in tl.range(0, tl.where(loose_count <= most, 0, columns), K, num_stages=STAGES):
+            wanted = start + tl.arange(0, K)
+            marked = tl.load(marks + wanted, mask=wanted < columns, other=0) != 0
+            many = operand(x, first, start, tokens, columns, M, K, False, EVEN)
+            one = operand(left, first, start, tokens, columns, M, K, DESCRIPTOR, EVEN)
+            both = operand(right, second, start, rows, columns, N, K, DESCRIPTOR, EVEN)
+            sums = tl.dot(one, tl.trans(both), sums, out_dtype=tl.int32)
+            beyond = _add_product(tl.where(marked[None, :], many, 0.0).to(kind), both, beyond, EXACT)
     if PARTS > 1:
         if program >= whole:
             cell = tl.arange(0, M)[:, None] * N + tl.arange(0, N)[None, :]
@@ -223,7 +236,9 @@ def split_product(
             x, codes, loose, loose, total, ITEMS, few, token, row, tokens, rows, columns, columns,
             ITEMS, True, EXACT,
         )  # fmt: skip
-        if DENSE:  # all columns, with zeros for those that are not loose
+        if ONE_PASS:
+            total += beyond
+        elif DENSE:  # all columns, with zeros for those that are not loose
             for start in tl.range(0, tl.where(loose_count <= most, 0, columns), CHUNK, num_stages=3):
                 wanted = start + tl.arange(0, CHUNK)
                 marked = tl.load(marks + wanted, mask=wanted < columns, other=0) != 0
