@@ -11,13 +11,15 @@ from torch import Tensor
 from tests.kernels.emulator.build import COMPILER, MEANINGS, built_call, run_call
 from whit.formats.outlier_int8 import OutlierInt8
 from whit.kernels.cuda_plan import source_of
-from whit.kernels.outlier_wide import SLICE, WideTile, product_options, product_source, split_options
+from whit.kernels.outlier_gather import SLICE, split_options
+from whit.kernels.outlier_wide import WideTile, product_options, product_source
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs g++")
 MARK = "mark_columns((const u16*)b[0], b[1], n[4], n[5], n[6], n[7])"
 SPLIT = (
     "Split s{(const u16*)b[0], (const u32*)b[1], (const int*)b[2], (const short*)b[3], (const signed char*)b[4],"
-    " (const u16*)b[5], (signed char*)b[6], (float*)b[7], (u16*)b[8], (u16*)b[9], (u16*)b[10], (u16*)b[11], (int*)b[12],"
+    " (const u16*)b[5], (signed char*)b[6], (float*)b[7], (u16*)b[8], (u16*)b[9], (u16*)b[10], (u16*)b[11],"
+    " (int*)b[12],"
     " n[4], n[5], n[6], n[7], n[8], n[9], n[10], n[11]}; split_tokens(s)"
 )
 PRODUCT = (

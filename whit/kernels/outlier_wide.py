@@ -1,11 +1,11 @@
-"""LLM.int8() for many tokens on the warpgroup tensor cores of Hopper: how the kernels of `cuda/outlier_*.cu` are launched.
+"""LLM.int8() for many tokens on the warpgroup tensor cores of Hopper.
 
     mark_columns      ("dynamic") bits: does a column reach the threshold in a share of the tokens?
-    split_tokens      codes and largest magnitudes of tokens; outlier columns of inputs and weight side by side in 16 bit
+    split_tokens      codes and largest magnitudes of tokens; outlier columns of inputs and weight, side by side, 16 bit
     outlier_product   codes times codes, then outlier columns, as many as the device counted, in slices of 64
 
-Buffers of outlier columns have room for every column, so that any number is right and nothing waits for the device. What
-an outlier column costs is its share of a 16-bit product, twice that of an 8-bit one.
+Buffers of outlier columns have room for every column, so that any number is right and nothing waits for the device. An
+outlier column costs its share of a 16-bit product, twice that of an 8-bit one. The kernels are in `cuda/outlier_*.cu`.
 """
 
 from __future__ import annotations
@@ -21,16 +21,12 @@ from whit.kernels.cuda_ops import has_warpgroups
 from whit.kernels.cuda_plan import source_of
 from whit.kernels.launching import processors
 from whit.kernels.nvrtc import Argument, Kernel, TensorMap, failed, kernel, tensor_map
+from whit.kernels.outlier_gather import SLICE, prepare
 from whit.kernels.outlier_launch import Weight
 
 KIND = "LLM.int8() layers for many tokens"
 """As warnings name these kernels."""
-SLICE = 64
-"""Outlier columns that are multiplied at a time; 128 bytes, as of 128 codes."""
 THREADS = 384
-SPLIT_THREADS = 256
-MARKED_AT_ONCE = 256
-MOST_SHARES = 16
 
 
 @dataclass(frozen=True)
@@ -68,8 +64,10 @@ def wide_tile(tokens: int, rows: int, many: int) -> WideTile:
 
 
 def wide_fits(x: Tensor, weight: Weight) -> bool:
-    """Whether the kernels take these: Hopper, and rows of whole 16 bytes that start at a multiple of 16."""
+    """Whether the kernels take these: Hopper, rows of whole 16 bytes, 16-bit weights of the type of the inputs."""
     if not x.is_cuda or weight.columns % 16 or weight.rows % 8 or weight.codes.data_ptr() % 16:
+        return False
+    if weight.wide is not None and weight.wide.dtype != x.dtype:
         return False
     return has_warpgroups(x.device.index) and not failed(KIND)
 
@@ -95,20 +93,20 @@ def product_source(rows: int) -> str:
     outputs = ", ".join(f'"+r"(c[{i}])' for i in range(count))
     left, right, high, more = (f"%{count + i}" for i in range(4))
 
-    def function(name: str, depth: int, kinds: str, condition: str, signs: str) -> str:
+    def function(name: str, depth: int, kinds: str, signs: str) -> str:
         return f"""
 __device__ __forceinline__ void {name}(u32 (&c)[N / 2], u32 left, u32 right, int more)
 {{
-    asm volatile("{{.reg .pred p; .reg .b64 a, b; {condition}; mov.b64 a, {{{left}, {high}}}; mov.b64 b, {{{right}, {high}}}; "
+    asm volatile("{{.reg .pred p; .reg .b64 a, b; setp.ne.s32 p, {more}, 0; "
+        "mov.b64 a, {{{left}, {high}}}; mov.b64 b, {{{right}, {high}}}; "
         "wgmma.mma_async.sync.aligned.m64n{rows}k{depth}." {kinds} " {{{sums}}}, a, b, p{signs};}}"
         : {outputs} : "r"(left), "r"(right), "n"(0x40000040), "r"(more) : "memory");
 }}
 """
 
-    condition = f"setp.ne.s32 p, {more}, 0"
     products = (
-        function("codes_product", 32, '"s32.s8.s8"', condition, ""),
-        function("columns_product", 16, "HALVES", condition, ", 1, 1, 0, 0"),
+        function("codes_product", 32, '"s32.s8.s8"', ""),
+        function("columns_product", 16, "HALVES", ", 1, 1, 0, 0"),
     )
     return source_of("words.cuh", "warpgroup.cuh") + "".join(products) + source_of("outlier_product.cu")
 
@@ -131,114 +129,10 @@ def product_options(
     return tuple(f"-D{key}={int(value)}" for key, value in values.items())
 
 
-def split_options(
-    columns: int, *, bfloat: bool, loose: bool, placed: bool, counted: bool, early: bool
-) -> tuple[str, ...]:
-    """Preprocessor options of the launches before the product; `counted`: outliers are found, not listed."""
-    values = {
-        "WORDS": -(-columns // 32),
-        "ITEMS": -(-columns // (8 * SPLIT_THREADS)),
-        "BF16": bfloat,
-        "LOOSE": loose,
-        "PLACED": placed,
-        "COUNTED": counted,
-        "EARLY": early,
-    }
-    return tuple(f"-D{key}={int(value)}" for key, value in values.items())
-
-
 @lru_cache(maxsize=64)
 def _compiled(tile: WideTile, bfloat: bool, loose: bool, placed: bool, bias: bool, index: int) -> Kernel:
     options = product_options(tile, bfloat=bfloat, loose=loose, placed=placed, bias=bias, early=True)
     return kernel(product_source(tile.n), "outlier_product", options, index, specific=True)
-
-
-class Split(ctypes.Structure):
-    """`Split` of the kernel."""
-
-    _fields_ = (
-        *(
-            (name, ctypes.c_void_p)
-            for name in (
-                "x", "flags", "index", "place", "codes", "wide", "rounded", "largest",
-                "loose_inputs", "loose_weight", "placed_inputs", "placed_weight", "counts",
-            )
-        ),
-        *(
-            (name, ctypes.c_int)
-            for name in (
-                "tokens", "rows", "columns", "stored", "shares", "capacity", "placed_capacity", "weight_blocks",
-            )
-        ),
-    )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """What the product multiplies: codes and largest magnitudes of tokens, outlier columns of inputs and weight."""
-
-    rounded: Tensor
-    largest: Tensor
-    loose: tuple[Tensor, Tensor] | None
-    placed: tuple[Tensor, Tensor] | None
-    counts: Tensor
-
-
-@lru_cache(maxsize=256)
-def _splitter(name: str, columns: int, bfloat: bool, loose: bool, placed: bool, counted: bool, index: int) -> Kernel:
-    options = split_options(columns, bfloat=bfloat, loose=loose, placed=placed, counted=counted, early=True)
-    return kernel(source_of("words.cuh", "outlier_split.cu"), name, options, index)
-
-
-def prepare(x: Tensor, weight: Weight, many: int) -> Prepared:
-    """Outlier columns found, tokens rounded, outlier columns gathered: two launches, or one where they are known.
-
-    Args:
-        x: (tokens, columns), contiguous, at an address that is a multiple of 16.
-        weight: whose columns are a multiple of 16.
-        many: multiprocessors.
-    """
-    (tokens, columns), rows, device = x.shape, weight.rows, x.device
-    capacity = -(-columns // SLICE) * SLICE
-    words, shares = -(-columns // 32), 0
-    loose, placed = weight.loose, weight.wide is not None
-    variant = (columns, x.dtype == torch.bfloat16, loose, placed, weight.dynamic, device.index)
-
-    def pair(there: bool, width: int) -> tuple[Tensor, Tensor] | None:
-        if not there:
-            return None
-        return tuple(torch.empty(count, width, dtype=x.dtype, device=device) for count in (tokens, rows))
-
-    placed_capacity = -(-weight.stored // SLICE) * SLICE
-    ready = Prepared(
-        torch.empty(tokens, columns, dtype=torch.int8, device=device),
-        torch.empty(tokens, dtype=torch.float32, device=device),
-        pair(loose, capacity),
-        pair(placed, placed_capacity),
-        torch.empty(2, dtype=torch.int32, device=device),
-    )
-    flags = None
-    if weight.dynamic:
-        shares = min(MOST_SHARES, -(-tokens // 32))
-        flags = torch.empty(shares, words, dtype=torch.int32, device=device)
-        numbers = (ctypes.c_int(tokens), ctypes.c_int(columns), ctypes.c_int(-(-tokens // shares)))
-        arguments: list[Argument] = [ctypes.c_void_p(x.data_ptr()), ctypes.c_void_p(flags.data_ptr()), *numbers]
-        arguments.append(ctypes.c_float(weight.threshold))
-        run = _splitter("mark_columns", *variant)
-        run.launch(-(-columns // MARKED_AT_ONCE) * shares, SPLIT_THREADS, 0, arguments, early=True)
-    pointers = [
-        x, flags, weight.index, weight.place() if placed else None, weight.codes, weight.wide, ready.rounded,
-        ready.largest, *(ready.loose or (None, None)), *(ready.placed or (None, None)), ready.counts,
-    ]  # fmt: skip
-    gathering = min(-(-rows // 16), 4 * many) if loose or placed else 0
-    split = Split(
-        *(None if tensor is None else tensor.data_ptr() for tensor in pointers),
-        tokens, rows, columns, weight.stored, shares, capacity, placed_capacity, gathering,
-    )  # fmt: skip
-    shared = 8 * words + 128 + 64 * words * (loose + placed)
-    run = _splitter("split_tokens", *variant)
-    run.launch(gathering + min(tokens, 2 * many), SPLIT_THREADS, shared, [split], early=True)
-    return ready
 
 
 def _map(matrix: Tensor, lines: int) -> TensorMap:
@@ -263,7 +157,7 @@ def wide_product(
 
     Args:
         rounded: int8 (tokens, columns). codes: int8 (rows, columns). largest: float32 (tokens,).
-        loose: inputs (tokens, capacity) and codes (rows, capacity) of outlier columns, 16-bit; capacity a multiple of 8.
+        loose: outlier columns of inputs (tokens, capacity) and of codes (rows, capacity) in 16 bit, capacity even.
         placed: likewise with their 16-bit weights.
         counts: int32 (2,): how many of each.
         bias: of the type of `out`.
