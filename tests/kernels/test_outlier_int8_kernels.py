@@ -193,9 +193,23 @@ def test_divided_tiles_on_a_gpu(tile: Tile) -> None:
 
 @pytest.mark.gpu
 @needs_gpu
+@pytest.mark.parametrize(("outliers", "weights", "granularity"), VARIANTS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_kernels_of_many_tokens_on_a_gpu(outliers: str, weights: str, granularity: str, dtype: torch.dtype) -> None:
+    packed = layer(1096, 1008, outliers, weights, granularity).to("cuda")  # whole 16 bytes, but no whole tiles
+    bias = torch.randn(1096, generator=torch.Generator().manual_seed(2)).cuda()
+    for tokens in (33, 300, 601):
+        x = inputs(tokens, 1008).to("cuda", dtype)
+        assert excess(x, packed, bias) <= 1, tokens
+        assert torch.equal(packed_linear(x, packed), packed_linear(x, packed))
+
+
+@pytest.mark.gpu
+@needs_gpu
 @pytest.mark.parametrize("weights", ["cached", "int8"])
-def test_any_number_of_outliers_on_a_gpu(weights: str) -> None:
-    packed = layer(90, 1024, "dynamic", weights, "vector").to("cuda")
+@pytest.mark.parametrize("rows", [90, 96])
+def test_any_number_of_outliers_on_a_gpu(weights: str, rows: int) -> None:
+    packed = layer(rows, 1024, "dynamic", weights, "vector").to("cuda")
     for tokens in (1, 3, 33, 300):
         for loud in (0, 40, 300, 1024):
             assert excess(loud_inputs(tokens, 1024, loud).to("cuda", torch.bfloat16), packed, None) <= 1

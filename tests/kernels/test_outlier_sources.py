@@ -12,7 +12,7 @@ from tests.kernels.emulator.build import COMPILER, MEANINGS, built_call, run_cal
 from whit.formats.outlier_int8 import OutlierInt8
 from whit.kernels.cuda_plan import source_of
 from whit.kernels.outlier_gather import SLICE, split_options
-from whit.kernels.outlier_wide import WideTile, product_options, product_source
+from whit.kernels.outlier_wide import Variant, WideTile, product_options, product_source
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs g++")
 MARK = "mark_columns((const u16*)b[0], b[1], n[4], n[5], n[6], n[7])"
@@ -117,7 +117,7 @@ def emulated(
     shared = 8 * words + 128 + 64 * words * (loose + placed)
     run_call(program, given, [gathering + 2, 256, shared, descending], numbers)
     tile = WideTile(128, 48, 3)
-    options = product_options(tile, bfloat=bfloat, loose=loose, placed=placed, bias=bias is not None, early=False)
+    options = product_options(tile, Variant(bfloat, loose, placed, bias is not None), early=False)
     program = built_call("outlier_product", PRODUCT, product_source(tile.n), options, folder)
     buffers = [
         made["rounded"],

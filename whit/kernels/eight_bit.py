@@ -25,13 +25,18 @@ from whit.formats.minifloat import number_system
 from whit.formats.quantised_inputs import QuantisedInputs
 from whit.formats.scaled_codes import WHOLE_TENSOR, ScaledCodes
 from whit.kernels.eight_launch import decode, one_token, product, round_tokens
-from whit.kernels.launching import capability, usable
+from whit.kernels.launching import capability, processors, usable
 from whit.kernels.linear import Implementation, register_implementation
+from whit.kernels.nvrtc import attempted
+from whit.kernels.outlier_gather import Prepared
+from whit.kernels.outlier_wide import KIND, fits, wide_product, wide_tile
 from whit.kernels.quantised_inputs import E4M3, LARGEST_SUM, UNITS, float8_linear, int8_linear
 
 ADDRESSED = 2**31
 """Numbers of a matrix that 32-bit offsets reach."""
 MOST_COLUMNS = 32768
+WIDE = 33
+"""Fewest tokens for the INT8 product of `outlier_wide`."""
 FEW = 64
 """Most tokens for which widening codes on their way to the tensor cores beats decoding the weight first."""
 
@@ -75,14 +80,25 @@ def eight_bit_product(
     else:
         numbers = number_system(inputs)
         library = _library_multiplies(x, codes, numbers.native, native)
-        rounded, steps, by_row = round_tokens(x, input_scale, numbers, scales, len(codes) if library else 0)
+        wide = _warpgroups_multiply(x, codes, numbers.native, bias)
+        rounded, steps, by_row = round_tokens(x, input_scale, numbers, scales, len(codes) if library or wide else 0)
         if library:
             found = torch._scaled_mm(
                 rounded, codes.view(native).T, scale_a=steps[:, None], scale_b=by_row[None], out_dtype=torch.bfloat16
             )
             return found if bias is None else found.add_(bias.to(found.dtype))
-        product(rounded, codes.view(native), scales, steps, bias, out)
+        if not wide or not attempted(KIND, _wide_product, rounded, codes.view(native), steps, by_row, bias, out):
+            product(rounded, codes.view(native), scales, steps, bias, out)
     return out
+
+
+def _wide_product(
+    rounded: Tensor, codes: Tensor, steps: Tensor, by_row: Tensor, bias: Tensor | None, out: Tensor
+) -> None:
+    """INT8 codes times INT8 codes on Hopper's warpgroup tensor cores."""
+    tile = wide_tile(*out.shape, processors(out.device))
+    with torch.cuda.device(out.device):
+        wide_product(tile, Prepared(rounded, steps), codes, by_row, bias, out, levels=1, ahead=False)
 
 
 @eight_bit_product.register_fake
@@ -103,6 +119,11 @@ def _library_multiplies(x: Tensor, codes: Tensor, inputs: torch.dtype | None, we
     """Whether `torch._scaled_mm` takes these with a scale per row."""
     fits = codes.shape[0] % 16 == 0 and codes.shape[1] % 16 == 0 and len(x) > FEW and x.dtype == torch.bfloat16
     return fits and (inputs, weight) == (E4M3, E4M3) and x.is_cuda and capability(x.device) >= (9, 0)
+
+
+def _warpgroups_multiply(x: Tensor, codes: Tensor, inputs: torch.dtype | None, bias: Tensor | None) -> bool:
+    """Whether `outlier_wide` takes these; its bias is of the type of the inputs."""
+    return inputs == torch.int8 and len(x) >= WIDE and fits(x, codes) and (bias is None or bias.dtype == x.dtype)
 
 
 @torch.library.custom_op("whit::decoded_codes", mutates_args=())

@@ -61,13 +61,21 @@ class Split(ctypes.Structure):
 
 @dataclass(frozen=True)
 class Prepared:
-    """What the product multiplies: codes and largest magnitudes of tokens, outlier columns of inputs and weight."""
+    """What the product multiplies.
+
+    Attributes:
+        rounded: int8 (tokens, columns).
+        largest: float32 (tokens,).
+        loose: outlier columns of inputs (tokens, capacity) and of codes (rows, capacity), in 16 bit.
+        placed: likewise those of which the weight is stored in 16 bit.
+        counts: int32 (2,): how many of each there are; None if there are none.
+    """
 
     rounded: Tensor
     largest: Tensor
-    loose: tuple[Tensor, Tensor] | None
-    placed: tuple[Tensor, Tensor] | None
-    counts: Tensor
+    loose: tuple[Tensor, Tensor] | None = None
+    placed: tuple[Tensor, Tensor] | None = None
+    counts: Tensor | None = None
 
 
 @lru_cache(maxsize=256)

@@ -30,7 +30,7 @@ from whit.kernels.linear import Implementation, register_implementation
 from whit.kernels.nvrtc import attempted
 from whit.kernels.outlier_launch import Weight, one_token
 from whit.kernels.outlier_many import FEW, many_tokens
-from whit.kernels.outlier_wide import KIND, wide_fits, wide_product_of
+from whit.kernels.outlier_wide import KIND, layer_fits, wide_layer
 
 MOST_COLUMNS = 32768
 WIDE = FEW + 1
@@ -64,7 +64,7 @@ def outlier_int8_product(
         return out
     if len(x) == 1 and weight.columns % 4 == 0 and codes.data_ptr() % 4 == 0:
         one_token(x, weight, out)
-    elif len(x) < WIDE or not wide_fits(x, weight) or not attempted(KIND, wide_product_of, x, weight, out):
+    elif len(x) < WIDE or not layer_fits(x, weight) or not attempted(KIND, wide_layer, x, weight, out):
         many_tokens(x, weight, out)
     return out
 

@@ -17,14 +17,15 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from whit.formats.outlier_int8 import LEVELS
 from whit.kernels.cuda_ops import has_warpgroups
 from whit.kernels.cuda_plan import source_of
 from whit.kernels.launching import processors
 from whit.kernels.nvrtc import Argument, Kernel, TensorMap, failed, kernel, tensor_map
-from whit.kernels.outlier_gather import SLICE, prepare
+from whit.kernels.outlier_gather import SLICE, Prepared, prepare
 from whit.kernels.outlier_launch import Weight
 
-KIND = "LLM.int8() layers for many tokens"
+KIND = "INT8 layers for many tokens"
 """As warnings name these kernels."""
 THREADS = 384
 
@@ -63,13 +64,17 @@ def wide_tile(tokens: int, rows: int, many: int) -> WideTile:
     return min(TILES, key=lambda tile: -(-tile.tiles(tokens, rows) // many) * tile.m * tile.n)
 
 
-def wide_fits(x: Tensor, weight: Weight) -> bool:
-    """Whether the kernels take these: Hopper, rows of whole 16 bytes, 16-bit weights of the type of the inputs."""
-    if not x.is_cuda or weight.columns % 16 or weight.rows % 8 or weight.codes.data_ptr() % 16:
-        return False
-    if weight.wide is not None and weight.wide.dtype != x.dtype:
+def fits(x: Tensor, codes: Tensor) -> bool:
+    """Whether the product takes codes (rows, columns): on Hopper, rows and results of whole 16 bytes."""
+    rows, columns = codes.shape
+    if not x.is_cuda or columns % 16 or rows % 8 or codes.data_ptr() % 16:
         return False
     return has_warpgroups(x.device.index) and not failed(KIND)
+
+
+def layer_fits(x: Tensor, weight: Weight) -> bool:
+    """Whether the kernels take these; 16-bit weights must be of the type of the inputs."""
+    return fits(x, weight.codes) and (weight.wide is None or weight.wide.dtype == x.dtype)
 
 
 class Work(ctypes.Structure):
@@ -111,27 +116,43 @@ __device__ __forceinline__ void {name}(u32 (&c)[N / 2], u32 left, u32 right, int
     return source_of("words.cuh", "warpgroup.cuh") + "".join(products) + source_of("outlier_product.cu")
 
 
-def product_options(
-    tile: WideTile, *, bfloat: bool, loose: bool, placed: bool, bias: bool, early: bool
-) -> tuple[str, ...]:
-    """Preprocessor options of the product: which outlier columns there may be, and whether there is a bias."""
+@dataclass(frozen=True)
+class Variant:
+    """What the product is compiled for.
+
+    The type of inputs and outputs, which outlier columns there may be, whether there is a bias, by what magnitudes are
+    divided to give scales, and whether codes of the weight may be asked for before the kernel ahead has ended.
+    """
+
+    bfloat: bool
+    loose: bool = False
+    placed: bool = False
+    bias: bool = False
+    levels: int = LEVELS
+    ahead: bool = True
+
+
+def product_options(tile: WideTile, variant: Variant, *, early: bool) -> tuple[str, ...]:
+    """Preprocessor options of the product."""
     values = {
         "M": tile.m,
         "N": tile.n,
         "DEPTH": tile.depth,
         "CHUNK": tile.chunk,
-        "BF16": bfloat,
-        "LOOSE": loose,
-        "PLACED": placed,
-        "BIAS": bias,
+        "BF16": variant.bfloat,
+        "LOOSE": variant.loose,
+        "PLACED": variant.placed,
+        "BIAS": variant.bias,
+        "LEVELS": variant.levels,
+        "AHEAD": variant.ahead,
         "EARLY": early,
     }
     return tuple(f"-D{key}={int(value)}" for key, value in values.items())
 
 
 @lru_cache(maxsize=64)
-def _compiled(tile: WideTile, bfloat: bool, loose: bool, placed: bool, bias: bool, index: int) -> Kernel:
-    options = product_options(tile, bfloat=bfloat, loose=loose, placed=placed, bias=bias, early=True)
+def _compiled(tile: WideTile, variant: Variant, index: int) -> Kernel:
+    options = product_options(tile, variant, early=True)
     return kernel(product_source(tile.n), "outlier_product", options, index, specific=True)
 
 
@@ -142,67 +163,48 @@ def _map(matrix: Tensor, lines: int) -> TensorMap:
 
 def wide_product(
     tile: WideTile,
-    rounded: Tensor,
+    ready: Prepared,
     codes: Tensor,
-    largest: Tensor,
     absmax: Tensor,
-    loose: tuple[Tensor, Tensor] | None,
-    placed: tuple[Tensor, Tensor] | None,
-    counts: Tensor,
     bias: Tensor | None,
     out: Tensor,
-    processors: int,
+    *,
+    levels: int = LEVELS,
+    ahead: bool = True,
 ) -> None:
-    """Product of codes and outlier columns into `out`.
+    """Product of codes, and of outlier columns, into `out`.
 
     Args:
-        rounded: int8 (tokens, columns). codes: int8 (rows, columns). largest: float32 (tokens,).
-        loose: outlier columns of inputs (tokens, capacity) and of codes (rows, capacity) in 16 bit, capacity even.
-        placed: likewise with their 16-bit weights.
-        counts: int32 (2,): how many of each.
+        tile: launch shape.
+        ready: tokens and outlier columns.
+        codes: int8 (rows, columns).
+        absmax: float32 (rows,) or (1,): scales of rows times `levels`, as `ready.largest` are of tokens.
         bias: of the type of `out`.
+        ahead: no kernel that may still run writes the codes.
     """
-    left, right = _map(rounded, tile.m), _map(codes, tile.n)
+    left, right = _map(ready.rounded, tile.m), _map(codes, tile.n)
     maps = [left, right]
-    for pair in (loose, placed):
+    for pair in (ready.loose, ready.placed):
         maps += [left, right] if pair is None else [_map(pair[0], tile.m), _map(pair[1], tile.n)]
-    work = Work(
-        largest.data_ptr(),
-        absmax.data_ptr(),
-        counts.data_ptr(),
-        None if bias is None else bias.data_ptr(),
-        out.data_ptr(),
-        len(rounded),
-        len(codes),
-        codes.shape[1],
-        0 if len(absmax) == 1 else 1,
-        tile.group,
-    )
-    run = _compiled(
-        tile, out.dtype == torch.bfloat16, loose is not None, placed is not None, bias is not None, out.device.index
-    )
+    counts, bfloat = ready.counts, out.dtype == torch.bfloat16
+    tensors = (ready.largest, absmax, counts, bias, out)
+    sizes = (*out.shape, codes.shape[1], int(len(absmax) > 1), tile.group)
+    work = Work(*(None if tensor is None else tensor.data_ptr() for tensor in tensors), *sizes)
+    variant = Variant(bfloat, ready.loose is not None, ready.placed is not None, bias is not None, levels, ahead)
     arguments: list[Argument] = [*maps, work]
-    grid = min(processors, tile.tiles(len(rounded), len(codes)))
-    run.launch(grid, THREADS, tile.shared, arguments, early=True)
+    grid = min(processors(out.device), tile.tiles(*out.shape))
+    _compiled(tile, variant, out.device.index).launch(grid, THREADS, tile.shared, arguments, early=True)
 
 
-def wide_product_of(x: Tensor, weight: Weight, out: Tensor) -> None:
-    """An LLM.int8() layer for many tokens into `out`; as `wide_layer`."""
-    many = processors(x.device)
-    with torch.cuda.device(x.device):
-        wide_layer(x, weight, out, wide_tile(len(x), weight.rows, many), many)
-
-
-def wide_layer(x: Tensor, weight: Weight, out: Tensor, tile: WideTile, many: int) -> None:
+def wide_layer(x: Tensor, weight: Weight, out: Tensor, tile: WideTile | None = None) -> None:
     """An LLM.int8() layer for many tokens into `out`.
 
     Raises:
         CompilationError: a kernel cannot be compiled or launched here; `out` may hold anything then.
     """
+    many = processors(x.device)
     x = x if x.data_ptr() % 16 == 0 else x.clone()
-    ready = prepare(x, weight, many)
     bias = None if weight.bias is None else weight.bias.to(x.dtype)
-    wide_product(
-        tile, ready.rounded, weight.codes, ready.largest, weight.absmax, ready.loose, ready.placed, ready.counts,
-        bias, out, many,
-    )  # fmt: skip
+    with torch.cuda.device(x.device):
+        ready = prepare(x, weight, many)
+        wide_product(tile or wide_tile(*out.shape, many), ready, weight.codes, weight.absmax, bias, out)

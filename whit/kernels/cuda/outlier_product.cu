@@ -12,7 +12,6 @@
 #define BLOCKS (M / 128)  // of 64 tokens, per warpgroup
 #define STAGE_BYTES ((M + N) * 128)
 #define OUT_STRIDE (CHUNK % 32 == 0 ? CHUNK + 8 : CHUNK)  // 16-bit results per token: lanes of a store in different banks
-#define LEVELS 127.0f
 
 struct Work {
     const float* input_absmax;  // (tokens,)
@@ -53,11 +52,12 @@ outlier_product(const __grid_constant__ TensorMap left, const __grid_constant__ 
             int token0, row0;
             place_of(blockIdx.x, token0, row0);
             const int early = min(DEPTH, whole);
-            for (int slot = 0; slot < early; slot++) {  // codes of the weight depend on no kernel
+            if (!AHEAD) wait_for_previous_kernel();
+            for (int slot = 0; slot < early; slot++) {  // with AHEAD no kernel writes codes of the weight
                 barrier_expect(full + slot, STAGE_BYTES);
                 copy_box(memory + slot * STAGE_BYTES + M * 128, right, full + slot, slot * 64, row0);
             }
-            wait_for_previous_kernel();
+            if (AHEAD) wait_for_previous_kernel();
             for (int slot = 0; slot < early; slot++) copy_box(memory + slot * STAGE_BYTES, left, full + slot, slot * 64, token0);
             const int loose = LOOSE ? (w.counts[0] + 63) / 64 : 0;
             const int placed = PLACED ? (w.counts[1] + 63) / 64 : 0;
