@@ -19,6 +19,8 @@ SPLIT_THREADS = 256
 MARKED_AT_ONCE = 256
 """Columns that a block of `mark_columns` looks at."""
 MOST_SHARES, TOKENS_PER_SHARE = 16, 32
+ROUNDING_BLOCKS = 6
+"""Thread blocks that round tokens, for each multiprocessor."""
 ROWS_PER_BLOCK = 16
 """Rows of the weight of which a block gathers outlier columns."""
 
@@ -34,6 +36,7 @@ def split_options(
         "LOOSE": loose,
         "PLACED": placed,
         "COUNTED": counted,
+        "MOST_SHARES": MOST_SHARES,
         "EARLY": early,
     }
     return tuple(f"-D{key}={int(value)}" for key, value in values.items())
@@ -129,5 +132,5 @@ def prepare(x: Tensor, weight: Weight, many: int) -> Prepared:
     )  # fmt: skip
     shared = 8 * words + 128 + 64 * words * (loose + placed)
     run = _splitter("split_tokens", *variant)
-    run.launch(gathering + min(tokens, 2 * many), SPLIT_THREADS, shared, [split], early=True)
+    run.launch(gathering + min(tokens, ROUNDING_BLOCKS * many), SPLIT_THREADS, shared, [split], early=True)
     return ready

@@ -32,17 +32,18 @@ THREADS = 384
 
 @dataclass(frozen=True)
 class WideTile:
-    """Tile of `m` tokens x `n` rows, in slices of which `depth` are on their way."""
+    """Tile of `m` tokens x `n` rows, in slices of which `depth` are on their way.
+
+    A warp stores `chunk` results of a token at a time; `group` tiles of m are taken before the next n. One or two blocks
+    make a `cluster`, which takes neighbouring rows of the same tokens.
+    """
 
     m: int
     n: int
     depth: int
+    chunk: int
     group: int = 8
-
-    @property
-    def chunk(self) -> int:
-        """Results of a token that a warp stores at a time."""
-        return SLICE if self.n % SLICE == 0 else self.n // 2
+    cluster: int = 1
 
     @property
     def shared(self) -> int:
@@ -51,11 +52,11 @@ class WideTile:
         return self.depth * ((self.m + self.n) * 128 + 16) + 8 * 16 * stride * 2
 
     def tiles(self, tokens: int, rows: int) -> int:
-        """Tiles of a product."""
-        return -(-tokens // self.m) * -(-rows // self.n)
+        """Tiles of a product, in whole clusters."""
+        return -(-tokens // self.m) * -(-rows // (self.n * self.cluster)) * self.cluster
 
 
-TILES = (WideTile(128, 256, 4), WideTile(128, 192, 5), WideTile(128, 128, 6))
+TILES = (WideTile(256, 176, 4, 16), WideTile(256, 128, 4, 64), WideTile(128, 128, 6, 64))
 
 
 @lru_cache(maxsize=1024)
@@ -139,6 +140,7 @@ def product_options(tile: WideTile, variant: Variant, *, early: bool) -> tuple[s
         "N": tile.n,
         "DEPTH": tile.depth,
         "CHUNK": tile.chunk,
+        "CLUSTER": tile.cluster,
         "BF16": variant.bfloat,
         "LOOSE": variant.loose,
         "PLACED": variant.placed,
@@ -182,18 +184,20 @@ def wide_product(
         bias: of the type of `out`.
         ahead: no kernel that may still run writes the codes.
     """
-    left, right = _map(ready.rounded, tile.m), _map(codes, tile.n)
+    lines = tile.m // tile.cluster
+    left, right = _map(ready.rounded, lines), _map(codes, tile.n)
     maps = [left, right]
     for pair in (ready.loose, ready.placed):
-        maps += [left, right] if pair is None else [_map(pair[0], tile.m), _map(pair[1], tile.n)]
+        maps += [left, right] if pair is None else [_map(pair[0], lines), _map(pair[1], tile.n)]
     counts, bfloat = ready.counts, out.dtype == torch.bfloat16
     tensors = (ready.largest, absmax, counts, bias, out)
     sizes = (*out.shape, codes.shape[1], int(len(absmax) > 1), tile.group)
     work = Work(*(None if tensor is None else tensor.data_ptr() for tensor in tensors), *sizes)
     variant = Variant(bfloat, ready.loose is not None, ready.placed is not None, bias is not None, levels, ahead)
     arguments: list[Argument] = [*maps, work]
-    grid = min(processors(out.device), tile.tiles(*out.shape))
-    _compiled(tile, variant, out.device.index).launch(grid, THREADS, tile.shared, arguments, early=True)
+    grid = min(processors(out.device) // tile.cluster * tile.cluster, tile.tiles(*out.shape))
+    run = _compiled(tile, variant, out.device.index)
+    run.launch(grid, THREADS, tile.shared, arguments, early=True, cluster=tile.cluster)
 
 
 def wide_layer(x: Tensor, weight: Weight, out: Tensor, tile: WideTile | None = None) -> None:

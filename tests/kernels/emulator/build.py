@@ -84,6 +84,11 @@ MEANINGS = {
     " { late_product(c, N / 2, left, right, true, more != 0); }",
     "void columns_product(": "static void columns_product(u32 (&c)[N / 2], u32 left, u32 right, int more)"
     " { late_product(c, N / 2, left, right, false, more != 0); }",
+    "void copy_box_to_pair(": "static void copy_box_to_pair(u8* to, const TensorMap& map, u64* barrier, int column, int token)"
+    " { for (uint8_t* other : shared_memories) copy_box(other + (to - shared_memory), map,"
+    " other + ((uint8_t*)barrier - shared_memory), column, token, (int)map.words[3]); }",
+    "void barrier_arrive_at(": "static void barrier_arrive_at(u64* own, int rank)"
+    " { barrier_arrive(shared_memories[rank] + ((uint8_t*)own - shared_memory)); }",
     "void fewer_registers(": "template <int COUNT> static void fewer_registers() {}",
     "void more_registers(": "template <int COUNT> static void more_registers() {}",
     "u32 larger_pair(": "static u32 larger_pair(u32 most, u32 pair)"
@@ -152,7 +157,7 @@ int main(int, char** arguments) {
     fclose(in);
     for (int i = 0; i < 16; i++) n[i] = numbers[i];
     kernel_body = []() { CALL; };
-    run_blocks(n[0], n[1], n[2], n[3], 1);
+    run_blocks(n[0], n[1], n[2], n[3], n[15] ? n[15] : 1);
     FILE* out = fopen(arguments[2], "wb");
     for (int i = 0; i < count; i++) fwrite(b[i], 1, sizes[i], out);
     return fclose(out);
@@ -211,7 +216,11 @@ def built_call(name: str, call: str, source: str, options: Sequence[str], folder
 
 
 def run_call(
-    program: Path, buffers: Sequence[Tensor | None], launch: Sequence[int], numbers: Sequence[int] = ()
+    program: Path,
+    buffers: Sequence[Tensor | None],
+    launch: Sequence[int],
+    numbers: Sequence[int] = (),
+    cluster: int = 1,
 ) -> None:
     """Run the call once; buffers that it changes are changed.
 
@@ -225,7 +234,7 @@ def run_call(
     ]
     sizes = [len(item) for item in content]
     values = [*launch, *numbers]
-    header = [len(buffers), *values, *[0] * (16 - len(values)), *sizes, *[0] * (16 - len(sizes))]
+    header = [len(buffers), *values, *[0] * (15 - len(values)), cluster, *sizes, *[0] * (16 - len(sizes))]
     source, target = program.with_suffix(".in"), program.with_suffix(".out")
     source.write_bytes(torch.tensor(header).view(torch.uint8).numpy().tobytes() + b"".join(content))
     subprocess.run([str(program), str(source), str(target)], check=True, capture_output=True)

@@ -7,9 +7,11 @@
 // cost as much as 128 others.
 //
 // One warp asks the tensor copy engine for slices; two warpgroups of M / 2 tokens each multiply. A block takes tile after
-// tile, and slices of the next one arrive while a tile ends.
+// tile, and slices of the next one arrive while a tile ends. The blocks of a cluster take neighbouring rows of the same
+// tokens, and each brings its share of these for all.
 
 #define BLOCKS (M / 128)  // of 64 tokens, per warpgroup
+#define SHARE (M / CLUSTER)  // tokens that a block of a cluster brings
 #define STAGE_BYTES ((M + N) * 128)
 #define OUT_STRIDE (CHUNK % 32 == 0 ? CHUNK + 8 : CHUNK)  // 16-bit results per token: lanes of a store in different banks
 
@@ -29,28 +31,36 @@ outlier_product(const __grid_constant__ TensorMap left, const __grid_constant__ 
     u64* const empty = full + DEPTH;                         // every warp is done with it
     u16* const results = (u16*)(empty + DEPTH);              // [warp][16][OUT_STRIDE]
     const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0), lane = threadIdx.x % 32;  // the same in all lanes, as the compiler sees
-    const int down = (w.tokens + M - 1) / M, across = (w.rows + N - 1) / N, tiles = down * across;
+    const int down = (w.tokens + M - 1) / M, across = (w.rows + CLUSTER * N - 1) / (CLUSTER * N), tiles = down * across;
+    const int rank = CLUSTER > 1 ? blockIdx.x % CLUSTER : 0, first_tile = blockIdx.x / CLUSTER, clusters = gridDim.x / CLUSTER;
     const int whole = (w.columns + 127) / 128;
     if (threadIdx.x == 0) {
         for (int slot = 0; slot < DEPTH; slot++) {
             barrier_init(full + slot, 1);
-            barrier_init(empty + slot, 8);
+            barrier_init(empty + slot, 8 * CLUSTER);
         }
         barriers_ready();
     }
     __syncthreads();
+    if (CLUSTER > 1) cluster_arrive(), cluster_wait();
     start_next_kernel();
+    auto copy_tokens = [&](int slot, const TensorMap& map, int column, int token0) {
+        if (CLUSTER > 1)
+            copy_box_to_pair(memory + slot * STAGE_BYTES + rank * SHARE * 128, map, full + slot, column, token0 + rank * SHARE);
+        else
+            copy_box(memory + slot * STAGE_BYTES, map, full + slot, column, token0);
+    };
     auto place_of = [&](int tile, int& token0, int& row0) {  // `group` tiles of tokens before the next rows
         const int band = tile / (w.group * across), height = min(down - band * w.group, w.group), inner = tile % (w.group * across);
         token0 = (band * w.group + inner % height) * M;
-        row0 = inner / height * N;
+        row0 = (inner / height * CLUSTER + rank) * N;
     };
 
     if (warp >= 8) {
         fewer_registers<40>();
         if (warp == 8 && lane == 0) {
             int token0, row0;
-            place_of(blockIdx.x, token0, row0);
+            place_of(first_tile, token0, row0);
             const int early = min(DEPTH, whole);
             if (!AHEAD) wait_for_previous_kernel();
             for (int slot = 0; slot < early; slot++) {  // with AHEAD no kernel writes codes of the weight
@@ -58,24 +68,24 @@ outlier_product(const __grid_constant__ TensorMap left, const __grid_constant__ 
                 copy_box(memory + slot * STAGE_BYTES + M * 128, right, full + slot, slot * 64, row0);
             }
             if (AHEAD) wait_for_previous_kernel();
-            for (int slot = 0; slot < early; slot++) copy_box(memory + slot * STAGE_BYTES, left, full + slot, slot * 64, token0);
+            for (int slot = 0; slot < early; slot++) copy_tokens(slot, left, slot * 64, token0);
             const int loose = LOOSE ? (w.counts[0] + 63) / 64 : 0;
             const int placed = PLACED ? (w.counts[1] + 63) / 64 : 0;
             int slot = early % DEPTH, parity = early == DEPTH ? 0 : 1, slice = early;
-            for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x, slice = 0) {
+            for (int tile = first_tile; tile < tiles; tile += clusters, slice = 0) {
                 place_of(tile, token0, row0);
                 for (; slice < whole + loose + placed; slice++) {
                     barrier_wait(empty + slot, parity);
                     barrier_expect(full + slot, STAGE_BYTES);
                     u8* const to = memory + slot * STAGE_BYTES;
                     if (slice < whole) {
-                        copy_box(to, left, full + slot, slice * 64, token0);
+                        copy_tokens(slot, left, slice * 64, token0);
                         copy_box(to + M * 128, right, full + slot, slice * 64, row0);
                     } else if (slice < whole + loose) {
-                        copy_box(to, loose_inputs, full + slot, (slice - whole) * 64, token0);
+                        copy_tokens(slot, loose_inputs, (slice - whole) * 64, token0);
                         copy_box(to + M * 128, loose_weight, full + slot, (slice - whole) * 64, row0);
                     } else {
-                        copy_box(to, placed_inputs, full + slot, (slice - whole - loose) * 64, token0);
+                        copy_tokens(slot, placed_inputs, (slice - whole - loose) * 64, token0);
                         copy_box(to + M * 128, placed_weight, full + slot, (slice - whole - loose) * 64, row0);
                     }
                     slot = slot == DEPTH - 1 ? 0 : slot + 1;
@@ -97,9 +107,12 @@ outlier_product(const __grid_constant__ TensorMap left, const __grid_constant__ 
             parity ^= slot == 0;
         };
         auto leave = [&](int done) {
-            if (lane == 0) barrier_arrive(empty + done);
+            if (lane == 0) {
+                barrier_arrive(empty + done);
+                if (CLUSTER > 1) barrier_arrive_at(empty + done, rank ^ 1);
+            }
         };
-        for (int tile = blockIdx.x; tile < tiles; tile += gridDim.x) {
+        for (int tile = first_tile; tile < tiles; tile += clusters) {
             int token0, row0;
             place_of(tile, token0, row0);
             int before = 0;
@@ -189,5 +202,10 @@ outlier_product(const __grid_constant__ TensorMap left, const __grid_constant__ 
                 }
             }
         }
+    }
+    if (CLUSTER > 1) {  // no block ends while another one may write into its memory
+        __syncwarp();
+        cluster_arrive();
+        cluster_wait();
     }
 }

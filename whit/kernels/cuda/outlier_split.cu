@@ -120,8 +120,8 @@ split_tokens(Split s) {
         wait_for_previous_kernel();
         for (int i = threadIdx.x; i < words; i += 256) {
             u32 found = 0;
-#pragma unroll 8
-            for (int part = 0; part < s.shares; part++) found |= s.flags[part * words + i];
+#pragma unroll
+            for (int part = 0; part < MOST_SHARES; part++) found |= part < s.shares ? s.flags[part * words + i] : 0;
             mask[i] = found;
         }
     } else {
