@@ -23,9 +23,9 @@ SPLIT = (
     " n[4], n[5], n[6], n[7], n[8], n[9], n[10], n[11]}; split_tokens(s)"
 )
 PRODUCT = (
-    "TensorMap left{{(u64)b[0], (u64)n[6] / 2, (u64)n[4], M / CLUSTER}}, right{{(u64)b[1], (u64)n[6] / 2, (u64)n[5], N}},"
-    " loose{{(u64)b[2], (u64)n[7], (u64)n[4], M / CLUSTER}}, loose_weight{{(u64)b[3], (u64)n[7], (u64)n[5], N}},"
-    " placed{{(u64)b[4], (u64)n[8], (u64)n[4], M / CLUSTER}}, placed_weight{{(u64)b[5], (u64)n[8], (u64)n[5], N}};"
+    "TensorMap left{{(u64)b[0], (u64)n[6] / 2, (u64)n[4], M}}, right{{(u64)b[1], (u64)n[6] / 2, (u64)n[5], N}},"
+    " loose{{(u64)b[2], (u64)n[7], (u64)n[4], M}}, loose_weight{{(u64)b[3], (u64)n[7], (u64)n[5], N}},"
+    " placed{{(u64)b[4], (u64)n[8], (u64)n[4], M}}, placed_weight{{(u64)b[5], (u64)n[8], (u64)n[5], N}};"
     " Work w{(const float*)b[6], (const float*)b[7], (const int*)b[8], (const u16*)b[9], (u16*)b[10],"
     " n[4], n[5], n[6], n[9], n[10]};"
     " outlier_product(left, right, loose, loose_weight, placed, placed_weight, w)"
@@ -80,7 +80,6 @@ def emulated(
     folder: Path,
     *,
     descending: bool,
-    cluster: int = 1,
 ) -> dict[str, Tensor]:
     """What the launches leave behind, by name; `out` is the result."""
     (tokens, columns), rows = x.shape, len(tensors["codes"])
@@ -123,7 +122,7 @@ def emulated(
     numbers = [tokens, rows, columns, stored, shares, capacity, placed_capacity, gathering]
     shared = 8 * words + 128 + 64 * words * (loose + placed)
     run_call(program, given, [gathering + 2, 256, shared, descending], numbers)
-    tile = WideTile(128, 48, 3, 24, cluster=cluster)
+    tile = WideTile(128, 48, 3, 16)
     options = product_options(tile, Variant(bfloat, loose, placed, bias is not None), early=False)
     program = built_call("outlier_product", PRODUCT, product_source(tile.n), options, folder)
     buffers = [
@@ -141,7 +140,6 @@ def emulated(
         buffers,
         [min(2, tile.tiles(tokens, rows)), 384, -(-tile.shared // 1024) * 1024, descending],
         [tokens, rows, columns, capacity, placed_capacity, 1, 1],
-        cluster,
     )
     return made
 
@@ -163,9 +161,7 @@ def test_product(
     x = inputs(tokens, columns, loud, dtype)
     layout, tensors = weight(rows, columns, case, dtype)
     bias = torch.linspace(-1, 1, rows).to(dtype) if tokens % 2 else None
-    results = [
-        emulated(x, layout, tensors, bias, tmp_path, descending=cluster == 2, cluster=cluster) for cluster in (1, 2)
-    ]
+    results = [emulated(x, layout, tensors, bias, tmp_path, descending=order) for order in (False, True)]
     made, other = results
     split = layout.split(x, tensors)
     assert torch.equal(made["rounded"], split.codes)

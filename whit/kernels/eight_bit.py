@@ -2,7 +2,7 @@
 
     inputs rounded too    1 token: one launch, in which each program rounds the token for itself
     (`QuantisedInputs`)   more: tokens are rounded by one launch, codes multiplied by another (FP8 of many tokens:
-                          `torch._scaled_mm`)
+                          `torch._scaled_mm`; INT8 on Hopper: `outlier_wide`, in CUDA C++)
     weights alone         1 token: one launch, any numbers of 8 or 4 bits, also scaled in groups
     (`ScaledCodes`)       up to 64: INT8, E4M3 and E5M2 on 16-bit tensor cores, codes widened on their way to them
                           more: the weight decoded to 16 bit by one launch, then the library's product
@@ -24,19 +24,19 @@ from whit.formats.base import Packed
 from whit.formats.minifloat import number_system
 from whit.formats.quantised_inputs import QuantisedInputs
 from whit.formats.scaled_codes import WHOLE_TENSOR, ScaledCodes
+from whit.kernels.cuda_ops import aligned
 from whit.kernels.eight_launch import decode, one_token, product, round_tokens
 from whit.kernels.launching import capability, processors, usable
 from whit.kernels.linear import Implementation, register_implementation
-from whit.kernels.nvrtc import attempted
 from whit.kernels.outlier_gather import Prepared
-from whit.kernels.outlier_wide import KIND, fits, wide_product, wide_tile
+from whit.kernels.outlier_wide import fits, wide_product, wide_tile
 from whit.kernels.quantised_inputs import E4M3, LARGEST_SUM, UNITS, float8_linear, int8_linear
 
 ADDRESSED = 2**31
 """Numbers of a matrix that 32-bit offsets reach."""
 MOST_COLUMNS = 32768
 WIDE = 33
-"""Fewest tokens for the INT8 product of `outlier_wide`."""
+"""Fewest tokens for the INT8 product in CUDA C++."""
 FEW = 64
 """Most tokens for which widening codes on their way to the tensor cores beats decoding the weight first."""
 
@@ -80,25 +80,14 @@ def eight_bit_product(
     else:
         numbers = number_system(inputs)
         library = _library_multiplies(x, codes, numbers.native, native)
-        wide = _warpgroups_multiply(x, codes, numbers.native, bias)
-        rounded, steps, by_row = round_tokens(x, input_scale, numbers, scales, len(codes) if library or wide else 0)
+        rounded, steps, by_row = round_tokens(x, input_scale, numbers, scales, len(codes) if library else 0)
         if library:
             found = torch._scaled_mm(
                 rounded, codes.view(native).T, scale_a=steps[:, None], scale_b=by_row[None], out_dtype=torch.bfloat16
             )
             return found if bias is None else found.add_(bias.to(found.dtype))
-        if not wide or not attempted(KIND, _wide_product, rounded, codes.view(native), steps, by_row, bias, out):
-            product(rounded, codes.view(native), scales, steps, bias, out)
+        product(rounded, codes.view(native), scales, steps, bias, out)
     return out
-
-
-def _wide_product(
-    rounded: Tensor, codes: Tensor, steps: Tensor, by_row: Tensor, bias: Tensor | None, out: Tensor
-) -> None:
-    """INT8 codes times INT8 codes on Hopper's warpgroup tensor cores."""
-    tile = wide_tile(*out.shape, processors(out.device))
-    with torch.cuda.device(out.device):
-        wide_product(tile, Prepared(rounded, steps), codes, by_row, bias, out, levels=1, ahead=False)
 
 
 @eight_bit_product.register_fake
@@ -115,15 +104,31 @@ def _(
     return x.new_empty(x.shape[0], codes.shape[0])
 
 
+@torch.library.custom_op("whit::int8_product_wide", mutates_args=())
+def int8_product_wide(
+    x: Tensor, codes: Tensor, scales: Tensor, input_scale: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """x (m, columns), contiguous and rounded to INT8, times INT8 codes by `whit.kernels.outlier_wide`: (m, rows).
+
+    Args as of `eight_bit_product`, the bias of the type of x.
+    """
+    out, codes = torch.empty(len(x), len(codes), dtype=x.dtype, device=x.device), aligned([codes])[0]
+    rounded, steps, by_row = round_tokens(x, input_scale, number_system("int8"), scales, len(codes))
+    tile = wide_tile(*out.shape, processors(out.device))
+    with torch.cuda.device(out.device):
+        wide_product(tile, Prepared(rounded, steps), codes.view(torch.int8), by_row, bias, out, levels=1, ahead=False)
+    return out
+
+
+@int8_product_wide.register_fake
+def _(x: Tensor, codes: Tensor, scales: Tensor, input_scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    return x.new_empty(x.shape[0], codes.shape[0])
+
+
 def _library_multiplies(x: Tensor, codes: Tensor, inputs: torch.dtype | None, weight: torch.dtype) -> bool:
     """Whether `torch._scaled_mm` takes these with a scale per row."""
     fits = codes.shape[0] % 16 == 0 and codes.shape[1] % 16 == 0 and len(x) > FEW and x.dtype == torch.bfloat16
     return fits and (inputs, weight) == (E4M3, E4M3) and x.is_cuda and capability(x.device) >= (9, 0)
-
-
-def _warpgroups_multiply(x: Tensor, codes: Tensor, inputs: torch.dtype | None, bias: Tensor | None) -> bool:
-    """Whether `outlier_wide` takes these; its bias is of the type of the inputs."""
-    return inputs == torch.int8 and len(x) >= WIDE and fits(x, codes) and (bias is None or bias.dtype == x.dtype)
 
 
 @torch.library.custom_op("whit::decoded_codes", mutates_args=())
@@ -169,6 +174,26 @@ def _rounded(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
         return (int8_linear if layout.numbers.native == torch.int8 else float8_linear)(x, packed, bias)
     tensors = layout.inner(packed.tensors, packed.rows, packed.columns).tensors
     return _call(x, packed, tensors["codes"], tensors["scales"], bias, layout.system, layout.weight.system, 0)
+
+
+def _supports_wide(x: Tensor, packed: Packed) -> bool:
+    layout = packed.format
+    assert isinstance(layout, QuantisedInputs)
+    if layout.numbers.native != torch.int8 or x.numel() < WIDE * packed.columns or not _supports_rounded(x, packed):
+        return False
+    return fits(x, layout.inner(packed.tensors, packed.rows, packed.columns).tensors["codes"])
+
+
+def _wide(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+    layout = packed.format
+    assert isinstance(layout, QuantisedInputs)
+    if bias is not None and (bias.dtype != x.dtype or bias.requires_grad and torch.is_grad_enabled()):
+        return _rounded(x, packed, bias)
+    tensors = layout.inner(packed.tensors, packed.rows, packed.columns).tensors
+    flat = x.detach().reshape(-1, packed.columns).contiguous()
+    given, stored = None if bias is None else bias.detach().contiguous(), packed.tensors.get("input_scales")
+    out: Tensor = torch.ops.whit.int8_product_wide(flat, tensors["codes"], tensors["scales"], stored, given)
+    return out.reshape(*x.shape[:-1], packed.rows)
 
 
 def _call(
@@ -221,5 +246,6 @@ def _decoded(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
 
 # The last one registered is asked first.
 register_implementation(QuantisedInputs.name, Implementation("fused 8-bit (Triton)", _supports_rounded, _rounded))
+register_implementation(QuantisedInputs.name, Implementation("fused 8-bit (cuda)", _supports_wide, _wide))
 register_implementation(ScaledCodes.name, Implementation("decode + matmul (Triton)", _supports_decoded, _decoded))
 register_implementation(ScaledCodes.name, Implementation("few vectors (Triton)", _supports_few, _few))

@@ -132,5 +132,5 @@ def prepare(x: Tensor, weight: Weight, many: int) -> Prepared:
     )  # fmt: skip
     shared = 8 * words + 128 + 64 * words * (loose + placed)
     run = _splitter("split_tokens", *variant)
-    run.launch(gathering + min(tokens, ROUNDING_BLOCKS * many), SPLIT_THREADS, shared, [split], early=True)
+    run.launch(gathering + min(-(-tokens // 2), ROUNDING_BLOCKS * many), SPLIT_THREADS, shared, [split], early=True)
     return ready

@@ -1,8 +1,10 @@
-"""LLM.int8() layers in one to three launches (Triton), for float16 and bfloat16 inputs on a CUDA device.
+"""LLM.int8() layers in one to three launches, for float16 and bfloat16 inputs on a CUDA device.
 
     1 token         one launch: each program rounds the token for itself and reads its rows of the weight once
     2 to 32         two: rows of the inputs are rounded and outlier columns listed; INT8 product on tensor cores
     more            the same, and with "dynamic" one launch before, in which columns are marked
+
+These are Triton kernels; on Hopper more than 32 tokens take those of `outlier_wide`, in CUDA C++.
 
 Nothing has a shape that depends on data and nothing waits for the device: outlier columns are listed in a buffer as
 long as the row, and the product loops over as many as the device counted. If they are more than 8 of one token, or a
@@ -19,6 +21,8 @@ so a token's output may differ in its last bit with what it is batched with, "st
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -27,14 +31,11 @@ from whit.formats.outlier_int8 import OutlierInt8
 from whit.kernels.int8_product import int32_product
 from whit.kernels.launching import usable
 from whit.kernels.linear import Implementation, register_implementation
-from whit.kernels.nvrtc import attempted
 from whit.kernels.outlier_launch import Weight, one_token
 from whit.kernels.outlier_many import FEW, many_tokens
-from whit.kernels.outlier_wide import KIND, layer_fits, wide_layer
+from whit.kernels.outlier_wide import fits, wide_layer
 
 MOST_COLUMNS = 32768
-WIDE = FEW + 1
-"""Fewest tokens for the kernels of `outlier_wide`."""
 ADDRESSED = 2**31
 """Numbers of a matrix that 32-bit offsets reach."""
 
@@ -64,13 +65,29 @@ def outlier_int8_product(
         return out
     if len(x) == 1 and weight.columns % 4 == 0 and codes.data_ptr() % 4 == 0:
         one_token(x, weight, out)
-    elif len(x) < WIDE or not layer_fits(x, weight) or not attempted(KIND, wide_layer, x, weight, out):
+    else:
         many_tokens(x, weight, out)
     return out
 
 
-@outlier_int8_product.register_fake
-def _(
+@torch.library.custom_op("whit::outlier_int8_wide", mutates_args=())
+def outlier_int8_wide_product(
+    x: Tensor,
+    codes: Tensor,
+    absmax: Tensor,
+    index: Tensor | None,
+    wide: Tensor | None,
+    bias: Tensor | None,
+    threshold: float,
+    dynamic: bool,
+) -> Tensor:
+    """The same for many tokens on Hopper, by `whit.kernels.outlier_wide`."""
+    out = torch.empty(len(x), len(codes), dtype=x.dtype, device=x.device)
+    wide_layer(x, Weight(codes, absmax, index, wide, bias, threshold, dynamic), out)
+    return out
+
+
+def _fake(
     x: Tensor,
     codes: Tensor,
     absmax: Tensor,
@@ -83,6 +100,10 @@ def _(
     return x.new_empty(x.shape[0], codes.shape[0])
 
 
+outlier_int8_product.register_fake(_fake)
+outlier_int8_wide_product.register_fake(_fake)
+
+
 def _supports(x: Tensor, packed: Packed) -> bool:
     layout = packed.format
     assert isinstance(layout, OutlierInt8)
@@ -91,13 +112,20 @@ def _supports(x: Tensor, packed: Packed) -> bool:
     return x.numel() // packed.columns * max(packed.rows, packed.columns) < ADDRESSED
 
 
-def _linear(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+def _supports_wide(x: Tensor, packed: Packed) -> bool:
+    if x.numel() <= FEW * packed.columns or not _supports(x, packed) or not fits(x, packed.tensors["codes"]):
+        return False
+    stored = packed.tensors.get("outlier_weight")
+    return stored is None or stored.dtype == x.dtype
+
+
+def _linear(product: Callable[..., Tensor], x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
     layout, tensors = packed.format, packed.tensors
     assert isinstance(layout, OutlierInt8)
     if bias is not None and bias.requires_grad and torch.is_grad_enabled():  # the plain meaning has a derivative
         return layout.linear_with(int32_product, x, tensors, packed.rows, packed.columns, bias)
     flat = x.detach().reshape(-1, packed.columns).contiguous()
-    out: Tensor = torch.ops.whit.outlier_int8(
+    out = product(
         flat,
         tensors["codes"],
         tensors["absmax"],
@@ -110,4 +138,14 @@ def _linear(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
     return out.reshape(*x.shape[:-1], packed.rows)
 
 
-register_implementation(OutlierInt8.name, Implementation("fused int8 (Triton)", _supports, _linear))
+def _triton(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+    return _linear(torch.ops.whit.outlier_int8, x, packed, bias)
+
+
+def _cuda(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+    return _linear(torch.ops.whit.outlier_int8_wide, x, packed, bias)
+
+
+# The last one registered is asked first.
+register_implementation(OutlierInt8.name, Implementation("fused int8 (Triton)", _supports, _triton))
+register_implementation(OutlierInt8.name, Implementation("fused int8 (cuda)", _supports_wide, _cuda))

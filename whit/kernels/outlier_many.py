@@ -24,6 +24,7 @@ GATHERED, LATE = FEW, 1024
 DENSE = 1024
 """Most tokens for which whole rows are multiplied if so many columns are outliers; for more, that would cost all."""
 ONE_PASS = True
+LATER, AHEAD = 64, 1
 WEIGHT_ROWS = 128
 MOST_PARTS = 4
 DIVIDED = 1024
@@ -229,6 +230,8 @@ def _product(x: Tensor, weight: Weight, split: _Split, out: Tensor) -> None:
         N=tile.n,
         K=tile.k,
         ITEMS=ITEMS,
+        LATER=LATER if tokens <= FEW else ITEMS,
+        AHEAD=AHEAD if tokens <= FEW else 1,
         LATE=is_late(tokens),
         GATHERED=gathers(tokens),
         DENSE=tokens <= DENSE,

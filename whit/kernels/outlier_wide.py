@@ -11,22 +11,20 @@ outlier column costs its share of a 16-bit product, twice that of an 8-bit one. 
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from whit.formats.outlier_int8 import LEVELS
-from whit.kernels.cuda_ops import has_warpgroups
+from whit.kernels.cuda_ops import aligned, has_warpgroups
 from whit.kernels.cuda_plan import source_of
 from whit.kernels.launching import processors
-from whit.kernels.nvrtc import Argument, Kernel, TensorMap, failed, kernel, tensor_map
+from whit.kernels.nvrtc import Argument, Kernel, TensorMap, kernel, tensor_map
 from whit.kernels.outlier_gather import SLICE, Prepared, prepare
 from whit.kernels.outlier_launch import Weight
 
-KIND = "INT8 layers for many tokens"
-"""As warnings name these kernels."""
 THREADS = 384
 
 
@@ -34,8 +32,7 @@ THREADS = 384
 class WideTile:
     """Tile of `m` tokens x `n` rows, in slices of which `depth` are on their way.
 
-    A warp stores `chunk` results of a token at a time; `group` tiles of m are taken before the next n. One or two blocks
-    make a `cluster`, which takes neighbouring rows of the same tokens.
+    A warp stores `chunk` results of a token at a time; `group` tiles of m are taken before the next n.
     """
 
     m: int
@@ -43,20 +40,24 @@ class WideTile:
     depth: int
     chunk: int
     group: int = 8
-    cluster: int = 1
 
     @property
     def shared(self) -> int:
         """Bytes of shared memory."""
-        stride = self.chunk + 8 if self.chunk % 32 == 0 else self.chunk
-        return self.depth * ((self.m + self.n) * 128 + 16) + 8 * 16 * stride * 2
+        return self.depth * ((self.m + self.n) * 128 + 16) + 16 * self.n + 8 * 16 * (self.chunk + 8) * 2
 
     def tiles(self, tokens: int, rows: int) -> int:
-        """Tiles of a product, in whole clusters."""
-        return -(-tokens // self.m) * -(-rows // (self.n * self.cluster)) * self.cluster
+        """Tiles of a product."""
+        return -(-tokens // self.m) * -(-rows // self.n)
 
 
-TILES = (WideTile(256, 176, 4, 16), WideTile(256, 128, 4, 64), WideTile(128, 128, 6, 64))
+TILES = (
+    WideTile(256, 176, 4, 16),
+    WideTile(256, 128, 4, 64),
+    WideTile(128, 256, 4, 64),
+    WideTile(128, 192, 5, 64),
+    WideTile(128, 128, 6, 64),
+)
 
 
 @lru_cache(maxsize=1024)
@@ -68,14 +69,7 @@ def wide_tile(tokens: int, rows: int, many: int) -> WideTile:
 def fits(x: Tensor, codes: Tensor) -> bool:
     """Whether the product takes codes (rows, columns): on Hopper, rows and results of whole 16 bytes."""
     rows, columns = codes.shape
-    if not x.is_cuda or columns % 16 or rows % 8 or codes.data_ptr() % 16:
-        return False
-    return has_warpgroups(x.device.index) and not failed(KIND)
-
-
-def layer_fits(x: Tensor, weight: Weight) -> bool:
-    """Whether the kernels take these; 16-bit weights must be of the type of the inputs."""
-    return fits(x, weight.codes) and (weight.wide is None or weight.wide.dtype == x.dtype)
+    return x.is_cuda and columns % 16 == 0 and rows % 8 == 0 and has_warpgroups(x.device.index)
 
 
 class Work(ctypes.Structure):
@@ -140,7 +134,6 @@ def product_options(tile: WideTile, variant: Variant, *, early: bool) -> tuple[s
         "N": tile.n,
         "DEPTH": tile.depth,
         "CHUNK": tile.chunk,
-        "CLUSTER": tile.cluster,
         "BF16": variant.bfloat,
         "LOOSE": variant.loose,
         "PLACED": variant.placed,
@@ -184,20 +177,19 @@ def wide_product(
         bias: of the type of `out`.
         ahead: no kernel that may still run writes the codes.
     """
-    lines = tile.m // tile.cluster
-    left, right = _map(ready.rounded, lines), _map(codes, tile.n)
+    left, right = _map(ready.rounded, tile.m), _map(codes, tile.n)
     maps = [left, right]
     for pair in (ready.loose, ready.placed):
-        maps += [left, right] if pair is None else [_map(pair[0], lines), _map(pair[1], tile.n)]
+        maps += [left, right] if pair is None else [_map(pair[0], tile.m), _map(pair[1], tile.n)]
     counts, bfloat = ready.counts, out.dtype == torch.bfloat16
     tensors = (ready.largest, absmax, counts, bias, out)
     sizes = (*out.shape, codes.shape[1], int(len(absmax) > 1), tile.group)
     work = Work(*(None if tensor is None else tensor.data_ptr() for tensor in tensors), *sizes)
     variant = Variant(bfloat, ready.loose is not None, ready.placed is not None, bias is not None, levels, ahead)
     arguments: list[Argument] = [*maps, work]
-    grid = min(processors(out.device) // tile.cluster * tile.cluster, tile.tiles(*out.shape))
+    grid = min(processors(out.device), tile.tiles(*out.shape))
     run = _compiled(tile, variant, out.device.index)
-    run.launch(grid, THREADS, tile.shared, arguments, early=True, cluster=tile.cluster)
+    run.launch(grid, THREADS, tile.shared, arguments, early=True)
 
 
 def wide_layer(x: Tensor, weight: Weight, out: Tensor, tile: WideTile | None = None) -> None:
@@ -207,7 +199,8 @@ def wide_layer(x: Tensor, weight: Weight, out: Tensor, tile: WideTile | None = N
         CompilationError: a kernel cannot be compiled or launched here; `out` may hold anything then.
     """
     many = processors(x.device)
-    x = x if x.data_ptr() % 16 == 0 else x.clone()
+    x, codes = aligned([x, weight.codes])
+    weight = replace(weight, codes=codes)
     bias = None if weight.bias is None else weight.bias.to(x.dtype)
     with torch.cuda.device(x.device):
         ready = prepare(x, weight, many)

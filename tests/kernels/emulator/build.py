@@ -84,11 +84,8 @@ MEANINGS = {
     " { late_product(c, N / 2, left, right, true, more != 0); }",
     "void columns_product(": "static void columns_product(u32 (&c)[N / 2], u32 left, u32 right, int more)"
     " { late_product(c, N / 2, left, right, false, more != 0); }",
-    "void copy_box_to_pair(": "static void copy_box_to_pair(u8* to, const TensorMap& map, u64* barrier, int column, int token)"
-    " { for (uint8_t* other : shared_memories) copy_box(other + (to - shared_memory), map,"
-    " other + ((uint8_t*)barrier - shared_memory), column, token, (int)map.words[3]); }",
-    "void barrier_arrive_at(": "static void barrier_arrive_at(u64* own, int rank)"
-    " { barrier_arrive(shared_memories[rank] + ((uint8_t*)own - shared_memory)); }",
+    "void consumers_meet(": "static void consumers_meet()"
+    " { static Barrier meeting; waits_unparked = true; meeting.wait(256); }",
     "void fewer_registers(": "template <int COUNT> static void fewer_registers() {}",
     "void more_registers(": "template <int COUNT> static void more_registers() {}",
     "u32 larger_pair(": "static u32 larger_pair(u32 most, u32 pair)"

@@ -56,14 +56,5 @@ __device__ __forceinline__ void store_to_peer(float* own, int rank, float value)
 // Registers of a thread from here on, for all warps of a warpgroup.
 template <int COUNT> __device__ __forceinline__ void fewer_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT)); }
 template <int COUNT> __device__ __forceinline__ void more_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT)); }
-// As `copy_box`, to the same place in the memory of both blocks of a cluster, whose barriers there count the bytes.
-__device__ __forceinline__ void copy_box_to_pair(u8* shared, const TensorMap& map, u64* barrier, int column, int token) {
-    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;"
-        ::"r"(shared_address(shared)), "l"(&map), "r"(column), "r"(token), "r"(shared_address(barrier)), "h"((u16)3) : "memory");
-}
-// Arrives at the barrier at this place in the memory of block `rank` of the cluster.
-__device__ __forceinline__ void barrier_arrive_at(u64* own, int rank) {
-    u32 address;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(own)), "r"(rank));
-    asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(address) : "memory");
-}
+// Barrier of the first 256 threads of a block.
+__device__ __forceinline__ void consumers_meet() { asm volatile("bar.sync 1, 256;" ::: "memory"); }

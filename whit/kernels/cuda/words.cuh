@@ -47,10 +47,6 @@ __device__ __forceinline__ void start_next_kernel() {
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
-// Barrier of all threads of a cluster of blocks, in two parts.
-__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
-__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
-
 #if BF16
 #define HALVES "f32.bf16.bf16"
 #else
