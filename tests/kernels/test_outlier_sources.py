@@ -12,7 +12,7 @@ from tests.kernels.emulator.build import COMPILER, MEANINGS, built_call, run_cal
 from whit.formats.outlier_int8 import OutlierInt8
 from whit.kernels.cuda_plan import source_of
 from whit.kernels.outlier_gather import SLICE, split_options
-from whit.kernels.outlier_wide import Variant, WideTile, product_options, product_source
+from whit.kernels.outlier_wide import TILES, Variant, WideTile, fits, product_options, product_source, wide_tile
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs g++")
 MARK = "mark_columns((const u16*)b[0], b[1], n[4], n[5], n[6], n[7])"
@@ -173,3 +173,14 @@ def test_product(
         assert len(split.outliers) >= loud
     unit = torch.finfo(dtype).eps
     assert bool(((made["out"].double() - plain).abs() <= unit * plain.abs() + 1e-5 * plain.abs().max()).all())
+
+
+def test_tiles_fit_and_fill_the_device() -> None:
+    assert all(tile.shared <= 232448 for tile in TILES)  # bytes that a block on Hopper may have
+    assert wide_tile(512, 11008, 132).tiles(512, 11008) <= 132  # one round
+    assert wide_tile(512, 4096, 132).tiles(512, 4096) <= 132
+    assert wide_tile(2048, 4096, 132).m == 256
+
+
+def test_what_the_product_leaves_alone() -> None:
+    assert not fits(torch.zeros(40, 64).half(), torch.zeros(8, 64, dtype=torch.int8))  # a CPU

@@ -187,7 +187,7 @@ def _supports_wide(x: Tensor, packed: Packed) -> bool:
 def _wide(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
     layout = packed.format
     assert isinstance(layout, QuantisedInputs)
-    if bias is not None and (bias.dtype != x.dtype or bias.requires_grad and torch.is_grad_enabled()):
+    if bias is not None and (bias.dtype != x.dtype or (bias.requires_grad and torch.is_grad_enabled())):
         return _rounded(x, packed, bias)
     tensors = layout.inner(packed.tensors, packed.rows, packed.columns).tensors
     flat = x.detach().reshape(-1, packed.columns).contiguous()
