@@ -58,11 +58,30 @@ def int8_table(report: dict[str, Any]) -> str:
     return "\n".join(lines + markdown(header, rows)) + "\n"
 
 
+def outliers_table(report: dict[str, Any]) -> str:
+    """Time against the number of outlier columns, and the gain over the dense product, as Markdown."""
+    shape = f"{report['columns']} inputs, {report['rows']} outputs"
+    lines = [f"{report['hardware']}, torch {report['torch']}, bfloat16, {shape}; µs, and times dense.", ""]
+    tokens = list(dict.fromkeys(row["tokens"] for row in report["records"]))
+    found = {(row["tokens"], row["outliers"]): row["seconds"] for row in report["records"]}
+    rows = []
+    for outliers in dict.fromkeys(row["outliers"] for row in report["records"]):
+        cells = [f"{found[count, outliers] * 1e6:.1f}" for count in tokens]
+        if outliers is not None:
+            gains = [f"{found[count, None] / found[count, outliers]:.2f}" for count in tokens]
+            cells = [f"{cell} ({gain})" for cell, gain in zip(cells, gains, strict=True)]
+        rows.append(["dense" if outliers is None else str(outliers), *cells])
+    return "\n".join(lines + markdown(["outlier columns", *(f"{count} tokens" for count in tokens)], rows)) + "\n"
+
+
 def contents() -> dict[str, str]:
     """Generated file name -> its text."""
     history = load("history-of-int8-kernels.json")
     introduction = f"{history['hardware']}, bfloat16; times in µs of LLM.int8()."
     tables = {f"int8-kernels-{device}.md": int8_table(report) for device, report in load_all("int8-kernels-").items()}
+    tables |= {
+        f"int8-outliers-{device}.md": outliers_table(item) for device, item in load_all("int8-outliers-").items()
+    }
     return tables | {"history-of-int8-kernels.md": numbered_steps(history, introduction)}
 
 
