@@ -191,7 +191,7 @@ def measure(case: Case, names: list[str], dtype: torch.dtype, tuning: bool) -> l
         others = (random_packed(name, case.rows, case.columns, generator) for _ in range(case.copies(size) - 1))
         calls = [lambda w=w: packed_linear(x, w) for w in (first, *others)]
         more = {}
-        if tuning and chooses(name, case.tokens):
+        if tuning and chooses(name, case.tokens) and explain(x, first).endswith("(Triton)"):
             times = tune_tiles(x, first, lambda calls=calls: seconds_per_call(calls, 6)[0])
             ordered = sorted(times.items(), key=lambda item: item[1])
             more["tried"] = {str(tuple(asdict(tile).values())): time for tile, time in ordered}

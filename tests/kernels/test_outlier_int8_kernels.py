@@ -15,6 +15,8 @@ from whit.formats import Packed
 from whit.formats.outlier_int8 import OutlierInt8
 from whit.kernels import explain, packed_linear
 from whit.kernels.launching import Tile, interpreted, tile_key, use_tile
+from whit.kernels.outlier_launch import Weight
+from whit.kernels.outlier_wide import TILES, WideTile, wide_layer
 from whit.methods import LayerStatistics, make_method
 
 needs_gpu = pytest.mark.skipif(
@@ -199,10 +201,27 @@ def test_divided_tiles_on_a_gpu(tile: Tile) -> None:
 def test_kernels_of_many_tokens_on_a_gpu(outliers: str, weights: str, granularity: str, dtype: torch.dtype) -> None:
     packed = layer(1096, 1008, outliers, weights, granularity).to("cuda")  # whole 16 bytes, but no whole tiles
     bias = torch.randn(1096, generator=torch.Generator().manual_seed(2)).cuda()
-    for tokens in (33, 300, 601):
+    for tokens in (33, 65, 300, 601):
         x = inputs(tokens, 1008).to("cuda", dtype)
         assert excess(x, packed, bias) <= 1, tokens
         assert torch.equal(packed_linear(x, packed), packed_linear(x, packed))
+
+
+@pytest.mark.gpu
+@needs_gpu
+@pytest.mark.parametrize("tile", TILES, ids=lambda tile: f"{tile.m}x{tile.n}")
+def test_tiles_of_many_tokens_on_a_gpu(tile: WideTile) -> None:
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("needs the warpgroup tensor cores of compute capability 9.0")
+    packed = layer(808, 1008, "dynamic", "cached", "vector").to("cuda")
+    tensors = packed.tensors
+    found = tensors["outlier_index"], tensors["outlier_weight"].bfloat16()
+    weight = Weight(tensors["codes"], tensors["absmax"], *found, None, 6.0, True)
+    packed = Packed(packed.format, 808, 1008, {**tensors, "outlier_weight": found[1]})
+    x = loud_inputs(600, 1008, 150).to("cuda", torch.bfloat16)
+    out, expected = torch.full((600, 808), torch.nan, dtype=x.dtype, device="cuda"), packed_linear(x, packed)
+    wide_layer(x, weight, out, tile)
+    torch.testing.assert_close(out, expected, rtol=2**-7, atol=2**-9 * float(expected.abs().mean()))
 
 
 @pytest.mark.gpu
@@ -211,7 +230,7 @@ def test_kernels_of_many_tokens_on_a_gpu(outliers: str, weights: str, granularit
 @pytest.mark.parametrize("rows", [90, 96])
 def test_any_number_of_outliers_on_a_gpu(weights: str, rows: int) -> None:
     packed = layer(rows, 1024, "dynamic", weights, "vector").to("cuda")
-    for tokens in (1, 3, 33, 300):
+    for tokens in (1, 3, 20, 33, 300):
         for loud in (0, 40, 300, 1024):
             assert excess(loud_inputs(tokens, 1024, loud).to("cuda", torch.bfloat16), packed, None) <= 1
 

@@ -35,7 +35,7 @@ from whit.kernels.quantised_inputs import E4M3, LARGEST_SUM, UNITS, float8_linea
 ADDRESSED = 2**31
 """Numbers of a matrix that 32-bit offsets reach."""
 MOST_COLUMNS = 32768
-WIDE = 33
+WIDE = 65
 """Fewest tokens for the INT8 product in CUDA C++."""
 FEW = 64
 """Most tokens for which widening codes on their way to the tensor cores beats decoding the weight first."""

@@ -4,7 +4,7 @@
     2 to 32         two: rows of the inputs are rounded and outlier columns listed; INT8 product on tensor cores
     more            the same, and with "dynamic" one launch before, in which columns are marked
 
-These are Triton kernels; on Hopper more than 32 tokens take those of `outlier_wide`, in CUDA C++.
+These are Triton kernels; on Hopper more than 64 tokens take those of `outlier_wide`, in CUDA C++.
 
 Nothing has a shape that depends on data and nothing waits for the device: outlier columns are listed in a buffer as
 long as the row, and the product loops over as many as the device counted. If they are more than 8 of one token, or a
@@ -32,10 +32,12 @@ from whit.kernels.int8_product import int32_product
 from whit.kernels.launching import usable
 from whit.kernels.linear import Implementation, register_implementation
 from whit.kernels.outlier_launch import Weight, one_token
-from whit.kernels.outlier_many import FEW, many_tokens
+from whit.kernels.outlier_many import many_tokens
 from whit.kernels.outlier_wide import fits, wide_layer
 
 MOST_COLUMNS = 32768
+WIDE = 65
+"""Fewest tokens for the kernels in CUDA C++."""
 ADDRESSED = 2**31
 """Numbers of a matrix that 32-bit offsets reach."""
 
@@ -113,7 +115,7 @@ def _supports(x: Tensor, packed: Packed) -> bool:
 
 
 def _supports_wide(x: Tensor, packed: Packed) -> bool:
-    if x.numel() <= FEW * packed.columns or not _supports(x, packed) or not fits(x, packed.tensors["codes"]):
+    if x.numel() < WIDE * packed.columns or not _supports(x, packed) or not fits(x, packed.tensors["codes"]):
         return False
     stored = packed.tensors.get("outlier_weight")
     return stored is None or stored.dtype == x.dtype

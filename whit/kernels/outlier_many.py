@@ -17,14 +17,12 @@ TOKENS_PER_SHARE = 64
 MOST_SHARES = 16
 ITEMS = 16
 """Outlier columns that cost next to nothing; of more, each costs a little."""
-DENSE_SHARE = 16
-"""If more than one column in so many is an outlier, whole rows are multiplied."""
+DENSE_SHARE, FEW_DENSE_SHARE = 16, 24
+"""If more than one column in so many is an outlier, whole rows are multiplied; of up to `FEW` tokens, in one loop."""
 GATHERED, LATE = FEW, 1024
 """Most tokens for which the product fetches, of outlier columns, codes and inputs for itself."""
 DENSE = 1024
 """Most tokens for which whole rows are multiplied if so many columns are outliers; for more, that would cost all."""
-ONE_PASS = True
-LATER, AHEAD = 64, 1
 WEIGHT_ROWS = 128
 MOST_PARTS = 4
 DIVIDED = 1024
@@ -191,6 +189,7 @@ def _product(x: Tensor, weight: Weight, split: _Split, out: Tensor) -> None:
         left, right = described(left, [tile.m, tile.k]), described(right, [tile.n, tile.k])
     tiles = -(-tokens // tile.m) * -(-rows // tile.n)
     whole, rest, parts = divided(tiles, tile, columns, processors(x.device)) if tokens > FEW else (tiles, 0, 1)
+    one_pass = weight.loose and tokens <= FEW and (early or interpreted())  # it asks for more shared memory
     sums = torch.empty(rest * parts, tile.m, tile.n, dtype=torch.int32, device=x.device)
     kernels.split_product[(whole + rest * parts,)](
         left,
@@ -219,7 +218,7 @@ def _product(x: Tensor, weight: Weight, split: _Split, out: Tensor) -> None:
         weight.absmax_step,
         whole,
         -(-columns // tile.k // parts) * tile.k,
-        max(ITEMS, columns // DENSE_SHARE),
+        max(ITEMS, columns // (FEW_DENSE_SHARE if one_pass else DENSE_SHARE)),
         LOOSE=weight.loose,
         PLACED=weight.wide is not None,
         COUNTED=weight.dynamic,
@@ -230,12 +229,10 @@ def _product(x: Tensor, weight: Weight, split: _Split, out: Tensor) -> None:
         N=tile.n,
         K=tile.k,
         ITEMS=ITEMS,
-        LATER=LATER if tokens <= FEW else ITEMS,
-        AHEAD=AHEAD if tokens <= FEW else 1,
         LATE=is_late(tokens),
         GATHERED=gathers(tokens),
         DENSE=tokens <= DENSE,
-        ONE_PASS=ONE_PASS and weight.loose and tokens <= FEW,
+        ONE_PASS=one_pass,
         CHUNK=tile.k if tile.m <= 32 else 64,
         GROUP=tile.group,
         DESCRIPTOR=descriptor,

@@ -64,14 +64,13 @@ def _add_listed(
     columns,
     width,  # of a row of the weight
     ITEMS: tl.constexpr,
-    STAGES: tl.constexpr,
     PLACES: tl.constexpr,  # whether places says where the weight of a column is
     HALF: tl.constexpr,
 ):
     """total plus the products of the listed columns from number `begin` on, ITEMS at a time."""
     item = tl.arange(0, ITEMS)
     known, here = (token < tokens)[:, None], (row < rows)[:, None]
-    for start in tl.range(begin, count, ITEMS, num_stages=STAGES):
+    for start in tl.range(begin, count, ITEMS, num_stages=1):
         number = start + item
         column = tl.load(listed + number, mask=number < count, other=0)
         where = tl.load(places + number, mask=number < count, other=0) if PLACES else number
@@ -132,8 +131,6 @@ def split_product(
     N: tl.constexpr,
     K: tl.constexpr,
     ITEMS: tl.constexpr,
-    LATER: tl.constexpr,  # further outlier columns at a time
-    AHEAD: tl.constexpr,  # and how many of those times are on their way
     LATE: tl.constexpr,  # whether inputs of outlier columns are fetched from x
     GATHERED: tl.constexpr,  # whether their codes have been gathered
     DENSE: tl.constexpr,  # whether many loose columns are multiplied as whole rows
@@ -237,7 +234,7 @@ def split_product(
         total = _add_product(inputs, decoded, total, EXACT)
         total = _add_listed(
             x, codes, loose, loose, total, ITEMS, few, token, row, tokens, rows, columns, columns,
-            LATER, AHEAD, True, EXACT,
+            ITEMS, True, EXACT,
         )  # fmt: skip
         if ONE_PASS:
             total += beyond
@@ -253,6 +250,6 @@ def split_product(
         total = _add_product(large, weight, total, HALF)
         total = _add_listed(
             x, wide, placed, spots, total, ITEMS, placed_count, token, row, tokens, rows, columns, stored,
-            LATER, AHEAD, COUNTED, HALF,
+            ITEMS, COUNTED, HALF,
         )  # fmt: skip
     _finish(total, bias, out, token, row, tokens, rows, kind, BIAS)
