@@ -154,7 +154,7 @@ int main(int, char** arguments) {
     fclose(in);
     for (int i = 0; i < 16; i++) n[i] = numbers[i];
     kernel_body = []() { CALL; };
-    run_blocks(n[0], n[1], n[2], n[3], n[15] ? n[15] : 1);
+    run_blocks(n[0], n[1], n[2], n[3], 1);
     FILE* out = fopen(arguments[2], "wb");
     for (int i = 0; i < count; i++) fwrite(b[i], 1, sizes[i], out);
     return fclose(out);
@@ -213,11 +213,7 @@ def built_call(name: str, call: str, source: str, options: Sequence[str], folder
 
 
 def run_call(
-    program: Path,
-    buffers: Sequence[Tensor | None],
-    launch: Sequence[int],
-    numbers: Sequence[int] = (),
-    cluster: int = 1,
+    program: Path, buffers: Sequence[Tensor | None], launch: Sequence[int], numbers: Sequence[int] = ()
 ) -> None:
     """Run the call once; buffers that it changes are changed.
 
@@ -231,7 +227,7 @@ def run_call(
     ]
     sizes = [len(item) for item in content]
     values = [*launch, *numbers]
-    header = [len(buffers), *values, *[0] * (15 - len(values)), cluster, *sizes, *[0] * (16 - len(sizes))]
+    header = [len(buffers), *values, *[0] * (16 - len(values)), *sizes, *[0] * (16 - len(sizes))]
     source, target = program.with_suffix(".in"), program.with_suffix(".out")
     source.write_bytes(torch.tensor(header).view(torch.uint8).numpy().tobytes() + b"".join(content))
     subprocess.run([str(program), str(source), str(target)], check=True, capture_output=True)
