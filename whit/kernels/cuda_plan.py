@@ -228,6 +228,7 @@ def parts_of(name: str, shape: Shape) -> tuple[str, ...]:
     if name == "gemv":
         return (
             "common.cuh",
+            "inputs.cuh",
             "group.cuh",
             *(("planes.cuh", "bits.cuh") if shape.bitwise else ("limbs.cuh",)),
             "gemv.cu",

@@ -53,13 +53,16 @@ MOST = 4
 """Weights of one launch."""
 
 
-class _Task(ctypes.Structure):
+class Task(ctypes.Structure):
+    """One of the weights, its result, its first thread block and how many it has."""
+
     _fields_ = (("weight", Weight), ("y", ctypes.c_void_p), ("first", ctypes.c_int), ("blocks", ctypes.c_int))
 
 
 @lru_cache(maxsize=MOST)
-def _tasks(count: int) -> type[ctypes.Structure]:
-    return type("_Tasks", (ctypes.Structure,), {"_fields_": (("of", _Task * count),)})
+def tasks_of(count: int) -> type[ctypes.Structure]:
+    """The argument with so many of them."""
+    return type("_Tasks", (ctypes.Structure,), {"_fields_": (("of", Task * count),)})
 
 
 def shares(rows: Sequence[int], processors: int) -> list[int]:
@@ -120,7 +123,8 @@ def place_several(
 
 
 @lru_cache(maxsize=1024)
-def _own_shape(layout: Layout, rows: tuple[int, ...], columns: int, index: int) -> Tuned | None:
+def own_shape(layout: Layout, rows: tuple[int, ...], columns: int, index: int) -> Tuned | None:
+    """What tuning found for a joint launch."""
     return tuned_shapes(device_limits(index)[0]).get(several_key(layout, rows, columns))
 
 
@@ -151,12 +155,12 @@ def packed_products(x: Tensor, tensors: list[Tensor], layout: list[int], rows: l
     each = len(tensors) // len(rows)
     with torch.cuda.device(x.device):
         each_rows = tuple(rows)
-        shapes = (_own_shape(described, each_rows, columns, index), choice(described, sum(rows), columns, 1, index))
+        shapes = (own_shape(described, each_rows, columns, index), choice(described, sum(rows), columns, 1, index))
         run, launch, blocks = _prepared(described, each_rows, columns, x.dtype == torch.bfloat16, index, shapes)
-        tasks, row, first = _tasks(len(rows))(), 0, 0
+        tasks, row, first = tasks_of(len(rows))(), 0, 0
         for number, (count, share) in enumerate(zip(rows, blocks, strict=True)):
             weight = weight_of(described, tensors[number * each : (number + 1) * each], count, columns)
-            tasks.of[number] = _Task(weight, out.data_ptr() + row * out.element_size(), first, share)
+            tasks.of[number] = Task(weight, out.data_ptr() + row * out.element_size(), first, share)
             row, first = row + count, first + share
         sizes = (ctypes.c_int(launch.chunk), ctypes.c_int(launch.tiles))
         arguments: list[Argument] = [ctypes.c_void_p(x.data_ptr()), tasks, *sizes]
@@ -196,7 +200,7 @@ def _tune(x: Tensor, weights: Sequence[Packed], seconds: Callable[[], float]) ->
 
     def use(shape: Tuned | None) -> None:
         use_shape(device, key, shape)
-        _own_shape.cache_clear()
+        own_shape.cache_clear()
 
     early = starts_early(index)
     known = several_shapes(layout, counts_bits(index), early)
@@ -208,7 +212,7 @@ def _tune(x: Tensor, weights: Sequence[Packed], seconds: Callable[[], float]) ->
     shapes: list[Tuned] = list(launches)
     best, times = fastest(shapes, tuned_shapes(device).get(key), use, seconds, what)
     keep_tuned(device, {key: best})
-    _own_shape.cache_clear()
+    own_shape.cache_clear()
     return len(times)
 
 

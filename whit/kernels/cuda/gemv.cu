@@ -39,7 +39,7 @@ struct Tasks {
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
-gemv(const u16* x, const __grid_constant__ Tasks tasks, int chunk_columns, int tiles_per_round) {
+gemv(INPUT_TYPE given, const __grid_constant__ Tasks tasks, int chunk_columns, int tiles_per_round) {
     int which = 0;
     while (which + 1 < SEVERAL && (int)blockIdx.x >= tasks.of[which + 1].first) which++;
     const Weight w = tasks.of[which].w;
@@ -48,7 +48,7 @@ gemv(const u16* x, const __grid_constant__ Tasks tasks, int chunk_columns, int t
     const int block = (int)blockIdx.x - tasks.of[which].first, blocks = tasks.of[which].blocks;
 #else
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
-gemv(const u16* x, Weight w, const u16* bias, u16* y, int chunk_columns, int tiles_per_round) {
+gemv(INPUT_TYPE given, Weight w, const u16* bias, u16* y, int chunk_columns, int tiles_per_round) {
     const int block = blockIdx.x, blocks = gridDim.x;
 #endif
     extern __shared__ __align__(16) u8 memory[];
@@ -60,6 +60,11 @@ gemv(const u16* x, Weight w, const u16* bias, u16* y, int chunk_columns, int til
     float* partial = (float*)((u8*)(factors + chunk_blocks * (X_FACTORS)) + WARPS * (DEPTH * STAGE_BYTES));
     const int tiles = (w.rows + 15) / 16, items_across = (w.columns + ICOLS - 1) / ICOLS, chunk_items = chunk_columns / ICOLS;
     bool waited = false;
+#if INPUT == 0
+    const u16* const x = given;
+#else
+    const u16* const x = (const u16*)x_words;
+#endif
     if (EAGER) start_next_kernel();
 
     for (int first = block; first < tiles; first += blocks * tiles_per_round) {
@@ -76,11 +81,17 @@ gemv(const u16* x, Weight w, const u16* bias, u16* y, int chunk_columns, int til
                     copies_commit();
                 }
             };
+#if INPUT == 0
             if (!waited) prefetch_x(x, w.columns);
+#endif
 #pragma unroll 1
             for (int slot = 0; slot < DEPTH - 1; slot++) load(slot);
             if (!waited) {  // weights are no kernel's result: only x has to be waited for
+#if INPUT == 0
                 wait_for_previous_kernel();
+#else
+                make_input<X_WORDS>(x_words, given, w.columns, []() { wait_for_previous_kernel(); });
+#endif
                 waited = true;
             }
             if (items_across > chunk_items || first == block) {

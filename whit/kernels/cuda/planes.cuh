@@ -43,11 +43,11 @@ __device__ __forceinline__ void transpose_bits(u32& x, u32& y) {
 __device__ __forceinline__ void load_eight(u32 (&pair)[4], const u16* x, int column, int columns) {
     if (column + (CODE_BITS == 2 ? 20 : 8) <= columns && ((u64)x & 15) == 0) {
         if (CODE_BITS == 2) {
-            const uint2 a = __ldg((const uint2*)(x + column)), b = __ldg((const uint2*)(x + column + 16));
+            const uint2 a = load_x<uint2>(X_AT(x, column)), b = load_x<uint2>(X_AT(x, column + 16));
             pair[0] = __byte_perm(a.x, b.x, 0x5410), pair[1] = __byte_perm(a.x, b.x, 0x7632);
             pair[2] = __byte_perm(a.y, b.y, 0x5410), pair[3] = __byte_perm(a.y, b.y, 0x7632);
         } else {
-            const uint4 v = __ldg((const uint4*)(x + column));
+            const uint4 v = load_x<uint4>(X_AT(x, column));
             pair[0] = v.x, pair[1] = v.y, pair[2] = v.z, pair[3] = v.w;
         }
         return;
@@ -55,7 +55,7 @@ __device__ __forceinline__ void load_eight(u32 (&pair)[4], const u16* x, int col
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         const int first = column + (CODE_BITS == 2 ? i : 2 * i), second = first + (CODE_BITS == 2 ? 16 : 1);
-        pair[i] = (first < columns ? __ldg(x + first) : 0u) | (second < columns ? (u32)__ldg(x + second) : 0u) << 16;
+        pair[i] = (first < columns ? load_x<u16>(X_AT(x, first)) : 0u) | (second < columns ? (u32)load_x<u16>(X_AT(x, second)) : 0u) << 16;
     }
 }
 #if RAW
