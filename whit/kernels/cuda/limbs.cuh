@@ -85,7 +85,7 @@ __device__ __forceinline__ void stage_x(u32* limbs, float2* factors, const u16* 
 }
 
 template <bool FULL>
-__device__ __forceinline__ void item_sums(float (&y)[2], const u8* stage, const u32* limbs, const float2* factors, const Weight& w, int row0, int column0, int lane) {
+__device__ __forceinline__ void item_sums(float (&y)[2], const u8* stage, const u8* scalars, const u32* limbs, const float2* factors, const Weight& w, int row0, int column0, int lane) {
     const int r = lane >> 2, q = lane & 3, group0 = GROUP >= (1 << 30) ? 0 : column0 / GROUP;
     const int parity[2] = {odd_start(w, row0 + r, group0), odd_start(w, row0 + r + 8, group0)};
     y[0] = y[1] = 0.0f;
@@ -163,7 +163,7 @@ __device__ __forceinline__ void item_sums(float (&y)[2], const u8* stage, const 
                 float s[SUMS];
 #pragma unroll
                 for (int p = 0; p < SUMS; p++) s[p] = (float)(c[p][2 * h] * 32 + c[p][2 * h + 1]);
-                y[h] += factor.x * group_value(s, factor.y, stage, w, r + 8 * h, row0, column0, parity[h], group, KIND == BINARY_RESIDUAL && q >= 2);
+                y[h] += factor.x * group_value(s, factor.y, scalars, w, r + 8 * h, row0, column0, parity[h], group, KIND == BINARY_RESIDUAL && q >= 2);
             }
         }
     }

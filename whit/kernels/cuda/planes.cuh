@@ -160,6 +160,7 @@ __device__ __forceinline__ void stage_x(u32* words, float2* factors, const u16* 
     while (both < blocks) {
         const int block = both + (lane >> 4);
         const u32 pair[4] = {next[0], next[1], next[2], next[3]}, marks = next_marks;
+        MARK_IF(pair[0] != 0x12345678u, 3);
         u32 fixed[8], high = 0, low = 0;
         both += 2 * STAGERS;
         if (both < blocks) load();
