@@ -144,6 +144,20 @@ __device__ __forceinline__ void wait_for_previous_kernel() {
 #endif
 }
 
+// Bytes that the kernel before may have written: not __ldg, which the compiler may move before the wait.
+__device__ __forceinline__ uint4 read_sixteen(const void* from) {
+    uint4 v;
+    asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from) : "memory");
+    return v;
+}
+__device__ __forceinline__ uint2 read_eight(const void* from) {
+    uint2 v;
+    asm volatile("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(from) : "memory");
+    return v;
+}
+// Computed here and not where it is used.
+__device__ __forceinline__ void known(int& a, int& b, const u16*& c) { asm volatile("" : "+r"(a), "+r"(b), "+l"(c)); }
+
 // Lets the kernel behind start as soon as there is room for it.
 __device__ __forceinline__ void start_next_kernel() {
 #if EARLY

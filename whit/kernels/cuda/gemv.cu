@@ -198,25 +198,23 @@ gemv(const u16* x, Weight w, MAPS_PARAMETER const u16* bias, u16* y, int chunk_c
             for (int slot = 0; slot < DEPTH - 1; slot++) load(slot);
 #endif
             MARK(1);
-            if (!waited) {  // weights are no kernel's result: only x has to be waited for
-                wait_for_previous_kernel();
-                waited = true;
-            }
-            MARK(2);
 #if SPLIT > 1
             if (first == block) cluster_begun();
 #endif
-            if (items_across > chunk_items || first == block) {
+            if (items_across > chunk_items || first == block) {  // weights are no kernel's result: only x has to be waited for
                 if (items_across > chunk_items) __syncthreads();
 #if GIVEN_PLANES
                 {
+                    if (!waited) wait_for_previous_kernel();
+                    MARK(2);
                     const int words = across * BLOCKS * X_WORDS;
-                    for (int i = threadIdx.x; i < words / 4; i += THREADS) ((uint4*)x_words)[i] = __ldg((const uint4*)x + i);
-                    for (int i = threadIdx.x; i < across * BLOCKS * X_FACTORS / 2; i += THREADS) ((uint4*)factors)[i] = __ldg((const uint4*)x + words / 4 + i);
+                    for (int i = threadIdx.x; i < words / 4; i += THREADS) ((uint4*)x_words)[i] = read_sixteen((const uint4*)x + i);
+                    for (int i = threadIdx.x; i < across * BLOCKS * X_FACTORS / 2; i += THREADS) ((uint4*)factors)[i] = read_sixteen((const uint4*)x + words / 4 + i);
                 }
 #else
-                stage_x(x_words, factors, x, w.salient, (item0 + begin) * ICOLS, across * BLOCKS, w.columns, warp, lane);
+                stage_x(x_words, factors, x, w.salient, (item0 + begin) * ICOLS, across * BLOCKS, w.columns, warp, lane, !waited);
 #endif
+                waited = true;
                 MARK(4);
 #if STAGING_BLOCKS > 1
                 cluster_arrive();
@@ -319,6 +317,6 @@ gemv(const u16* x, Weight w, MAPS_PARAMETER const u16* bias, u16* y, int chunk_c
 
 #if GIVEN_PLANES
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) prepare(const u16* x, const u8* salient, u32* out, int columns, int blocks) {
-    stage_x(out, (float2*)(out + blocks * X_WORDS), x, salient, 0, blocks, columns, threadIdx.x / 32, threadIdx.x % 32);
+    stage_x(out, (float2*)(out + blocks * X_WORDS), x, salient, 0, blocks, columns, threadIdx.x / 32, threadIdx.x % 32, false);
 }
 #endif

@@ -60,7 +60,8 @@ __device__ __forceinline__ void stage_block(u32* limbs, float2* factors, const f
             factors[flush * 4 + lane] = make_float2(down / UNIT * (lane & 1 ? 1.0f : 1024.0f), lane == 1 ? ordinary : lane == 3 ? marks : 0.0f);
     }
 }
-__device__ __forceinline__ void stage_x(u32* limbs, float2* factors, const u16* x, const u8* salient, int column0, int blocks, int columns, int warp, int lane) {
+__device__ __forceinline__ void stage_x(u32* limbs, float2* factors, const u16* x, const u8* salient, int column0, int blocks, int columns, int warp, int lane, bool wait) {
+    if (wait) wait_for_previous_kernel();
     constexpr int BATCH = 4;  // blocks whose loads are in flight together
     for (int first = warp; first < blocks; first += WARPS * BATCH) {
         float value[BATCH][4];
@@ -72,7 +73,7 @@ __device__ __forceinline__ void stage_x(u32* limbs, float2* factors, const u16* 
             for (int j = 0; j < 4; j++) {
                 const int block = first + i * WARPS, column = column0 + block * 128 + column_of(lane >> 3, lane >> 1 & 3, lane & 1, j);
                 const bool there = block < blocks && column < columns;
-                value[i][j] = there ? float_of_x(__ldg(x + column)) : 0.0f;
+                value[i][j] = there ? float_of_x(x[column]) : 0.0f;
                 if (KIND == BINARY_RESIDUAL && there && (__ldg(salient + (column >> 3)) >> (column & 7) & 1)) marked[i] |= 0xffu << (8 * j);
             }
         }

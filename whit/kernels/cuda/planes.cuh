@@ -14,6 +14,9 @@
 #define UNIT_LEFT (RAW ? 32.0f : 2.0f)
 #define STAGERS (WARPS * STAGING_BLOCKS)
 
+#ifndef X_WHOLE
+#define X_WHOLE 0
+#endif
 // What a unit is worth, and how many units a value is.
 struct Unit {
     float down, up;
@@ -40,22 +43,22 @@ __device__ __forceinline__ void transpose_bits(u32& x, u32& y) {
 }
 // The eight columns whose bits share a byte of a plane, as pairs of 16 bits: those from `column` on, or with two-bit codes
 // four from there and, between them, the four that are 16 further.
-__device__ __forceinline__ void load_eight(u32 (&pair)[4], const u16* x, int column, int columns) {
-    if (column + (CODE_BITS == 2 ? 20 : 8) <= columns && ((u64)x & 15) == 0) {
-        if (CODE_BITS == 2) {
-            const uint2 a = __ldg((const uint2*)(x + column)), b = __ldg((const uint2*)(x + column + 16));
-            pair[0] = __byte_perm(a.x, b.x, 0x5410), pair[1] = __byte_perm(a.x, b.x, 0x7632);
-            pair[2] = __byte_perm(a.y, b.y, 0x5410), pair[3] = __byte_perm(a.y, b.y, 0x7632);
-        } else {
-            const uint4 v = __ldg((const uint4*)(x + column));
-            pair[0] = v.x, pair[1] = v.y, pair[2] = v.z, pair[3] = v.w;
-        }
-        return;
+__device__ __forceinline__ void load_eight(u32 (&pair)[4], const u16* from) {
+    if (CODE_BITS == 2) {
+        const uint2 a = read_eight(from), b = read_eight(from + 16);
+        pair[0] = __byte_perm(a.x, b.x, 0x5410), pair[1] = __byte_perm(a.x, b.x, 0x7632);
+        pair[2] = __byte_perm(a.y, b.y, 0x5410), pair[3] = __byte_perm(a.y, b.y, 0x7632);
+    } else {
+        const uint4 v = read_sixteen(from);
+        pair[0] = v.x, pair[1] = v.y, pair[2] = v.z, pair[3] = v.w;
     }
+}
+__device__ __forceinline__ void load_eight(u32 (&pair)[4], const u16* x, int column, int columns) {
+    if (column + (CODE_BITS == 2 ? 20 : 8) <= columns && ((u64)x & 15) == 0) return load_eight(pair, x + column);
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         const int first = column + (CODE_BITS == 2 ? i : 2 * i), second = first + (CODE_BITS == 2 ? 16 : 1);
-        pair[i] = (first < columns ? __ldg(x + first) : 0u) | (second < columns ? (u32)__ldg(x + second) : 0u) << 16;
+        pair[i] = (first < columns ? x[first] : 0u) | (second < columns ? (u32)x[second] : 0u) << 16;
     }
 }
 #if RAW
@@ -144,46 +147,99 @@ __device__ __forceinline__ void keep_planes(u32* words, const u32 (&fixed)[8], u
     }
 }
 #endif
+#ifndef TURNS
+#define TURNS 1  // pairs of blocks that a warp brings into planes at a time
+#endif
+// The largest, and the sum, of sixteen lanes (of all for WIDTH 2).
+__device__ __forceinline__ u32 largest_of(u32 value, int lane) {
+    if (WIDTH == 2) return __reduce_max_sync(0xffffffffu, value);
+    const u32 low = __reduce_max_sync(0xffffffffu, lane < 16 ? value : 0u), high = __reduce_max_sync(0xffffffffu, lane < 16 ? 0u : value);
+    return lane < 16 ? low : high;
+}
+__device__ __forceinline__ int sum_of_sixteen(int value, int lane) {
+    const int low = __reduce_add_sync(0xffffffffu, lane < 16 ? value : 0), high = __reduce_add_sync(0xffffffffu, lane < 16 ? 0 : value);
+    return lane < 16 ? low : high;
+}
 // Sixteen lanes bring a block of 128 columns into its planes, each a byte of every plane: eight columns are transposed in
 // registers. The half warps of the STAGING_BLOCKS thread blocks of a cluster take turns.
-__device__ __forceinline__ void stage_x(u32* words, float2* factors, const u16* x, const u8* salient, int column0, int blocks, int columns, int warp, int lane) {
+__device__ __forceinline__ void stage_x(u32* words, float2* factors, const u16* x, const u8* salient, int column0, int blocks, int columns, int warp, int lane, bool wait) {
     const int q = lane >> 2 & 3, k = lane & 3;
     int both = 2 * (blockIdx.x % STAGING_BLOCKS * WARPS + warp);
-    u32 next[4], next_marks = 0;
-    const auto load = [&]() {  // of the turn to come, while this one is transposed
-        const int block = both + (lane >> 4), column = column0 + block * 128 + 32 * q + (CODE_BITS == 2 ? 4 : 8) * k;
-        const bool there = block < blocks && column < columns;
-        load_eight(next, x, column, there ? columns : 0);
-        if (KIND == BINARY_RESIDUAL) next_marks = there ? (u32)__ldg(salient + (column >> 3)) << (8 * k) : 0u;
+    u32 next[TURNS][4], next_marks[TURNS] = {};
+    int column = column0 + (both + (lane >> 4)) * 128 + 32 * q + (CODE_BITS == 2 ? 4 : 8) * k;  // of the turn to come
+    int end = min(columns, column0 + blocks * 128);
+#if X_WHOLE
+    const u16* from = x + column;
+    known(column, end, from);  // before the wait
+#endif
+    const auto marks_of = [&]() {
+#pragma unroll
+        for (int turn = 0; turn < TURNS; turn++)
+            if (KIND == BINARY_RESIDUAL) next_marks[turn] = column + turn * (256 * STAGERS) < end ? (u32)__ldg(salient + ((column + turn * (256 * STAGERS)) >> 3)) << (8 * k) : 0u;
     };
-    if (both < blocks) load();
+    const auto load = [&]() {  // of the turn to come, while this one is transposed
+#pragma unroll
+        for (int turn = 0; turn < TURNS; turn++) {
+            const int at = column + turn * (256 * STAGERS);
+#if X_WHOLE
+            next[turn][0] = next[turn][1] = next[turn][2] = next[turn][3] = 0u;
+            if (at < end) load_eight(next[turn], from + turn * (256 * STAGERS));
+#else
+            load_eight(next[turn], x, at, at < end ? columns : 0);
+#endif
+        }
+    };
+    marks_of();  // no kernel's result
+    if (wait) wait_for_previous_kernel();
+    MARK(2);
+    load();
     while (both < blocks) {
-        const int block = both + (lane >> 4);
-        const u32 pair[4] = {next[0], next[1], next[2], next[3]}, marks = next_marks;
-        MARK_IF(pair[0] != 0x12345678u, 3);
-        u32 fixed[8], high = 0, low = 0;
-        both += 2 * STAGERS;
-        if (both < blocks) load();
+        const int first = both + (lane >> 4);
+        u32 pair[TURNS][4], marks[TURNS], fixed[TURNS][8], largest[TURNS];
+        Unit unit[TURNS];
+        int total[TURNS], marked[TURNS];
 #pragma unroll
-        for (int i = 0; i < 4; i++) high = max(high, pair[i] & 0x7fff0000u), low = max(low, pair[i] & 0x7fffu);
-        u32 largest = max(high >> 16, low);
+        for (int turn = 0; turn < TURNS; turn++) {
 #pragma unroll
-        for (int s = 1; s < 16 * WIDTH; s *= 2) largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, s));
-        const Unit unit = unit_of(float_of_x((u16)largest), RAW ? 524287.0f : 32767.0f);
-        int total = 0, marked = 0;
-#pragma unroll
-        for (int i = 0; i < 8; i++) {  // adding 1.5 x 2^23 leaves the nearest integer in the lower bits
-            fixed[i] = __float_as_uint(float_of_x((u16)(pair[i / 2] >> (16 * (i % 2)))) * unit.up + 12582912.0f);
-            total += (int)(fixed[i] - 0x4b400000u);
+            for (int i = 0; i < 4; i++) pair[turn][i] = next[turn][i];
+            marks[turn] = next_marks[turn];
         }
-        keep_planes(words + (WIDTH == 2 ? (block & ~1) * X_WORDS + (block & 1) : block * X_WORDS), fixed, marks, q, k, block < blocks, marked);
+        MARK_IF(pair[0][0] != 0x12345678u, 3);
+        both += 2 * STAGERS * TURNS, column += 256 * STAGERS * TURNS;
+#if X_WHOLE
+        from += 256 * STAGERS * TURNS;
+#endif
+        if (both < blocks) load(), marks_of();
 #pragma unroll
-        for (int s = 1; s < 16; s *= 2) {
-            total += (int)__shfl_xor_sync(0xffffffffu, (u32)total, s);
-            if (KIND == BINARY_RESIDUAL) marked += (int)__shfl_xor_sync(0xffffffffu, (u32)marked, s);
+        for (int turn = 0; turn < TURNS; turn++) {
+            u32 high = 0, low = 0;
+#pragma unroll
+            for (int i = 0; i < 4; i++) high = max(high, pair[turn][i] & 0x7fff0000u), low = max(low, pair[turn][i] & 0x7fffu);
+            largest[turn] = max(high >> 16, low);
         }
-        if (block < blocks && (lane & 15) == 0) 
-            *(float4*)(factors + block * X_FACTORS) = float4{unit.down * (1.0f / (SUM_UNIT * UNIT_LEFT)), (float)(total - marked) * SUM_UNIT, (float)marked * SUM_UNIT, 0.0f};
+#pragma unroll
+        for (int turn = 0; turn < TURNS; turn++) unit[turn] = unit_of(float_of_x((u16)largest_of(largest[turn], lane)), RAW ? 524287.0f : 32767.0f);
+#pragma unroll
+        for (int turn = 0; turn < TURNS; turn++) {
+            total[turn] = marked[turn] = 0;
+#pragma unroll
+            for (int i = 0; i < 8; i++) {  // adding 1.5 x 2^23 leaves the nearest integer in the lower bits
+                fixed[turn][i] = __float_as_uint(float_of_x((u16)(pair[turn][i / 2] >> (16 * (i % 2)))) * unit[turn].up + 12582912.0f);
+                total[turn] += (int)(fixed[turn][i] - 0x4b400000u);
+            }
+        }
+#pragma unroll
+        for (int turn = 0; turn < TURNS; turn++) {
+            const int block = first + turn * (2 * STAGERS);
+            keep_planes(words + (WIDTH == 2 ? (block & ~1) * X_WORDS + (block & 1) : block * X_WORDS), fixed[turn], marks[turn], q, k, block < blocks, marked[turn]);
+        }
+#pragma unroll
+        for (int turn = 0; turn < TURNS; turn++) {
+            const int block = first + turn * (2 * STAGERS), all = sum_of_sixteen(total[turn], lane);
+            const int of_marked = KIND == BINARY_RESIDUAL ? sum_of_sixteen(marked[turn], lane) : 0;
+            if (block < blocks && (lane & 15) == 0)
+                *(float4*)(factors + block * X_FACTORS) = float4{unit[turn].down * (1.0f / (SUM_UNIT * UNIT_LEFT)), (float)(all - of_marked) * SUM_UNIT, (float)of_marked * SUM_UNIT, 0.0f};
+        }
     }
 }
 
