@@ -66,8 +66,8 @@ MEANINGS = {
     "u32 clock_now(": "static u32 clock_now() { return 0; }",
     "u64 nanoseconds(": "static u64 nanoseconds() { return 0; }",
     "u32 own_processor(": "static u32 own_processor() { return 0; }",
-    "void copy_run(": "static void copy_run(u8* to, const u8* from, int bytes, u64* barrier)"
-    " { copy_run(to, from, bytes, (void*)barrier); }",
+    "void copy_run(": "",
+    "void copy_tile(": "",
     "void copy_box(": "static void copy_box(u8* to, const TensorMap& map, u64* barrier, int column, int token)"
     " { copy_box(to, map, barrier, column, token, TOKENS); }",
     "uint4 load_sixteen(": "static uint4 load_sixteen(const u8* from) { return *(const uint4*)from; }",
@@ -103,7 +103,7 @@ MEANINGS = {
     " { return to16(from16(a) + from16(b)) | (u32)to16(from16(a >> 16) + from16(b >> 16)) << 16; }",
 }
 CALLS = {
-    "gemv": "gemv((const u16*)x, weight, (const u16*)bias, (u16*)y, chunk, tiles)",
+    "gemv": "gemv((const u16*)x, weight, MAPS (const u16*)bias, (u16*)y, chunk, tiles)",
     "small": "small((const u16*)x, weight, (const u16*)bias, (u16*)y, tokens, chunk, tiles)",
     "decode": "decode(weight, (u16*)y)",
     "structured_product": "structured_product((const u16*)x, weight, (const u16*)bias, (u16*)y, tokens, chunk, tiles)",
@@ -116,6 +116,18 @@ MAIN = """
 static uint8_t *x, *bias, *y;
 static Weight weight;
 static int tokens, chunk, tiles;
+#if defined(MAPS_PARAMETER) && BULK
+static Maps maps;
+static void describe() {
+    for (int i = 0; i < 2; i++)
+        maps.codes[i] = {{(u64)weight.codes[i], (u64)weight.width / 2, (u64)weight.rows, ROW_PITCH / 2, ROW_PITCH}};
+    maps.scalars = {{(u64)weight.scalars, (u64)weight.groups * NS, (u64)weight.rows, SCALAR_WORDS * 2, 0}};
+}
+#define MAPS maps,
+#else
+static void describe() {}
+#define MAPS
+#endif
 int main(int, char** arguments) {
     long sizes[8], numbers[11];
     FILE* in = fopen(arguments[1], "rb");
@@ -131,6 +143,7 @@ int main(int, char** arguments) {
     x = tensors[5], bias = tensors[6], y = guarded(sizes[7]);
     memset(y, 0xff, sizes[7]);
     tokens = numbers[4], chunk = numbers[5], tiles = numbers[6];
+    describe();
     kernel_body = []() { CALL; };
     run_blocks(numbers[7], THREADS, numbers[8], numbers[9], numbers[10]);
     FILE* out = fopen(arguments[2], "wb");

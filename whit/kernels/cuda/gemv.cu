@@ -41,7 +41,7 @@ __device__ __forceinline__ void barrier_wait(u64* barrier, int parity) {
         "{.reg .pred p; waiting: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1; @p bra done; bra waiting; done:}"
         ::"r"(shared_address(barrier)), "r"(parity) : "memory");
 }
-__device__ __forceinline__ void copy_box(u8* shared, const TensorMap& map, u64* barrier, int column, int row) {
+__device__ __forceinline__ void copy_tile(u8* shared, const TensorMap& map, u64* barrier, int column, int row) {
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
         ::"r"(shared_address(shared)), "l"(&map), "r"(column), "r"(row), "r"(shared_address(barrier)) : "memory");
 }
@@ -72,11 +72,11 @@ __device__ __forceinline__ void bulk_item(u8* codes, u8* scalars, u64* barrier, 
     for (int plane = 0; plane < PLANES; plane++)
 #pragma unroll
         for (int box = 0; box < BOXES_ACROSS; box++)
-            copy_box(codes + plane * PLANE_BYTES + box * (16 * ROW_PITCH), maps.codes[plane], barrier, column0 / 16 * CODE_BITS + box * (ROW_PITCH / 2), row0);
+            copy_tile(codes + plane * PLANE_BYTES + box * (16 * ROW_PITCH), maps.codes[plane], barrier, column0 / 16 * CODE_BITS + box * (ROW_PITCH / 2), row0);
     if (GROUP >= (1 << 30))
         copy_run(scalars, w.scalars + row0 * (NS * 2), SCALAR_BYTES, barrier);
     else
-        copy_box(scalars, maps.scalars, barrier, column0 / GROUP * NS, row0);
+        copy_tile(scalars, maps.scalars, barrier, column0 / GROUP * NS, row0);
 }
 #endif
 
