@@ -42,6 +42,7 @@ MEANINGS = {
     "void wait_for_previous_kernel(": "static void wait_for_previous_kernel() {}",
     "void prefetch_line(": "static void prefetch_line(const u8*) {}",
     "void start_next_kernel(": "static void start_next_kernel() {}",
+    "void start_next_kernel_after(": "static void start_next_kernel_after(u32) {}",
     "void prefetch_x(": "static void prefetch_x(const u16*, int) {}",
     "void product(int": "static void product(int (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1)"
     " { u32 a[4] = {a0, a1, a2, a3}, b[2] = {b0, b1}; tensor_product(c, 4, a, 2, b, bytes_times_bytes); }",

@@ -140,7 +140,9 @@ template <int LEFT> __device__ __forceinline__ void copies_wait() { asm volatile
 __device__ __forceinline__ void wait_for_previous_kernel() {
 #if EARLY
     asm volatile("griddepcontrol.wait;" ::: "memory");
+#if !defined(EAGER) || EAGER < 2
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
 #endif
 }
 
@@ -162,6 +164,13 @@ __device__ __forceinline__ void known(int& a, int& b, const u16*& c) { asm volat
 __device__ __forceinline__ void start_next_kernel() {
 #if EARLY
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// The same, not before `value` (which must not be all ones) has been loaded.
+__device__ __forceinline__ void start_next_kernel_after(u32 value) {
+#if EARLY
+    asm volatile("{.reg .pred p; setp.ne.u32 p, %0, 0xffffffff; @p griddepcontrol.launch_dependents;}" ::"r"(value) : "memory");
 #endif
 }
 

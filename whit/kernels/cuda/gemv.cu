@@ -88,6 +88,9 @@ __device__ __forceinline__ void store_to_peer(float* own, int rank, float value)
 }
 #endif
 
+#ifndef AHEAD
+#define AHEAD DEPTH  // stages asked for before x has come
+#endif
 // The items of a warp: numbers warp, warp + WARPS, ... of the row tiles of a round, each `across` items wide.
 struct Place {
     int tile, column;
@@ -163,7 +166,7 @@ gemv(const u16* x, Weight w, MAPS_PARAMETER const u16* bias, u16* y, int chunk_c
 #endif
     const int tiles = (w.rows + 15) / 16, chunk_items = chunk_columns / ICOLS;
     bool waited = false;
-    if (EAGER) start_next_kernel();
+    if (EAGER == 1) start_next_kernel();
 
     for (int first = block; first < tiles; first += blocks * tiles_per_round) {
         const int mine = min(tiles_per_round, (tiles - first + blocks - 1) / blocks);
@@ -192,12 +195,22 @@ gemv(const u16* x, Weight w, MAPS_PARAMETER const u16* bias, u16* y, int chunk_c
             if (!waited) prefetch_x(x, w.columns);
 #if BULK
 #pragma unroll 1
-            for (int i = 0; i < DEPTH; i++) load(slot + i < DEPTH ? slot + i : slot + i - DEPTH);
+            for (int i = 0; i < AHEAD; i++) load(slot + i < DEPTH ? slot + i : slot + i - DEPTH);
 #else
 #pragma unroll 1
-            for (int slot = 0; slot < DEPTH - 1; slot++) load(slot);
+            for (int slot = 0; slot < (AHEAD < DEPTH - 1 ? AHEAD : DEPTH - 1); slot++) load(slot);
 #endif
             MARK(1);
+            const auto here = [&](u32 largest) {  // x has come: now what may delay it
+                if (EAGER == 2) start_next_kernel_after(largest);
+#if BULK
+#pragma unroll 1
+                for (int i = AHEAD; i < DEPTH; i++) load(slot + i < DEPTH ? slot + i : slot + i - DEPTH);
+#else
+#pragma unroll 1
+                for (int slot = AHEAD; slot < DEPTH - 1; slot++) load(slot);
+#endif
+            };
 #if SPLIT > 1
             if (first == block) cluster_begun();
 #endif
@@ -206,13 +219,14 @@ gemv(const u16* x, Weight w, MAPS_PARAMETER const u16* bias, u16* y, int chunk_c
 #if GIVEN_PLANES
                 {
                     if (!waited) wait_for_previous_kernel();
+                    here(0);
                     MARK(2);
                     const int words = across * BLOCKS * X_WORDS;
                     for (int i = threadIdx.x; i < words / 4; i += THREADS) ((uint4*)x_words)[i] = read_sixteen((const uint4*)x + i);
                     for (int i = threadIdx.x; i < across * BLOCKS * X_FACTORS / 2; i += THREADS) ((uint4*)factors)[i] = read_sixteen((const uint4*)x + words / 4 + i);
                 }
 #else
-                stage_x(x_words, factors, x, w.salient, (item0 + begin) * ICOLS, across * BLOCKS, w.columns, warp, lane, !waited);
+                stage_x(x_words, factors, x, w.salient, (item0 + begin) * ICOLS, across * BLOCKS, w.columns, warp, lane, !waited, here);
 #endif
                 waited = true;
                 MARK(4);
@@ -223,6 +237,9 @@ gemv(const u16* x, Weight w, MAPS_PARAMETER const u16* bias, u16* y, int chunk_c
                 cluster_arrive();  // waited for at the end: no block goes while another one reads its memory
 #endif
                 __syncthreads();
+                if (EAGER == 3) start_next_kernel();
+            } else {
+                here(0);
             }
             MARK(5);
 #if !BULK
@@ -317,6 +334,6 @@ gemv(const u16* x, Weight w, MAPS_PARAMETER const u16* bias, u16* y, int chunk_c
 
 #if GIVEN_PLANES
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT) prepare(const u16* x, const u8* salient, u32* out, int columns, int blocks) {
-    stage_x(out, (float2*)(out + blocks * X_WORDS), x, salient, 0, blocks, columns, threadIdx.x / 32, threadIdx.x % 32, false);
+    stage_x(out, (float2*)(out + blocks * X_WORDS), x, salient, 0, blocks, columns, threadIdx.x / 32, threadIdx.x % 32, false, [](u32) {});
 }
 #endif

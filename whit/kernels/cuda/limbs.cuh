@@ -60,8 +60,10 @@ __device__ __forceinline__ void stage_block(u32* limbs, float2* factors, const f
             factors[flush * 4 + lane] = make_float2(down / UNIT * (lane & 1 ? 1.0f : 1024.0f), lane == 1 ? ordinary : lane == 3 ? marks : 0.0f);
     }
 }
-__device__ __forceinline__ void stage_x(u32* limbs, float2* factors, const u16* x, const u8* salient, int column0, int blocks, int columns, int warp, int lane, bool wait) {
+template <class Here>
+__device__ __forceinline__ void stage_x(u32* limbs, float2* factors, const u16* x, const u8* salient, int column0, int blocks, int columns, int warp, int lane, bool wait, const Here& here) {
     if (wait) wait_for_previous_kernel();
+    here(0);
     constexpr int BATCH = 4;  // blocks whose loads are in flight together
     for (int first = warp; first < blocks; first += WARPS * BATCH) {
         float value[BATCH][4];

@@ -150,6 +150,9 @@ __device__ __forceinline__ void keep_planes(u32* words, const u32 (&fixed)[8], u
 #ifndef TURNS
 #define TURNS 1  // pairs of blocks that a warp brings into planes at a time
 #endif
+#ifndef LOADS
+#define LOADS TURNS  // and of those it asks for at once, a multiple
+#endif
 // The largest, and the sum, of sixteen lanes (of all for WIDTH 2).
 __device__ __forceinline__ u32 largest_of(u32 value, int lane) {
     if (WIDTH == 2) return __reduce_max_sync(0xffffffffu, value);
@@ -162,85 +165,94 @@ __device__ __forceinline__ int sum_of_sixteen(int value, int lane) {
 }
 // Sixteen lanes bring a block of 128 columns into its planes, each a byte of every plane: eight columns are transposed in
 // registers. The half warps of the STAGING_BLOCKS thread blocks of a cluster take turns.
-__device__ __forceinline__ void stage_x(u32* words, float2* factors, const u16* x, const u8* salient, int column0, int blocks, int columns, int warp, int lane, bool wait) {
+template <class Here>
+__device__ __forceinline__ void stage_x(u32* words, float2* factors, const u16* x, const u8* salient, int column0, int blocks, int columns, int warp, int lane, bool wait, const Here& here) {
+    constexpr int STEP = 256 * STAGERS;  // columns of a turn
     const int q = lane >> 2 & 3, k = lane & 3;
     int both = 2 * (blockIdx.x % STAGING_BLOCKS * WARPS + warp);
-    u32 next[TURNS][4], next_marks[TURNS] = {};
+    u32 next[LOADS][4], next_marks[LOADS] = {};
     int column = column0 + (both + (lane >> 4)) * 128 + 32 * q + (CODE_BITS == 2 ? 4 : 8) * k;  // of the turn to come
     int end = min(columns, column0 + blocks * 128);
-#if X_WHOLE
     const u16* from = x + column;
     known(column, end, from);  // before the wait
-#endif
-    const auto marks_of = [&]() {
+    const auto load_marks = [&]() {
 #pragma unroll
-        for (int turn = 0; turn < TURNS; turn++)
-            if (KIND == BINARY_RESIDUAL) next_marks[turn] = column + turn * (256 * STAGERS) < end ? (u32)__ldg(salient + ((column + turn * (256 * STAGERS)) >> 3)) << (8 * k) : 0u;
+        for (int turn = 0; turn < LOADS; turn++)
+            if (KIND == BINARY_RESIDUAL) next_marks[turn] = column + turn * STEP < end ? (u32)__ldg(salient + ((column + turn * STEP) >> 3)) << (8 * k) : 0u;
     };
-    const auto load = [&]() {  // of the turn to come, while this one is transposed
+    const auto load = [&]() {
 #pragma unroll
-        for (int turn = 0; turn < TURNS; turn++) {
-            const int at = column + turn * (256 * STAGERS);
+        for (int turn = 0; turn < LOADS; turn++) {
+            const int at = column + turn * STEP;
 #if X_WHOLE
             next[turn][0] = next[turn][1] = next[turn][2] = next[turn][3] = 0u;
-            if (at < end) load_eight(next[turn], from + turn * (256 * STAGERS));
+            if (at < end) load_eight(next[turn], from + turn * STEP);
 #else
             load_eight(next[turn], x, at, at < end ? columns : 0);
 #endif
         }
     };
-    marks_of();  // no kernel's result
+    load_marks();  // no kernel's result
     if (wait) wait_for_previous_kernel();
     MARK(2);
-    load();
+    bool told = false;
     while (both < blocks) {
-        const int first = both + (lane >> 4);
-        u32 pair[TURNS][4], marks[TURNS], fixed[TURNS][8], largest[TURNS];
-        Unit unit[TURNS];
-        int total[TURNS], marked[TURNS];
+        load();
+#pragma unroll 1
+        for (int done = 0; done < LOADS && both < blocks; done += TURNS) {
+            const int first = both + (lane >> 4);
+            u32 pair[TURNS][4], fixed[TURNS][8], largest[TURNS];
+            Unit unit[TURNS];
+            int total[TURNS], marked[TURNS];
 #pragma unroll
-        for (int turn = 0; turn < TURNS; turn++) {
+            for (int turn = 0; turn < TURNS; turn++) {
+                u32 high = 0, low = 0;
 #pragma unroll
-            for (int i = 0; i < 4; i++) pair[turn][i] = next[turn][i];
-            marks[turn] = next_marks[turn];
-        }
-        MARK_IF(pair[0][0] != 0x12345678u, 3);
-        both += 2 * STAGERS * TURNS, column += 256 * STAGERS * TURNS;
-#if X_WHOLE
-        from += 256 * STAGERS * TURNS;
-#endif
-        if (both < blocks) load(), marks_of();
-#pragma unroll
-        for (int turn = 0; turn < TURNS; turn++) {
-            u32 high = 0, low = 0;
-#pragma unroll
-            for (int i = 0; i < 4; i++) high = max(high, pair[turn][i] & 0x7fff0000u), low = max(low, pair[turn][i] & 0x7fffu);
-            largest[turn] = max(high >> 16, low);
-        }
-#pragma unroll
-        for (int turn = 0; turn < TURNS; turn++) unit[turn] = unit_of(float_of_x((u16)largest_of(largest[turn], lane)), RAW ? 524287.0f : 32767.0f);
-#pragma unroll
-        for (int turn = 0; turn < TURNS; turn++) {
-            total[turn] = marked[turn] = 0;
-#pragma unroll
-            for (int i = 0; i < 8; i++) {  // adding 1.5 x 2^23 leaves the nearest integer in the lower bits
-                fixed[turn][i] = __float_as_uint(float_of_x((u16)(pair[turn][i / 2] >> (16 * (i % 2)))) * unit[turn].up + 12582912.0f);
-                total[turn] += (int)(fixed[turn][i] - 0x4b400000u);
+                for (int i = 0; i < 4; i++) {
+                    pair[turn][i] = next[turn][i];
+                    high = max(high, pair[turn][i] & 0x7fff0000u), low = max(low, pair[turn][i] & 0x7fffu);
+                }
+                largest[turn] = max(high >> 16, low);
             }
-        }
 #pragma unroll
-        for (int turn = 0; turn < TURNS; turn++) {
-            const int block = first + turn * (2 * STAGERS);
-            keep_planes(words + (WIDTH == 2 ? (block & ~1) * X_WORDS + (block & 1) : block * X_WORDS), fixed[turn], marks[turn], q, k, block < blocks, marked[turn]);
-        }
+            for (int turn = 0; turn < TURNS; turn++) largest[turn] = largest_of(largest[turn], lane);
+            MARK_IF(largest[0] != 0x12345678u, 3);
+            if (!told) here(largest[0]);
+            told = true;
 #pragma unroll
-        for (int turn = 0; turn < TURNS; turn++) {
-            const int block = first + turn * (2 * STAGERS), all = sum_of_sixteen(total[turn], lane);
-            const int of_marked = KIND == BINARY_RESIDUAL ? sum_of_sixteen(marked[turn], lane) : 0;
-            if (block < blocks && (lane & 15) == 0)
-                *(float4*)(factors + block * X_FACTORS) = float4{unit[turn].down * (1.0f / (SUM_UNIT * UNIT_LEFT)), (float)(all - of_marked) * SUM_UNIT, (float)of_marked * SUM_UNIT, 0.0f};
+            for (int turn = 0; turn < TURNS; turn++) {
+                unit[turn] = unit_of(float_of_x((u16)largest[turn]), RAW ? 524287.0f : 32767.0f);
+                total[turn] = marked[turn] = 0;
+#pragma unroll
+                for (int i = 0; i < 8; i++) {  // adding 1.5 x 2^23 leaves the nearest integer in the lower bits
+                    fixed[turn][i] = __float_as_uint(float_of_x((u16)(pair[turn][i / 2] >> (16 * (i % 2)))) * unit[turn].up + 12582912.0f);
+                    total[turn] += (int)(fixed[turn][i] - 0x4b400000u);
+                }
+            }
+#pragma unroll
+            for (int turn = 0; turn < TURNS; turn++) {
+                const int block = first + turn * (2 * STAGERS);
+                keep_planes(words + (WIDTH == 2 ? (block & ~1) * X_WORDS + (block & 1) : block * X_WORDS), fixed[turn], next_marks[turn], q, k, block < blocks, marked[turn]);
+            }
+#pragma unroll
+            for (int turn = 0; turn < TURNS; turn++) {
+                const int block = first + turn * (2 * STAGERS), all = sum_of_sixteen(total[turn], lane);
+                const int of_marked = KIND == BINARY_RESIDUAL ? sum_of_sixteen(marked[turn], lane) : 0;
+                if (block < blocks && (lane & 15) == 0)
+                    *(float4*)(factors + block * X_FACTORS) = float4{unit[turn].down * (1.0f / (SUM_UNIT * UNIT_LEFT)), (float)(all - of_marked) * SUM_UNIT, (float)of_marked * SUM_UNIT, 0.0f};
+            }
+#pragma unroll
+            for (int turn = 0; turn + TURNS < LOADS; turn++) {
+#pragma unroll
+                for (int i = 0; i < 4; i++) next[turn][i] = next[turn + TURNS][i];
+                next_marks[turn] = next_marks[turn + TURNS];
+            }
+            both += 2 * STAGERS * TURNS;
         }
+        column += STEP * LOADS, from += STEP * LOADS;
+        if (both < blocks) load_marks();
     }
+    if (!told) here(0);
 }
 
 // What the other blocks of the cluster have staged.
