@@ -64,9 +64,6 @@ MEANINGS = {
     "uint4 read_sixteen(": "static uint4 read_sixteen(const void* from) { return *(const uint4*)from; }",
     "uint2 read_eight(": "static uint2 read_eight(const void* from) { return *(const uint2*)from; }",
     "void known(": "static void known(int&, int&, const u16*&) {}",
-    "u32 clock_now(": "static u32 clock_now() { return 0; }",
-    "u64 nanoseconds(": "static u64 nanoseconds() { return 0; }",
-    "u32 own_processor(": "static u32 own_processor() { return 0; }",
     "void copy_run(": "",
     "void copy_tile(": "",
     "void copy_box(": "static void copy_box(u8* to, const TensorMap& map, u64* barrier, int column, int token)"
@@ -104,7 +101,7 @@ MEANINGS = {
     " { return to16(from16(a) + from16(b)) | (u32)to16(from16(a >> 16) + from16(b >> 16)) << 16; }",
 }
 CALLS = {
-    "gemv": "gemv((const u16*)x, weight, MAPS (const u16*)bias, (u16*)y, chunk, tiles)",
+    "gemv": "gemv((const u16*)x, operand_of(weight), (const u16*)bias, (u16*)y, chunk, tiles)",
     "small": "small((const u16*)x, weight, (const u16*)bias, (u16*)y, tokens, chunk, tiles)",
     "decode": "decode(weight, (u16*)y)",
     "structured_product": "structured_product((const u16*)x, weight, (const u16*)bias, (u16*)y, tokens, chunk, tiles)",
@@ -113,22 +110,21 @@ CALLS = {
     " {{(u64)weight.codes[0], (u64)weight.width / 2, (u64)weight.rows}},"
     " weight, (const u16*)bias, (u16*)y, tokens, chunk)",
 }
+OPERAND = """
+static Operand operand_of(const Weight& w) {
+    Operand operand = {w};
+#if BULK
+    for (int i = 0; i < 2; i++)
+        operand.maps.codes[i] = {{(u64)w.codes[i], (u64)w.width / 2, (u64)w.rows, ROW_PITCH / 2, ROW_PITCH}};
+    operand.maps.scalars = {{(u64)w.scalars, (u64)w.groups * NS, (u64)w.rows, GROUPS_IN_ITEM * NS, 0}};
+#endif
+    return operand;
+}
+"""
 MAIN = """
 static uint8_t *x, *bias, *y;
 static Weight weight;
 static int tokens, chunk, tiles;
-#if defined(MAPS_PARAMETER) && BULK
-static Maps maps;
-static void describe() {
-    for (int i = 0; i < 2; i++)
-        maps.codes[i] = {{(u64)weight.codes[i], (u64)weight.width / 2, (u64)weight.rows, ROW_PITCH / 2, ROW_PITCH}};
-    maps.scalars = {{(u64)weight.scalars, (u64)weight.groups * NS, (u64)weight.rows, SCALAR_WORDS * 2, 0}};
-}
-#define MAPS maps,
-#else
-static void describe() {}
-#define MAPS
-#endif
 int main(int, char** arguments) {
     long sizes[8], numbers[11];
     FILE* in = fopen(arguments[1], "rb");
@@ -144,7 +140,6 @@ int main(int, char** arguments) {
     x = tensors[5], bias = tensors[6], y = guarded(sizes[7]);
     memset(y, 0xff, sizes[7]);
     tokens = numbers[4], chunk = numbers[5], tiles = numbers[6];
-    describe();
     kernel_body = []() { CALL; };
     run_blocks(numbers[7], THREADS, numbers[8], numbers[9], numbers[10]);
     FILE* out = fopen(arguments[2], "wb");
@@ -174,7 +169,7 @@ def compiled(name: str, layout: Layout, launch: Launch | WideShape, tokens: int,
     elif name == "decode":
         options, source = decode_options(layout, bfloat), decode_source(layout)
     else:
-        options = options_of(layout, launch.shape, launch.depth, tokens, bfloat, early=False)
+        options = options_of(layout, launch, tokens, bfloat, early=False)
         source = source_of(*parts_of(name, launch.shape))
     return built(name, source, options, folder)
 
@@ -198,7 +193,8 @@ def built(name: str, source: str, options: Sequence[str], folder: Path) -> Path:
     """An executable that runs the kernel `name` of a source once."""
     source = '#include "emulator.h"\n' + translated(source)
     path = folder / f"{name}.cpp"
-    path.write_text(source + MAIN.replace("CALL", CALLS[name]), encoding="utf-8")
+    main = (OPERAND if name == "gemv" else "") + MAIN.replace("CALL", CALLS[name])
+    path.write_text(source + main, encoding="utf-8")
     command = [
         str(COMPILER),
         *FLAGS,
@@ -238,7 +234,10 @@ def run(
         first, count = (0, launch.tiles(rows, len(x))) if tiles is None else tiles
         numbers = [first, 0, count * launch.splits, -(-shared // 1024) * 1024, int(descending), launch.splits]
     else:
-        numbers = [launch.chunk, launch.tiles, launch.grid, launch.shared, int(descending), launch.shape.share]
+        shared = (
+            -(-launch.shared // 1024) * 1024 if launch.shape.bulk else launch.shared
+        )  # boxes lie at multiples of it
+        numbers = [launch.chunk, launch.tiles, launch.grid, shared, int(descending), launch.shape.share]
     return executed(program, layout, numbers, tensors, shape, x, bias)
 
 

@@ -14,58 +14,12 @@ typedef unsigned long long u64;
 #define BINARY_RESIDUAL 0
 #define LEVEL_TABLE 1
 #define GROUPED_INTEGER 2
-#ifndef SPLIT
-#define SPLIT 1
-#endif
-#ifndef GIVEN_PLANES
-#define GIVEN_PLANES 0
-#endif
 #define PLANES (KIND == BINARY_RESIDUAL ? 2 : 1)   // packed tensors that hold codes
 #define CODE_BITS (KIND == BINARY_RESIDUAL ? 1 : BITS)  // bits per weight in each of them
 
-#ifdef TIMELINE
-__device__ __forceinline__ u32* own_marks() {
-    __shared__ u32 marks[1024];
-    return marks + threadIdx.x / 32 * 32;
-}
-__device__ __forceinline__ u32 clock_now() { u32 t; asm volatile("mov.u32 %0, %%clock;" : "=r"(t) :: "memory"); return t; }
-__device__ __forceinline__ u64 nanoseconds() { u64 t; asm volatile("mov.u64 %0, %%globaltimer;" : "=l"(t) :: "memory"); return t; }
-__device__ __forceinline__ u32 own_processor() { u32 number; asm volatile("mov.u32 %0, %%smid;" : "=r"(number)); return number; }
-__device__ __forceinline__ void mark(int number, bool set = true) {
-    if (threadIdx.x % 32 == 0 && set) own_marks()[number] = clock_now();
-}
-__device__ __forceinline__ void mark_start() {
-    if (threadIdx.x % 32 == 0) {
-        u32* marks = own_marks();
-        marks[0] = clock_now();
-        *(u64*)(marks + 10) = nanoseconds();
-        marks[14] = clock_now();
-        for (int i = 1; i < 10; i++) marks[i] = 0;
-        marks[12] = own_processor();
-    }
-}
-__device__ __forceinline__ void marks_out(u32* out) {
-    __syncthreads();
-    mark(9);
-    if (threadIdx.x % 32 == 0) {
-        u32* marks = own_marks();
-        *(u64*)(marks + 16) = nanoseconds();
-        marks[15] = clock_now();
-    }
-    __syncwarp();
-    if (threadIdx.x % 32 < 18) out[(blockIdx.x * (THREADS / 32) + threadIdx.x / 32) * 18 + threadIdx.x % 32] = own_marks()[threadIdx.x % 32];
-}
-#define MARK(number) if (number == 0) mark_start(); else mark(number)
-#define MARK_ONCE(number) mark(number, own_marks()[number] == 0)
-#define MARK_IF(condition, number) mark(number, condition)
-#define MARKS_OUT() marks_out((u32*)bias)
-#define HAS_BIAS(bias) false
-#else
-#define MARK(number)
-#define MARK_ONCE(number)
-#define MARK_IF(condition, number)
-#define MARKS_OUT()
-#define HAS_BIAS(bias) bias
+#ifndef MARK  // of the time at which warps pass a place: benchmarks/timeline.py
+#define MARK(number, after)
+#define MARKS_END(bias)
 #endif
 
 __device__ __forceinline__ float float_of_half(u16 h) {
@@ -198,13 +152,13 @@ __device__ __forceinline__ u32 funnel_right(u32 low, u32 high, int shift) { retu
 #define BULK 0
 #endif
 // Bytes from a staged row to the next: boxes of the tensor copy engine are at most 128 bytes wide and follow one another.
-#define ROW_PITCH (BULK == 2 ? ROW_BYTES + 16 * CODE_BITS : BULK && ROW_BYTES > 128 ? 128 : ROW_BYTES)
+#define ROW_PITCH (BULK && ROW_BYTES > 128 ? 128 : ROW_BYTES)
 #define ROW_CHUNKS (ROW_BYTES / 16)
 #define GROUPS_IN_ITEM (GROUP % ICOLS == 0 ? 1 : ICOLS % GROUP == 0 ? ICOLS / GROUP : ICOLS / GROUP + 2)
 #define REGULAR (GROUP % ICOLS == 0 || ICOLS % GROUP == 0)       // an item starts with a group
-#define SCALAR_WORDS (BULK == 1 && GROUP < (1 << 30) ? (GROUPS_IN_ITEM * NS * 2 + 15) / 16 * 4 : PIECE > 2 ? GROUPS_IN_ITEM * NS / 2 : (GROUPS_IN_ITEM * NS + (NS % 2 ? 2 : 1)) / 2)  // an odd start costs one more half
+#define SCALAR_WORDS (PIECE > 2 ? GROUPS_IN_ITEM * NS / 2 : (GROUPS_IN_ITEM * NS + (NS % 2 ? 2 : 1)) / 2)  // an odd start costs one more half
 #define ZERO_WORDS (ASYM ? (GROUPS_IN_ITEM * BITS + 62) / 32 + 1 : 0)
-#define PLANE_BYTES (16 * (BULK == 2 ? ROW_PITCH : ROW_STRIDE))
+#define PLANE_BYTES (16 * ROW_STRIDE)
 #define STAGE_BYTES ((PLANES * PLANE_BYTES + 16 * 4 * (SCALAR_WORDS + ZERO_WORDS) + 15) / 16 * 16)
 
 struct Weight {
@@ -224,7 +178,6 @@ struct Weight {
 // banks as it can.
 __device__ __forceinline__ int chunk_place(int row, int chunk) {
     if (CODE_BITS == 3) return row * ROW_STRIDE + chunk * 16;
-    if (BULK == 2) return row * ROW_PITCH + chunk * 16;
     if (BULK) {  // as the engine swizzles: by the row for 128 bytes, by half of its number for 64
         constexpr int CHUNKS = ROW_PITCH / 16;
         return chunk / CHUNKS * (16 * ROW_PITCH) + row * ROW_PITCH + ((chunk ^ row / (8 / CHUNKS)) & (CHUNKS - 1)) * 16;
@@ -322,8 +275,8 @@ __device__ __forceinline__ void stage_item(u8* stage, const Weight& w, int row0,
 __device__ __forceinline__ int odd_start(const Weight& w, int row, int group0) {
     return PIECE == 2 && NS % 2 ? ((min(row, w.rows - 1) * w.groups + group0) & 1) : 0;
 }
-__device__ __forceinline__ float staged_scalar(const u8* stage, int row, int parity, int group, int j) {
-    const u16* halves = (const u16*)(stage + PLANES * PLANE_BYTES) + row * SCALAR_WORDS * 2;
+__device__ __forceinline__ float staged_scalar(const u8* scalars, int row, int parity, int group, int j) {
+    const u16* halves = (const u16*)scalars + row * SCALAR_WORDS * 2;
     return float_of_half(halves[parity + group * NS + j]);
 }
 // Which of the item's groups holds column `offset` of the item: known to the compiler when loops are unrolled.
@@ -333,9 +286,9 @@ __device__ __forceinline__ int group_of(int column0, int offset) {
 }
 __device__ __forceinline__ float low_half(u32 word) { return float_of_half((u16)word); }
 __device__ __forceinline__ float high_half(u32 word) { return float_of_half((u16)(word >> 16)); }
-__device__ __forceinline__ float staged_zero(const u8* stage, const Weight& w, int row, int row0, int group0, int group) {
+__device__ __forceinline__ float staged_zero(const u8* scalars, const Weight& w, int row, int row0, int group0, int group) {
 #if ASYM
-    const u32* zeros = (const u32*)(stage + PLANES * PLANE_BYTES) + 16 * SCALAR_WORDS + row * ZERO_WORDS;
+    const u32* zeros = (const u32*)scalars + 16 * SCALAR_WORDS + row * ZERO_WORDS;
     u32 start = ((u32)(min(row0 + row, w.rows - 1) * w.groups + group0) * BITS & 31) + group * BITS;
     u32 word = start >> 5;
     return (float)(funnel_right(zeros[word], zeros[word + 1], start & 31) & ((1u << BITS) - 1));

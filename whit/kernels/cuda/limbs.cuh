@@ -61,9 +61,9 @@ __device__ __forceinline__ void stage_block(u32* limbs, float2* factors, const f
     }
 }
 template <class Here>
-__device__ __forceinline__ void stage_x(u32* limbs, float2* factors, const u16* x, const u8* salient, int column0, int blocks, int columns, int warp, int lane, bool wait, const Here& here) {
+__device__ __forceinline__ void stage_x(u32* limbs, float2* factors, const u16* x, const u8* salient, int column0, int blocks, int columns, int warp, int lane, bool wait, const Here& x_has_come) {
     if (wait) wait_for_previous_kernel();
-    here(0);
+    x_has_come(0);
     constexpr int BATCH = 4;  // blocks whose loads are in flight together
     for (int first = warp; first < blocks; first += WARPS * BATCH) {
         float value[BATCH][4];

@@ -14,9 +14,6 @@
 #define UNIT_LEFT (RAW ? 32.0f : 2.0f)
 #define STAGERS (WARPS * STAGING_BLOCKS)
 
-#ifndef X_WHOLE
-#define X_WHOLE 0
-#endif
 // What a unit is worth, and how many units a value is.
 struct Unit {
     float down, up;
@@ -147,12 +144,6 @@ __device__ __forceinline__ void keep_planes(u32* words, const u32 (&fixed)[8], u
     }
 }
 #endif
-#ifndef TURNS
-#define TURNS 1  // pairs of blocks that a warp brings into planes at a time
-#endif
-#ifndef LOADS
-#define LOADS TURNS  // and of those it asks for at once, a multiple
-#endif
 // The largest, and the sum, of sixteen lanes (of all for WIDTH 2).
 __device__ __forceinline__ u32 largest_of(u32 value, int lane) {
     if (WIDTH == 2) return __reduce_max_sync(0xffffffffu, value);
@@ -164,9 +155,12 @@ __device__ __forceinline__ int sum_of_sixteen(int value, int lane) {
     return lane < 16 ? low : high;
 }
 // Sixteen lanes bring a block of 128 columns into its planes, each a byte of every plane: eight columns are transposed in
-// registers. The half warps of the STAGING_BLOCKS thread blocks of a cluster take turns.
+// registers. The half warps of the STAGING_BLOCKS thread blocks of a cluster take turns: a warp asks for its LOADS turns at
+// once and works on TURNS together (of which LOADS is a multiple), since one alone is mostly latency. X_WHOLE: the columns
+// are a multiple of 32, and x starts at a multiple of 16 bytes. `x_has_come` is called once, with a number that is not known
+// before.
 template <class Here>
-__device__ __forceinline__ void stage_x(u32* words, float2* factors, const u16* x, const u8* salient, int column0, int blocks, int columns, int warp, int lane, bool wait, const Here& here) {
+__device__ __forceinline__ void stage_x(u32* words, float2* factors, const u16* x, const u8* salient, int column0, int blocks, int columns, int warp, int lane, bool wait, const Here& x_has_come) {
     constexpr int STEP = 256 * STAGERS;  // columns of a turn
     const int q = lane >> 2 & 3, k = lane & 3;
     int both = 2 * (blockIdx.x % STAGING_BLOCKS * WARPS + warp);
@@ -194,7 +188,7 @@ __device__ __forceinline__ void stage_x(u32* words, float2* factors, const u16* 
     };
     load_marks();  // no kernel's result
     if (wait) wait_for_previous_kernel();
-    MARK(2);
+    MARK(2, 0u);
     bool told = false;
     while (both < blocks) {
         load();
@@ -216,8 +210,8 @@ __device__ __forceinline__ void stage_x(u32* words, float2* factors, const u16* 
             }
 #pragma unroll
             for (int turn = 0; turn < TURNS; turn++) largest[turn] = largest_of(largest[turn], lane);
-            MARK_IF(largest[0] != 0x12345678u, 3);
-            if (!told) here(largest[0]);
+            MARK(3, largest[0]);
+            if (!told) x_has_come(largest[0]);
             told = true;
 #pragma unroll
             for (int turn = 0; turn < TURNS; turn++) {
@@ -252,7 +246,7 @@ __device__ __forceinline__ void stage_x(u32* words, float2* factors, const u16* 
         column += STEP * LOADS, from += STEP * LOADS;
         if (both < blocks) load_marks();
     }
-    if (!told) here(0);
+    if (!told) x_has_come(0);
 }
 
 // What the other blocks of the cluster have staged.
