@@ -25,7 +25,8 @@ from reports import write_report
 from whit.kernels.cuda_layout import layout_of
 from whit.kernels.cuda_ops import build, choice, operand_of, starts_early
 from whit.kernels.cuda_plan import Launch
-from whit.kernels.nvrtc import Kernel, cached_cubin, device_options
+from whit.kernels.driver import Kernel
+from whit.kernels.nvrtc import cached_cubin, device_options
 from whit.kernels.timing import copies_for
 
 PLACES = (

@@ -11,7 +11,7 @@ import ctypes
 from collections.abc import Sequence
 
 from whit.kernels.cuda_layout import BINARY_RESIDUAL, WHOLE_ROW, Layout
-from whit.kernels.nvrtc import TensorMap, tensor_map
+from whit.kernels.driver import TensorMap, tensor_map
 
 BOX_ROWS = 16
 WIDEST_BOX = 128
