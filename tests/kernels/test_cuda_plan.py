@@ -15,12 +15,14 @@ from whit.formats.level_table import LevelTable
 from whit.formats.structured_binary import StructuredBinary
 from whit.formats.vector_codebook import VectorCodebook
 from whit.kernels import cuda_linear, cuda_ops, nvrtc
+from whit.kernels.cuda_bulk import bulk_stage_bytes
 from whit.kernels.cuda_layout import WIDEST, layout_of
 from whit.kernels.cuda_plan import (
     Shape,
     choose,
     gemv_shapes,
     keep_tuned,
+    place_gemv,
     plan,
     room,
     tuned_shapes,
@@ -126,6 +128,43 @@ def test_without_a_measurement_small_products_leave_room_for_the_next_kernel():
     assert large.shape == Shape(512, 1024, 1, True) and not large.shape.eager
     down = choose("No Such GPU", layout_of(LevelTable(2, 128), 11008), 4096, 11008, 1, *H200)
     assert down.shape.item == 512  # 10 items of 1024 and three quarters of one would leave warps idle
+
+
+@pytest.mark.parametrize(
+    ("layout", "columns", "rows", "item", "comes"),
+    [
+        (LevelTable(2, 128), 4096, 4096, 1024, True),
+        (LevelTable(1, 128), 4096, 100, 512, True),
+        (LevelTable(1, 128), 11008, 4096, 1024, False),  # the levels of a row are no multiple of 16 bytes
+        (BinaryResidual(128, True), 4096, 4096, 1024, True),
+        (BinaryResidual(128, True), 4096, 4096, 512, False),  # nor those of an item
+        (BinaryResidual(0, False), 4096, 4096, 512, True),
+        (BinaryResidual(0, False), 4096, 4100, 512, False),  # nor those of the last rows
+        (BinaryResidual(0, True), 4096, 4096, 512, False),
+        (LevelTable(2, 0), 1000, 4096, 512, False),  # rows of 250 bytes
+        (LevelTable(2, 2048), 4096, 4096, 1024, False),
+        (GroupedInteger(2, 128, False), 4096, 4096, 1024, False),
+        (GroupedInteger(3, 128, True), 4096, 4096, 512, False),
+    ],
+)
+def test_the_copy_engine_brings_what_lies_at_multiples_of_sixteen_bytes(layout, columns, rows, item, comes):
+    described = layout_of(layout, columns)
+    stage = bulk_stage_bytes(described, rows, item)
+    launch = place_gemv(described, rows, columns, *H200, Shape(256, item, 2, True, bulk=True))
+    assert (stage is not None) is comes and (launch is not None) is comes
+    if comes:
+        assert stage % 8 == 0 and stage >= described.stage_bytes(item)
+
+
+@pytest.mark.parametrize(
+    ("columns", "threads", "turns"),
+    [(4096, 512, (1, 1)), (4096, 256, (2, 2)), (8192, 256, (2, 4)), (11008, 256, (2, 6)), (28672, 256, (2, 6))],
+)
+def test_a_warp_asks_at_once_for_all_of_x_that_fits_its_registers(columns, threads, turns):
+    launch = place_gemv(layout_of(LevelTable(1, 0), columns), 4096, columns, *H200, Shape(threads, 512, 1, True))
+    assert launch.turns() == turns and launch.chunk >= columns
+    blocks = launch.chunk // 128
+    assert turns[1] == 6 or turns[1] * 2 * (threads // 32) >= blocks
 
 
 def test_rings_have_no_more_stages_than_the_shape_allows():
