@@ -82,7 +82,7 @@ def hopper(monkeypatch):
 
 def test_what_multiplies_depends_on_vectors_device_and_what_was_found(hopper, monkeypatch):
     layout = layout_of(LevelTable(2, 128), 4096)
-    assert cuda_ops.choice(layout, 512, 4096, 1, 0).shape in gemv_shapes(layout)
+    assert cuda_ops.choice(layout, 512, 4096, 1, 0).shape in gemv_shapes(layout, clusters=True)
     assert isinstance(cuda_ops.choice(layout, 512, 4096, 256, 0), WideShape)
     assert isinstance(cuda_ops.choice(layout, 512, 4096, 2048, 0), WideShape)
     assert isinstance(cuda_ops.choice(layout_of(GroupedInteger(4, 128, True), 4096), 512, 4096, 2048, 0), WideShape)
@@ -97,7 +97,7 @@ def test_what_multiplies_depends_on_vectors_device_and_what_was_found(hopper, mo
     keep_tuned("No Such GPU", {tuning_key(layout, 512, 4096, 512): WideShape(9, 9, 9, 9, 9)})
     cuda_ops.choice.cache_clear()
     assert cuda_ops.choice(layout, 512, 4096, 16, 0) == found
-    assert cuda_ops.choice(layout, 512, 4096, 1, 0).shape in gemv_shapes(layout)
+    assert cuda_ops.choice(layout, 512, 4096, 1, 0).shape in gemv_shapes(layout, clusters=True)
     assert cuda_ops.choice(layout, 512, 4096, 1024, 0) == Decode()
     assert cuda_ops.choice(layout, 512, 4096, 512, 0) in wide_shapes(layout, 512, 4096, H200[1])
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (10, 0))
@@ -123,10 +123,15 @@ def test_blocks_that_share_staging_come_in_whole_clusters_and_stage_once():
 
 def test_without_a_measurement_small_products_leave_room_for_the_next_kernel():
     layout = layout_of(LevelTable(2, 128), 4096)
-    small, large = (choose("No Such GPU", layout, rows, 4096, 1, *H200) for rows in (4096, 28672))
+    beside = choose("No Such GPU", layout, 4096, 4096, 1, *H200).shape
+    assert beside.eager and beside.resident == 2 and not beside.bulk
+    wide = layout_of(BinaryResidual(128, True), 8192)  # half a multiprocessor would hold half of x
+    assert choose("No Such GPU", wide, 28672, 8192, 1, *H200).shape.resident == 1
+    early = {"clusters": False}  # of a device that cannot start a kernel before the last ends
+    small, large = (choose("No Such GPU", layout, rows, 4096, 1, *H200, **early) for rows in (4096, 28672))
     assert small.shape.resident == 2 and 2 * (small.shared + 1024) <= H200[1] + 1024
     assert large.shape == Shape(512, 1024, 1, True) and not large.shape.eager
-    down = choose("No Such GPU", layout_of(LevelTable(2, 128), 11008), 4096, 11008, 1, *H200)
+    down = choose("No Such GPU", layout_of(LevelTable(2, 128), 11008), 4096, 11008, 1, *H200, **early)
     assert down.shape.item == 512  # 10 items of 1024 and three quarters of one would leave warps idle
 
 

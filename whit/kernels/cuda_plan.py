@@ -118,6 +118,11 @@ _BUSY = 0.7
 """Share of the warps' turns that must be used: a wider item costs less, but not if more of them idle."""
 
 
+def _beside(shape: Shape) -> bool:
+    """The shape in which the kernels of a stream overlap most simply."""
+    return shape == Shape(256, shape.item, 2, True, 2, eager=True, depth=4)
+
+
 def likeliest(shapes: Sequence[Shape], rows: int, columns: int, processors: int) -> list[Shape]:
     """The shapes of `gemv_shapes` in the order in which one would try them for a weight, for want of a measurement.
 
@@ -353,4 +358,6 @@ def choose(
                 return plan(layout, rows, columns, tokens, processors, memory, [shape])
     if tokens == 1:
         shapes = likeliest(shapes, rows, columns, processors)
+        if clusters:  # half a multiprocessor, so that the next kernel begins beside this one: it has won nearly always
+            shapes = [shape for shape in gemv_shapes(layout, binary, clusters) if _beside(shape)][:1] + shapes
     return plan(layout, rows, columns, tokens, processors, memory, shapes)
