@@ -256,6 +256,16 @@ def test_decoded_weight(layout, tmp_path):
 
 
 def test_the_emulator_replaces_every_assembly_function():
-    parts = ("common.cuh", "group.cuh", "planes.cuh", "bits.cuh", "limbs.cuh", "gemv.cu", "small.cu", "decode.cu")
+    parts = (
+        "common.cuh",
+        "group.cuh",
+        "bulk.cuh",
+        "planes.cuh",
+        "bits.cuh",
+        "limbs.cuh",
+        "gemv.cu",
+        "small.cu",
+        "decode.cu",
+    )
     source = source_of(*parts, "structured.cu", "codebook_product.cu") + wide_source(8)
     assert all(start in source for start in MEANINGS)
