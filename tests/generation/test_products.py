@@ -17,6 +17,7 @@ from whit.formats.outlier_int8 import OutlierInt8
 from whit.formats.scaled_codes import ScaledCodes
 from whit.formats.vector_codebook import VectorCodebook
 from whit.generation.products import Products, join_rows
+from whit.kernels.decode_ops import add_rms_norm
 from whit.models.packed import PackedLinear
 
 COLUMNS = 40
@@ -177,3 +178,22 @@ def test_joining_dense_layers_again_copies_nothing() -> None:
     layers[1].weight.data = layers[1].weight.data.clone()  # one was moved: they lie apart
     found = Products(layers)(x)
     assert all(torch.allclose(mine, theirs) for mine, theirs in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("join", [True, False])
+def test_inputs_that_are_made_first(join: bool) -> None:
+    """A normalisation and the products are what the ops one after the other are."""
+    modules = []
+    for rows in (24, 8):
+        module = PackedLinear(JOINABLE[0], rows, COLUMNS, None)
+        module.set_packed(packed(JOINABLE[0], rows, rows))
+        modules.append(module)
+    products = Products(modules, join=join)
+    torch.manual_seed(0)
+    states, update = (torch.randn(1, COLUMNS) for _ in range(2))
+    weight = torch.rand(COLUMNS)
+    total, normal = add_rms_norm(states, update, weight, 1e-5)
+    found = products.normed(states, update, weight, 1e-5)
+    assert torch.equal(found[0], total)
+    for mine, module in zip(found[1], modules, strict=True):
+        assert torch.allclose(mine, module(normal), rtol=1e-5, atol=1e-5)

@@ -12,11 +12,20 @@ import sys
 
 import torch
 
+from tests.kernels.test_attend_cuda import CASES
+from tests.kernels.test_attend_cuda import case as attention_case
 from tests.kernels.test_cuda_kernels import FORMATS, OTHERS, error_bound, inputs, random_packed, unit_columns
 from tests.kernels.test_embedding import weight as embedding_weight
 from whit.formats.base import Packed
 from whit.formats.binary_residual import BinaryResidual
+from whit.formats.grouped_integer import GroupedInteger
+from whit.formats.level_table import LevelTable
+from whit.formats.vector_codebook import VectorCodebook
 from whit.kernels import explain, packed_embedding, packed_linear
+from whit.kernels.cuda_attend import AttendLaunch, launch_attend
+from whit.kernels.cuda_inputs import Normed, products_of
+from whit.kernels.cuda_ops import starts_early
+from whit.kernels.decode_ops import add_rms_norm
 from whit.kernels.linear import choose_several
 
 SHAPES = [(33, 200), (100, 1088), (130, 2176)]
@@ -71,7 +80,37 @@ def check_others() -> int:
         packed = moved(embedding_weight(bits, group, 300, columns).to("cuda"))
         ids = torch.randint(0, 300, (50,), device="cuda")
         assert torch.equal(packed_embedding(ids, packed, torch.float16), packed.unpack()[ids].half())
-    return 1 + 4
+    return 1 + 4 + check_step()
+
+
+def check_step() -> int:
+    """Products that make their input, and attention, of a decoding step; how many calls were right."""
+    calls = 0
+    for layout in (
+        LevelTable(2, 0),
+        BinaryResidual(128, True),
+        GroupedInteger(8, 64, True),
+        VectorCodebook(256, 12, False),
+    ):
+        weights = [moved(random_packed(layout, rows, 1096, "cuda", seed=rows)) for rows in (100, 33)]
+        states, update, norm = (padded(inputs(1, 1096, torch.float16, "cuda")) for _ in range(3))
+        total, normal = add_rms_norm(states, update, norm[0], 1e-5)
+        found = products_of(Normed(states, update, norm[0], 1e-5), weights)
+        if found is None:  # before Hopper
+            continue
+        assert torch.equal(found[0], total)
+        for mine, packed in zip(found[1], weights, strict=True):
+            torch.testing.assert_close(mine, packed_linear(normal, packed), rtol=0.02, atol=0.02)
+            calls += 1
+    if not starts_early(torch.cuda.current_device()):
+        return calls
+    for number, splits in enumerate((2, 4, 1, 8)):
+        given, cache, place = attention_case(*CASES[number], torch.float16, "cuda")
+        tensors = [padded(item) for item in (*given, place.cosine, place.sine, cache.keys, cache.values)]
+        found_out = launch_attend((*tensors, place.position, place.start), 0.1, AttendLaunch(splits))
+        assert bool(found_out.isfinite().all())
+        calls += 1
+    return calls
 
 
 if __name__ == "__main__":

@@ -135,7 +135,7 @@ def test_every_shape_is_tried_and_the_fastest_kept(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(cuda_several, "build", built)
     monkeypatch.setattr(cuda_several, "kernel", lambda *arguments: None)
-    for item in (cuda_several._own_shape, cuda_several._prepared, cuda_ops.choice, tuned_shapes):
+    for item in (cuda_several.own_shape, cuda_several._prepared, cuda_ops.choice, tuned_shapes):
         item.cache_clear()
     weights = [random_packed(layout, rows, 640) for rows in (48, 16, 32)]
     x = torch.empty(1, 640, device="meta")
@@ -144,7 +144,7 @@ def test_every_shape_is_tried_and_the_fastest_kept(tmp_path: Path, monkeypatch: 
     wanted = [shape for shape in gemv_shapes(described, clusters=True) if shape.share == 1]
 
     def launched() -> Shape:
-        shapes = (cuda_several._own_shape(*arguments, index), cuda_ops.choice(described, 96, 640, 1, index))
+        shapes = (cuda_several.own_shape(*arguments, index), cuda_ops.choice(described, 96, 640, 1, index))
         return cuda_several._prepared(*arguments, True, index, shapes)[1].shape
 
     def seconds() -> float:
@@ -153,7 +153,7 @@ def test_every_shape_is_tried_and_the_fastest_kept(tmp_path: Path, monkeypatch: 
     assert cuda_several._tune(x, weights, seconds) == len(wanted) == len(set(made))
     assert ahead == [len(wanted)]
     assert launched() == wanted[4]
-    for item in (cuda_several._own_shape, tuned_shapes):
+    for item in (cuda_several.own_shape, tuned_shapes):
         item.cache_clear()
     assert launched() == wanted[4]
 

@@ -140,13 +140,15 @@ def chosen_so_far(sequences: int, stops: list[int]) -> Chosen:
 def test_choice_kernel(dtype: torch.dtype, vocabulary: int, stops: list[int]) -> None:
     torch.manual_seed(vocabulary)
     mine, theirs = (chosen_so_far(3, stops) for _ in range(2))
+    places = [torch.tensor(7, device=DEVICE) for _ in range(2)]
     for step in range(4):
         logits = torch.randn(3, vocabulary, device=DEVICE).to(dtype)
         logits[0, 20 + step :] = logits[0, 20 + step]  # many equal ones
         logits[0, 20 + step] = logits[0, -1] = 9.0
         logits[1, 5 if step == 1 else 30] = 9.0
-        decode_ops.launch_choose(logits, mine)
-        decode_ops.choose(logits, theirs)
+        decode_ops.launch_choose(logits, mine, places[0])
+        decode_ops.choose(logits, theirs, places[1])
+        assert [int(place) for place in places] == [8 + step] * 2
         for name in ("ids", "tokens", "count", "ended"):
             assert torch.equal(getattr(mine, name), getattr(theirs, name)), name
     assert theirs.tokens[0].tolist() == [20, 21, 22, 23]

@@ -50,20 +50,19 @@ class GatedBlock:
 
     before: Norm
     attention: Products
-    output: nn.Module
+    output: Products
     between: Norm
     gate_up: Products
-    down: nn.Module
+    down: Products
     scaling: float
 
     def run(self, states: Tensor, update: Tensor | None, cache: KeyValues, place: Place) -> tuple[Tensor, Tensor]:
         """(n, hidden) and what is still to be added to it -> the same after the block."""
-        states, normal = add_rms_norm(states, update, self.before.weight, self.before.epsilon)
-        query, key, value = self.attention(normal)
-        update = self.output(rotate_and_attend(query, key, value, cache, place, self.scaling))
-        states, normal = add_rms_norm(states, update, self.between.weight, self.between.epsilon)
-        gate, up = self.gate_up(normal)
-        return states, self.down(gated(gate, up))
+        states, (query, key, value) = self.attention.normed(states, update, self.before.weight, self.before.epsilon)
+        (update,) = self.output(rotate_and_attend(query, key, value, cache, place, self.scaling))
+        states, (gate, up) = self.gate_up.normed(states, update, self.between.weight, self.between.epsilon)
+        (update,) = self.down(gated(gate, up))
+        return states, update
 
     def read(
         self, states: Tensor, update: Tensor | None, cache: KeyValues, place: Place, mask: Tensor | None
@@ -86,10 +85,11 @@ class GatedBlock:
             scale=self.scaling,
             enable_gqa=rotated.shape[1] != cache.keys.shape[1],
         )
-        update = self.output(attended.transpose(1, 2).reshape(len(states), -1))
+        (update,) = self.output(attended.transpose(1, 2).reshape(len(states), -1))
         states, normal = add_rms_norm(states, update, self.between.weight, self.between.epsilon)
         gate, up = self.gate_up(normal)
-        return states, self.down(gated(gate, up))
+        (update,) = self.down(gated(gate, up))
+        return states, update
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ class GatedDecoder:
     modules: list[nn.Module]
     coarse: bool
     last: Norm
-    head: nn.Module
+    head: Products
     rotary: nn.Module
     heads: int
     key_heads: int
@@ -144,8 +144,7 @@ class GatedDecoder:
 
     def logits(self, states: Tensor, update: Tensor | None) -> Tensor:
         """What stands after the last block."""
-        _, normal = add_rms_norm(states, update, self.last.weight, self.last.epsilon)
-        out: Tensor = self.head(normal)
+        _, (out,) = self.head.normed(states, update, self.last.weight, self.last.epsilon)
         return out
 
 
@@ -183,7 +182,10 @@ def gated_decoder(model: nn.Module, *, join: bool = True, branches: bool = True)
     heads, key_heads = query // size, key // size
     last = _norm(children["norm"])
     coarse = any(packed.format.changes_inputs for packed in packed_modules(model).values())
-    return GatedDecoder(children["embed_tokens"], blocks, modules, coarse, last, head, rotary, heads, key_heads, size)
+    answers = Products([head], join=False)
+    return GatedDecoder(
+        children["embed_tokens"], blocks, modules, coarse, last, answers, rotary, heads, key_heads, size
+    )
 
 
 def agrees(mine: Tensor, theirs: Tensor, before: Tensor | None = None, *, coarse: bool = False) -> bool:
@@ -243,10 +245,10 @@ def _block(module: nn.Module, size: int, join: bool, branches: bool) -> GatedBlo
     return GatedBlock(
         before=_norm(parts["input_layernorm"]),
         attention=Products([attention[name] for name in ("q_proj", "k_proj", "v_proj")], join=join, branches=branches),
-        output=attention["o_proj"],
+        output=Products([attention["o_proj"]], join=False, branches=branches),
         between=_norm(parts["post_attention_layernorm"]),
         gate_up=Products([feed["gate_proj"], feed["up_proj"]], join=join, branches=branches),
-        down=feed["down_proj"],
+        down=Products([feed["down_proj"]], join=False, branches=branches),
         scaling=float(getattr(own, "scaling", size**-0.5)),
     )
 

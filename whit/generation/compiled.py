@@ -65,10 +65,10 @@ class CompiledStep:
         if not agrees(self.logits(ids), self._fused.logits(ids), coarse=self._fused.decoder.coarse):
             raise UnsuitedError("the compiled program computes something else")
 
-    def advance(self) -> None:
+    def advance(self) -> Tensor:
         """The next token stands one place further."""
         self._place[0] += 1
-        self._fused.advance()
+        return self._fused.advance()
 
     def _phases(self, decoder: GatedDecoder) -> list[Phase]:
         phases: list[Phase] = []
@@ -78,16 +78,16 @@ class CompiledStep:
             normal, norm = self._norm(block.before, update)
             (query, key, value), three = _products(block.attention.modules, normal)
             attended, attend = self._attention(block, cache, tables, (query, key, value))
-            (out,), one = _products([block.output], attended)
+            (out,), one = _products(block.output.modules, attended)
             phases += [*_after(norm, three), Phase([attend]), *_after(None, one)]
             normal, norm = self._norm(block.between, out)
             (gate, up), two = _products(block.gate_up.modules, normal)
             gated = torch.empty_like(gate)
-            (update,), last = _products([block.down], gated)
+            (update,), last = _products(block.down.modules, gated)
             between = Step("block_steps.gate", (gate, up, gated, gate.numel()))
             phases += [*_after(norm, two), *_after(between, last)]
         normal, norm = self._norm(decoder.last, update)
-        (self._out,), head = _products([decoder.head], normal)
+        (self._out,), head = _products(decoder.head.modules, normal)
         return [*phases, *_after(norm, head)]
 
     def _norm(self, norm: Norm, update: Tensor | None) -> tuple[Tensor, Step]:

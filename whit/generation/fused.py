@@ -62,9 +62,9 @@ class FusedStep:
         """ids (sequences, 1) -> (sequences, vocabulary), for the token at `place.position`."""
         return self.decoder.run(ids[:, 0], self.caches, self.place)
 
-    def advance(self) -> None:
-        """The next token stands one place further."""
-        self.place.position.add_(1)
+    def advance(self) -> Tensor:
+        """Where the next token stands: one place further, when this one has been chosen."""
+        return self.place.position
 
 
 def seen_by(attention_mask: Tensor) -> Tensor:

@@ -24,8 +24,8 @@ class Step(Protocol):
         """ids (sequences, 1) -> (sequences, vocabulary)."""
         ...
 
-    def advance(self) -> None:
-        """Move on by one token."""
+    def advance(self) -> Tensor | None:
+        """Move on by one token; or give the int64 scalar that the choice of this token is to increase for that."""
         ...
 
 
@@ -54,9 +54,9 @@ class Chooser:
         """The token chosen last, int64 (sequences, 1)."""
         return self._chosen.ids
 
-    def take(self, logits: Tensor) -> None:
-        """Add the most probable token of (sequences, vocabulary) to each sequence."""
-        choose(logits, self._chosen)
+    def take(self, logits: Tensor, place: Tensor | None = None) -> None:
+        """Add the most probable token of (sequences, vocabulary) to each sequence; `place` moves on by one."""
+        choose(logits, self._chosen, place)
 
     def all_ended(self) -> bool:
         """Waits for the device."""
@@ -104,8 +104,7 @@ class _Once:
 
     def __call__(self) -> None:
         logits = self.step.logits(self.chooser.ids)
-        self.step.advance()
-        self.chooser.take(logits)
+        self.chooser.take(logits, self.step.advance())
 
 
 def record(step: Step, chooser: Chooser) -> tuple[Callable[[], None], int, str]:

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from whit.formats.base import Packed
 from whit.kernels import packed_linear
+from whit.kernels.cuda_inputs import Normed, products_of
+from whit.kernels.decode_ops import add_rms_norm
 from whit.kernels.linear import choose_several, several_products
 from whit.models.packed import PackedLinear, TiedPackedLinear
 
@@ -104,6 +106,9 @@ class Products:
 
     def __call__(self, inputs: Tensor) -> list[Tensor]:
         """(n, columns) -> (n, rows_i) for each module; the rows of a result may lie apart."""
+        found = self._of(inputs) if inputs.is_cuda else None
+        if found is not None:
+            return found[1]
         if self._joined is not None:
             weight, bias = self._joined
             out = (
@@ -118,6 +123,25 @@ class Products:
         if self._branches and inputs.is_cuda and torch.cuda.is_current_stream_capturing():
             return self._beside(inputs)
         return [module(inputs) for module in self.modules]
+
+    def normed(
+        self, states: Tensor, update: Tensor | None, weight: Tensor, epsilon: float
+    ) -> tuple[Tensor, list[Tensor]]:
+        """`add_rms_norm` and the products of what it normalises: its first result, and those."""
+        found = self._of(Normed(states, update, weight, epsilon))
+        if found is not None:
+            return found
+        states, normal = add_rms_norm(states, update, weight, epsilon)
+        return states, self(normal)
+
+    def _of(self, given: Normed | Tensor) -> tuple[Tensor, list[Tensor]] | None:
+        """Everything in one launch, where a kernel does that."""
+        if self._joined is not None:
+            weight, bias = self._joined
+            found = products_of(given, [weight], bias) if isinstance(weight, Packed) else None
+            return None if found is None else (found[0], list(torch.split(found[1][0], self._rows, -1)))
+        several = len(self._packed) > 1 and not self._branches
+        return products_of(given, self._weights()) if self._packed and not several else None
 
     @property
     def _meet(self) -> bool:

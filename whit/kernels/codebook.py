@@ -23,7 +23,7 @@ from whit.kernels.codebook_plan import (
 )
 from whit.kernels.cuda_layout import Layout
 from whit.kernels.cuda_linear import product_arguments, usable
-from whit.kernels.cuda_ops import aligned, device_limits, layout_from, starts_early, weight_of
+from whit.kernels.cuda_ops import aligned, device_limits, layout_from, starts_early, waits_for_nothing, weight_of
 from whit.kernels.linear import Implementation, register_implementation
 from whit.kernels.nvrtc import Argument, Kernel, kernel
 
@@ -51,7 +51,7 @@ def launch_codebook(
 ) -> Tensor:
     """x (1, columns) times the packed weight of `shape` (rows, columns) by a given launch."""
     rows, columns = shape
-    tensors, index = aligned(tensors), x.device.index
+    given, tensors, index = tensors, aligned(tensors), x.device.index
     x = x if x.data_ptr() % 16 == 0 else x.clone()
     out = torch.empty(1, rows, dtype=x.dtype, device=x.device)
     with torch.cuda.device(x.device):
@@ -64,7 +64,7 @@ def launch_codebook(
             ctypes.c_int(launch.passes),
             ctypes.c_int(launch.rows_each),
         ]
-        early = starts_early(index)
+        early = waits_for_nothing(index, given, tensors)
         run.launch(launch.grid, launch.threads, launch.shared, arguments, early=early, cluster=launch.splits)
     return out
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from whit.kernels.cuda_layout import VECTOR_CODEBOOK, Layout
@@ -100,10 +100,29 @@ def place_codebook(
     return min(found, key=lambda pair: pair[0])[1] if found else None
 
 
+def place_codebooks(
+    layout: Layout, rows: Sequence[int], memory: int, clusters_at_once: Mapping[int, int]
+) -> tuple[CodebookLaunch, list[int]] | None:
+    """One launch for several weights of these rows, and the clusters of each; None if the kernel cannot run.
+
+    All run at once: blocks take as many rows as that needs.
+    """
+    single = place_codebook(layout, sum(rows), memory, clusters_at_once)
+    if single is None:
+        return None
+    most = clusters_at_once.get(single.splits, single.clusters)
+    rows_each = single.rows_each
+    while sum(-(-count // rows_each) for count in rows) > max(most, len(rows)):
+        rows_each += BATCH
+    clusters = [-(-count // rows_each) for count in rows]
+    launch = replace(single, clusters=sum(clusters), rows_each=rows_each)
+    return (launch, clusters) if launch.shared <= memory else None
+
+
 @lru_cache(maxsize=1)
 def codebook_source() -> str:
     """The CUDA C++ of `codebook_product`."""
-    return source_of("common.cuh", "codebook_product.cu")
+    return source_of("common.cuh", "inputs.cuh", "codebook_product.cu")
 
 
 def codebook_options(layout: Layout, launch: CodebookLaunch, bfloat: bool, early: bool) -> tuple[str, ...]:

@@ -266,6 +266,7 @@ def parts_of(name: str, shape: Shape) -> tuple[str, ...]:
     if name == "gemv":
         return (
             "common.cuh",
+            "inputs.cuh",
             "group.cuh",
             *(("bulk.cuh",) if shape.bulk else ()),
             *(("planes.cuh", "bits.cuh") if shape.bitwise else ("limbs.cuh",)),

@@ -55,11 +55,15 @@ MOST = 4
 """Weights of one launch."""
 
 
-class _Task(ctypes.Structure):
+class Task(ctypes.Structure):
+    """One of the weights, its result, its first thread block and how many it has."""
+
     _fields_ = (("weight", Weight), ("y", ctypes.c_void_p), ("first", ctypes.c_int), ("blocks", ctypes.c_int))
 
 
-class _BulkTask(ctypes.Structure):  # of a multiple of 64 bytes
+class BulkTask(ctypes.Structure):
+    """The same of weights that the tensor copy engine brings: a multiple of 64 bytes."""
+
     _fields_ = (
         ("weight", BulkWeight),
         ("y", ctypes.c_void_p),
@@ -70,8 +74,9 @@ class _BulkTask(ctypes.Structure):  # of a multiple of 64 bytes
 
 
 @lru_cache(maxsize=2 * MOST)
-def _tasks(count: int, bulk: bool = False) -> type[ctypes.Structure]:
-    task = _BulkTask if bulk else _Task
+def tasks_of(count: int, bulk: bool = False) -> type[ctypes.Structure]:
+    """The argument with so many of them."""
+    task = BulkTask if bulk else Task
     return type("_Tasks", (ctypes.Structure,), {"_fields_": (("of", task * count),)})
 
 
@@ -140,7 +145,8 @@ def place_several(
 
 
 @lru_cache(maxsize=1024)
-def _own_shape(layout: Layout, rows: tuple[int, ...], columns: int, index: int) -> Tuned | None:
+def own_shape(layout: Layout, rows: tuple[int, ...], columns: int, index: int) -> Tuned | None:
+    """What tuning found for a joint launch."""
     return tuned_shapes(device_limits(index)[0]).get(several_key(layout, rows, columns))
 
 
@@ -171,15 +177,15 @@ def packed_products(x: Tensor, tensors: list[Tensor], layout: list[int], rows: l
     each = len(tensors) // len(rows)
     with torch.cuda.device(x.device):
         each_rows = tuple(rows)
-        shapes = (_own_shape(described, each_rows, columns, index), choice(described, sum(rows), columns, 1, index))
+        shapes = (own_shape(described, each_rows, columns, index), choice(described, sum(rows), columns, 1, index))
         run, launch, blocks = _prepared(described, each_rows, columns, x.dtype == torch.bfloat16, index, shapes)
         bulk = launch.shape.bulk
-        tasks, row, first = _tasks(len(rows), bulk)(), 0, 0
+        tasks, row, first = tasks_of(len(rows), bulk)(), 0, 0
         for number, (count, share) in enumerate(zip(rows, blocks, strict=True)):
             own = tensors[number * each : (number + 1) * each]
             operand = operand_of(described, launch.shape, own, count, columns)
             place = out.data_ptr() + row * out.element_size()
-            tasks.of[number] = (_BulkTask if bulk else _Task)(operand, place, first, share)
+            tasks.of[number] = (BulkTask if bulk else Task)(operand, place, first, share)
             row, first = row + count, first + share
         x = x if x.data_ptr() % 16 == 0 else x.clone()
         sizes = (ctypes.c_int(launch.chunk), ctypes.c_int(launch.tiles))
@@ -220,7 +226,7 @@ def _tune(x: Tensor, weights: Sequence[Packed], seconds: Callable[[], float]) ->
 
     def use(shape: Tuned | None) -> None:
         use_shape(device, key, shape)
-        _own_shape.cache_clear()
+        own_shape.cache_clear()
 
     early = starts_early(index)
     known = several_shapes(layout, counts_bits(index), early)
@@ -232,7 +238,7 @@ def _tune(x: Tensor, weights: Sequence[Packed], seconds: Callable[[], float]) ->
     shapes: list[Tuned] = list(launches)
     best, times = fastest(shapes, tuned_shapes(device).get(key), use, seconds, what)
     keep_tuned(device, {key: best})
-    _own_shape.cache_clear()
+    own_shape.cache_clear()
     return len(times)
 
 

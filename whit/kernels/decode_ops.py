@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from whit.kernels.cuda_attend import attends, launch_attend
 from whit.kernels.launching import power_of_two, processors, runs_triton, starts_early
 
 KEYS_AT_ONCE, MOST_AT_ONCE = 64, 128
@@ -163,11 +164,17 @@ class Chosen:
     pad: int
 
 
-def choose(logits: Tensor, chosen: Chosen) -> None:
-    """Take the most probable token of (sequences, vocabulary) for each sequence; the first if there are several."""
+def choose(logits: Tensor, chosen: Chosen, place: Tensor | None = None) -> None:
+    """Take the most probable token of (sequences, vocabulary) for each sequence; the first if there are several.
+
+    Args:
+        place: int64 (), moved on by one.
+    """
     if has_kernels(logits.device):
-        launch_choose(logits, chosen)
+        launch_choose(logits, chosen, place)
         return
+    if place is not None:
+        place.add_(1)
     best = torch.where(chosen.ended != 0, chosen.pad, logits.argmax(-1))[:, None]
     chosen.ended.copy_((chosen.ended != 0) | (best == chosen.stops).any(-1))
     chosen.tokens.scatter_(1, chosen.count[:, None], best)
@@ -200,8 +207,14 @@ def keys_at_once(programs: int, keys: int, many: int) -> int:
     return KEYS_AT_ONCE if programs > many else min(MOST_AT_ONCE, max(KEYS_AT_ONCE, power_of_two(keys)))
 
 
-def _start(device: torch.device) -> dict[str, bool]:
-    return {"EARLY": True, "launch_pdl": True} if starts_early(device) else {"EARLY": False}
+def _start(device: torch.device, at_once: bool = False) -> dict[str, int]:
+    """How a kernel starts and lets the next one start: when what it waits for is there, or at once.
+
+    A kernel that lets the next one start at once may have that read, before it waits, what the kernel before both of
+    them still writes. Between products that is nothing; the place of a token, which attention reads, is written by
+    `choose`, and the embedding behind it waits first.
+    """
+    return {"EARLY": 2 if at_once else 1, "launch_pdl": True} if starts_early(device) else {"EARLY": 0}
 
 
 def launch_add_rms_norm(states: Tensor, update: Tensor | None, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
@@ -223,7 +236,7 @@ def launch_add_rms_norm(states: Tensor, update: Tensor | None, weight: Tensor, e
         ADD=update is not None,
         BLOCK=block,
         num_warps=min(16, max(1, block // 256)),
-        **_start(states.device),
+        **_start(states.device, at_once=True),
     )
     return total, normal
 
@@ -235,7 +248,15 @@ def launch_gated(gate: Tensor, up: Tensor) -> Tensor:
     rows, columns = gate.shape
     out = torch.empty(rows, columns, dtype=gate.dtype, device=gate.device)
     kernels.gated[(rows, -(-columns // 512))](
-        gate, up, out, columns, gate.stride(0), up.stride(0), BLOCK=512, num_warps=4, **_start(gate.device)
+        gate,
+        up,
+        out,
+        columns,
+        gate.stride(0),
+        up.stride(0),
+        BLOCK=512,
+        num_warps=4,
+        **_start(gate.device, at_once=True),
     )
     return out
 
@@ -244,6 +265,9 @@ def launch_rotate_and_attend(
     query: Tensor, key: Tensor, value: Tensor, cache: KeyValues, place: Place, scaling: float
 ) -> Tensor:
     """`rotate_and_attend` by its kernel."""
+    if attends(query, key, value, cache.keys):
+        tensors = (query, key, value, place.cosine, place.sine, cache.keys, cache.values, place.position, place.start)
+        return launch_attend(tensors, scaling)
     from whit.kernels.triton import decode_ops as kernels
 
     sequences, key_heads, length, size = cache.keys.shape
@@ -318,7 +342,7 @@ def launch_rotate_and_store(query: Tensor, key: Tensor, value: Tensor, cache: Ke
     return out
 
 
-def launch_choose(logits: Tensor, chosen: Chosen) -> None:
+def launch_choose(logits: Tensor, chosen: Chosen, place: Tensor | None = None) -> None:
     """`choose` by its kernel."""
     from whit.kernels.triton import decode_ops as kernels
 
@@ -331,11 +355,13 @@ def launch_choose(logits: Tensor, chosen: Chosen) -> None:
         chosen.count,
         chosen.ended,
         chosen.stops,
+        chosen.count if place is None else place,
         logits.stride(0),
         vocabulary,
         chosen.tokens.shape[1],
         chosen.pad,
         STOPS=len(chosen.stops),
+        MOVE=place is not None,
         BLOCK=block,
         num_warps=min(32, max(1, block // 512)),
         **_start(logits.device),

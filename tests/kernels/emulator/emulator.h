@@ -161,6 +161,8 @@ static unsigned __funnelshift_r(unsigned low, unsigned high, unsigned s) { retur
 static int __popc(unsigned v) { return __builtin_popcount(v); }
 static int __float2int_rn(float f) { return std::isnan(f) ? 0 : (int)lrintf(f); }
 static float __fdividef(float a, float b) { return a / b; }
+#define __expf expf
+static float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 
 // ---- 16-bit floats and tensor cores ----------------------------------------------------------------------------------
 static float from_half(uint16_t h) { _Float16 x; memcpy(&x, &h, 2); return (float)x; }

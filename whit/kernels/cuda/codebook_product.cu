@@ -5,6 +5,8 @@
 // products of x with the codewords and takes 64 KiB of shared memory; SPLITS blocks of a cluster hold a tile each, for the
 // same rows, and look up their part of each. In the table the four groups of a word of codes lie so that lane i of a warp
 // finds all of its entries in bank i: no look-up waits for another one. Sums are added in a fixed order.
+//
+// With SEVERAL > 1 as many weights of one layout meet the same x, each with clusters and a codebook of its own.
 
 #define CODEWORDS 128
 #define TILE 128                   // groups
@@ -40,12 +42,6 @@ __device__ __forceinline__ float codeword_entry(const u8* codebook, int word, in
     for (int i = 0; i < 4; i++)
         if (i < k % 5) trits /= 3;
     return (float)((int)(trits % 3) - 1);
-}
-
-__device__ __forceinline__ void prefetch_line(const u8* from) {
-#if EARLY
-    asm volatile("prefetch.global.L2 [%0];" ::"l"(from));
-#endif
 }
 
 // No block of a cluster goes while another one reads its memory; nothing is made visible.
@@ -114,43 +110,71 @@ __device__ __forceinline__ float looked_up(const u8* table, u32 codes, u32 lane_
     return sum;
 }
 
+#if SEVERAL > 1
+struct Task {
+    Weight w;
+    u16* y;
+    int first;  // of its clusters
+};
+struct Tasks {
+    Task of[SEVERAL];
+};
+
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
-codebook_product(const u16* x, Weight w, const u16* bias, u16* y, int passes, int rows_each) {
+codebook_product(INPUT_TYPE given, const __grid_constant__ Tasks tasks, int passes, int rows_each) {
+    int which = 0;
+    while (which + 1 < SEVERAL && (int)blockIdx.x / SPLITS >= tasks.of[which + 1].first) which++;
+    const Weight w = tasks.of[which].w;
+    const u16* bias = nullptr;
+    u16* const y = tasks.of[which].y;
+    const int cluster = (int)blockIdx.x / SPLITS - tasks.of[which].first;
+#else
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
+codebook_product(INPUT_TYPE given, Weight w, const u16* bias, u16* y, int passes, int rows_each) {
+    const int cluster = blockIdx.x / SPLITS;
+#endif
     extern __shared__ __align__(16) u8 memory[];
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int cluster = blockIdx.x / SPLITS, rank = blockIdx.x % SPLITS;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, rank = blockIdx.x % SPLITS;
     float* const partial = (float*)(memory + 4 * GROUP_BYTES);
     const int row0 = cluster * rows_each, rows = max(0, min(rows_each, w.rows - row0));
     const int batches = (rows + AT_ONCE - 1) / AT_ONCE;
     auto codes_of = [&](int tile) { return w.codes[0] + (size_t)row0 * w.width + min(tile * TILE + lane * 4, w.width - 4); };
-    if (warp < batches && lane < AT_ONCE) prefetch_line(codes_of(rank) - lane * 4 + (size_t)min(warp * AT_ONCE + lane, rows - 1) * w.width);
-    wait_for_previous_kernel();
+    auto load = [&](u32 (&word)[AT_ONCE], const u8* codes, int row) {
+        if (row + AT_ONCE <= rows) {
+            const u8* from = codes + (u32)(row * w.width);
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; i++, from += w.width) word[i] = __ldg((const u32*)from);
+        } else {
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; i++) word[i] = __ldg((const u32*)(codes + (u32)(min(row + i, rows - 1) * w.width)));
+        }
+    };
+    // Codes and codewords are no kernel's result: only x has to be waited for.
+    u32 word[AT_ONCE];
+    if (warp < batches) load(word, codes_of(rank), warp * AT_ONCE);
     Codewords codewords;
     codewords.load(w.zeros, warp, lane);
+#if INPUT == 0
+    const u16* const x = given;
+    wait_for_previous_kernel();
+#else
+    u32* const made = (u32*)(partial + rows_each);
+    make_input<64>(made, given, w.columns, []() { wait_for_previous_kernel(); });
+    const u16* const x = (const u16*)made;
+#endif
 #pragma unroll 1
     for (int pass = 0; pass < passes; pass++) {
         const int tile = pass * SPLITS + rank;
         // Beyond the last column the table is zero, whatever the code: lanes there read the end of the row again.
         const u8* const codes = codes_of(tile);
-        auto load = [&](u32 (&word)[AT_ONCE], int row) {
-            if (row + AT_ONCE <= rows) {
-                const u8* from = codes + (u32)(row * w.width);
-#pragma unroll
-                for (int i = 0; i < AT_ONCE; i++, from += w.width) word[i] = __ldg((const u32*)from);
-            } else {
-#pragma unroll
-                for (int i = 0; i < AT_ONCE; i++) word[i] = __ldg((const u32*)(codes + (u32)(min(row + i, rows - 1) * w.width)));
-            }
-        };
-        u32 word[AT_ONCE];
-        if (warp < batches) load(word, warp * AT_ONCE);
+        if (pass > 0 && warp < batches) load(word, codes, warp * AT_ONCE);
         if (pass > 0) __syncthreads();
         make_table((float*)memory, x, codewords, w.columns, tile, warp, lane);
         __syncthreads();
 #pragma unroll 1
         for (int batch = warp; batch < batches; batch += WARP_COUNT) {
             u32 next[AT_ONCE];
-            if (batch + WARP_COUNT < batches) load(next, (batch + WARP_COUNT) * AT_ONCE);
+            if (batch + WARP_COUNT < batches) load(next, codes, (batch + WARP_COUNT) * AT_ONCE);
             float v[AT_ONCE];
 #pragma unroll
             for (int i = 0; i < AT_ONCE; i++) v[i] = looked_up(memory, word[i], lane * 4);

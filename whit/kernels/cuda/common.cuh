@@ -141,8 +141,16 @@ __device__ __forceinline__ uint4 peer_words(const void* own, int rank) {
     return v;
 }
 
+// A number to the place of `own` in the shared memory of block `rank` of the cluster.
+__device__ __forceinline__ void store_to_peer(float* own, int rank, float value) {
+    u32 address;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(own)), "r"(rank));
+    asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
+}
+
 __device__ __forceinline__ u32 funnel_right(u32 low, u32 high, int shift) { return __funnelshift_r(low, high, shift); }
 
+#ifdef ITEM  // kernels of packed codes
 // ---- An item: 16 rows x ICOLS columns of codes with their scalars, staged in shared memory by one warp -------------
 #define ICOLS ITEM
 #define BLOCKS (ICOLS / 128)
@@ -330,3 +338,4 @@ __device__ __forceinline__ void three_bit_bytes(u32 (&out)[4], const u8* stage, 
     for (int i = 0; i < 4; i++)
         out[i] = (part[i] & 0x7u) | (part[i] << 5 & 0x700u) | (part[i] << 10 & 0x70000u) | (part[i] << 15 & 0x7000000u);
 }
+#endif

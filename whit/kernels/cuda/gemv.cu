@@ -53,7 +53,7 @@ struct Tasks {
 };
 
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
-gemv(const u16* x, const __grid_constant__ Tasks tasks, int chunk_columns, int tiles_per_round) {
+gemv(INPUT_TYPE given, const __grid_constant__ Tasks tasks, int chunk_columns, int tiles_per_round) {
     int which = 0;
     while (which + 1 < SEVERAL && (int)blockIdx.x >= tasks.of[which + 1].first) which++;
     const Operand& operand = tasks.of[which].operand;
@@ -62,7 +62,7 @@ gemv(const u16* x, const __grid_constant__ Tasks tasks, int chunk_columns, int t
     const int block = (int)blockIdx.x - tasks.of[which].first, blocks = tasks.of[which].blocks;
 #else
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
-gemv(const u16* x, const __grid_constant__ Operand operand, const u16* bias, u16* y, int chunk_columns, int tiles_per_round) {
+gemv(INPUT_TYPE given, const __grid_constant__ Operand operand, const u16* bias, u16* y, int chunk_columns, int tiles_per_round) {
     const int block = blockIdx.x, blocks = gridDim.x;
 #endif
     const Weight w = operand.w;
@@ -92,6 +92,11 @@ gemv(const u16* x, const __grid_constant__ Operand operand, const u16* bias, u16
 #endif
     const int tiles = (w.rows + 15) / 16, items_across = (w.columns + ICOLS - 1) / ICOLS, chunk_items = chunk_columns / ICOLS;
     bool waited = false;
+#if INPUT == 0
+    const u16* const x = given;
+#else
+    const u16* const x = (const u16*)x_words;
+#endif
     if (EAGER == 1) start_next_kernel();
 
     for (int first = block; first < tiles; first += blocks * tiles_per_round) {
@@ -113,7 +118,9 @@ gemv(const u16* x, const __grid_constant__ Operand operand, const u16* bias, u16
                     copies_commit();
                 }
             };
+#if INPUT == 0
             if (!waited) prefetch_x(x, w.columns);
+#endif
 #if BULK
 #pragma unroll 1
             for (int i = 0; i < AT_FIRST; i++) load(slot + i < DEPTH ? slot + i : slot + i - DEPTH);
@@ -132,6 +139,10 @@ gemv(const u16* x, const __grid_constant__ Operand operand, const u16* bias, u16
                 for (int slot = AT_FIRST; slot < DEPTH - 1; slot++) load(slot);
 #endif
             };
+#if INPUT > 0
+            if (!waited) make_input<X_WORDS>(x_words, given, w.columns, []() { wait_for_previous_kernel(); });
+            waited = true;
+#endif
             if (items_across > chunk_items || first == block) {  // weights are no kernel's result: only x has to be waited for
                 if (items_across > chunk_items) __syncthreads();
                 stage_x(x_words, factors, x, w.salient, begin * ICOLS, across * BLOCKS, w.columns, warp, lane, !waited, x_has_come);

@@ -75,7 +75,7 @@ __device__ __forceinline__ void stage_x(u32* limbs, float2* factors, const u16* 
             for (int j = 0; j < 4; j++) {
                 const int block = first + i * WARPS, column = column0 + block * 128 + column_of(lane >> 3, lane >> 1 & 3, lane & 1, j);
                 const bool there = block < blocks && column < columns;
-                value[i][j] = there ? float_of_x(x[column]) : 0.0f;
+                value[i][j] = there ? float_of_x(load_x<u16>(X_AT(x, column))) : 0.0f;
                 if (KIND == BINARY_RESIDUAL && there && (__ldg(salient + (column >> 3)) >> (column & 7) & 1)) marked[i] |= 0xffu << (8 * j);
             }
         }

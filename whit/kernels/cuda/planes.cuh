@@ -42,20 +42,20 @@ __device__ __forceinline__ void transpose_bits(u32& x, u32& y) {
 // four from there and, between them, the four that are 16 further.
 __device__ __forceinline__ void load_eight(u32 (&pair)[4], const u16* from) {
     if (CODE_BITS == 2) {
-        const uint2 a = read_eight(from), b = read_eight(from + 16);
+        const uint2 a = INPUT ? load_x<uint2>(from) : read_eight(from), b = INPUT ? load_x<uint2>(from + 16) : read_eight(from + 16);
         pair[0] = __byte_perm(a.x, b.x, 0x5410), pair[1] = __byte_perm(a.x, b.x, 0x7632);
         pair[2] = __byte_perm(a.y, b.y, 0x5410), pair[3] = __byte_perm(a.y, b.y, 0x7632);
     } else {
-        const uint4 v = read_sixteen(from);
+        const uint4 v = INPUT ? load_x<uint4>(from) : read_sixteen(from);
         pair[0] = v.x, pair[1] = v.y, pair[2] = v.z, pair[3] = v.w;
     }
 }
 __device__ __forceinline__ void load_eight(u32 (&pair)[4], const u16* x, int column, int columns) {
-    if (column + (CODE_BITS == 2 ? 20 : 8) <= columns && ((u64)x & 15) == 0) return load_eight(pair, x + column);
+    if (column + (CODE_BITS == 2 ? 20 : 8) <= columns && ((u64)x & 15) == 0) return load_eight(pair, X_AT(x, column));
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         const int first = column + (CODE_BITS == 2 ? i : 2 * i), second = first + (CODE_BITS == 2 ? 16 : 1);
-        pair[i] = (first < columns ? x[first] : 0u) | (second < columns ? (u32)x[second] : 0u) << 16;
+        pair[i] = (first < columns ? load_x<u16>(X_AT(x, first)) : 0u) | (second < columns ? (u32)load_x<u16>(X_AT(x, second)) : 0u) << 16;
     }
 }
 #if RAW
@@ -180,7 +180,7 @@ __device__ __forceinline__ void stage_x(u32* words, float2* factors, const u16* 
             const int at = column + turn * STEP;
 #if X_WHOLE
             next[turn][0] = next[turn][1] = next[turn][2] = next[turn][3] = 0u;
-            if (at < end) load_eight(next[turn], from + turn * STEP);
+            if (at < end) load_eight(next[turn], INPUT ? X_AT(x, at) : from + turn * STEP);
 #else
             load_eight(next[turn], x, at, at < end ? columns : 0);
 #endif

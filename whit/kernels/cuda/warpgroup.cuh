@@ -47,9 +47,3 @@ __device__ __forceinline__ uint2 load_eight(const u8* from) {
     asm volatile("ld.global.nc.L2::128B.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(from));
     return v;
 }
-// A number to the place of `own` in the shared memory of block `rank` of the cluster.
-__device__ __forceinline__ void store_to_peer(float* own, int rank, float value) {
-    u32 address;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(own)), "r"(rank));
-    asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(address), "f"(value) : "memory");
-}

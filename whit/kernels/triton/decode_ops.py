@@ -21,8 +21,11 @@ def add_rms_norm(
     column = tl.arange(0, BLOCK)
     here = column < columns
     scale = tl.load(weight + column, mask=here, other=0.0).to(tl.float32)
+    if EARLY == 2:
+        gdc_launch_dependents()
     if EARLY:
         gdc_wait()
+    if EARLY == 1:
         gdc_launch_dependents()
     value = tl.load(states + row * columns + column, mask=here, other=0.0)
     kind = value.dtype
@@ -42,8 +45,11 @@ def gated(gate, up, out, columns, gate_stride, up_stride, EARLY: tl.constexpr, B
     row = tl.program_id(0)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     here = column < columns
+    if EARLY == 2:
+        gdc_launch_dependents()
     if EARLY:
         gdc_wait()
+    if EARLY == 1:
         gdc_launch_dependents()
     value = tl.load(gate + row * gate_stride + column, mask=here, other=0.0)
     factor = tl.load(up + row * up_stride + column, mask=here, other=0.0).to(tl.float32)
@@ -249,11 +255,13 @@ def choose(
     count,
     ended,
     stops,
+    position,
     logits_stride,
     vocabulary,
     room,
     pad,
     STOPS: tl.constexpr,
+    MOVE: tl.constexpr,  # whether the position moves on
     EARLY: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -282,3 +290,5 @@ def choose(
     tl.store(ids + sequence, chosen)
     tl.store(count + sequence, taken + 1)
     tl.store(ended + sequence, over)
+    if MOVE and sequence == 0:
+        tl.store(position, tl.load(position) + 1)

@@ -1,0 +1,305 @@
+"""Products of a decoding step with one vector, which can make their input themselves, a normalisation.
+
+The kernels of `cuda_linear`, `cuda_several` and `codebook`, compiled with INPUT (`cuda/inputs.cuh`): every thread block
+makes the whole input from what the kernel before left, which takes less time than a kernel between the two would. What
+they compute is what `add_rms_norm` and a product do, with the same roundings. Several weights of
+one layout meet the input in one launch, each with thread blocks, and perhaps a codebook, of its own.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from whit.formats.base import Packed
+from whit.kernels.codebook_plan import (
+    CodebookLaunch,
+    clusters_at_once,
+    codebook_options,
+    codebook_source,
+    has_codebook_product,
+    place_codebook,
+    place_codebooks,
+)
+from whit.kernels.cuda_layout import Layout
+from whit.kernels.cuda_linear import op_arguments, usable
+from whit.kernels.cuda_ops import (
+    BulkWeight,
+    Weight,
+    aligned,
+    build,
+    choice,
+    counts_bits,
+    device_limits,
+    operand_of,
+    starts_early,
+    waits_for_nothing,
+    weight_of,
+)
+from whit.kernels.cuda_plan import Launch, Tuned, place_gemv
+from whit.kernels.cuda_several import MOST, BulkTask, Chosen, Task, own_shape, place_several, tasks_of
+from whit.kernels.linear import SeveralProducts, register_several
+from whit.kernels.nvrtc import Argument, CompilationError, Kernel, failed, give_up, kernel
+
+MOST_EIGHTS = 8
+"""Eights of columns that a thread makes, at most: it keeps them in registers."""
+
+
+@dataclass(frozen=True)
+class Normed:
+    """weight * h / sqrt(mean(h^2) + epsilon), h = states + update: (1, columns) each, weight (columns,)."""
+
+    states: Tensor
+    update: Tensor | None
+    weight: Tensor
+    epsilon: float
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a kernel is compiled for: `makes` and `add` are INPUT and ADD of `inputs.cuh`."""
+
+    layout: Layout
+    rows: tuple[int, ...]
+    columns: int
+    bfloat: bool
+    index: int
+    makes: bool
+    add: bool
+
+    def options(self, threads: int) -> tuple[str, ...]:
+        """Preprocessor options beside those of the product."""
+        several = (f"-DSEVERAL={len(self.rows)}",) if len(self.rows) > 1 else ()
+        return (*several, *(input_options(self.add, self.columns, threads) if self.makes else ()))
+
+
+def input_options(add: bool, columns: int, threads: int) -> tuple[str, ...]:
+    """Preprocessor options of `inputs.cuh` for a kernel that makes its input."""
+    return ("-DINPUT=1", f"-DADD={int(add)}", f"-DEIGHTS={-(-columns // (8 * threads))}")
+
+
+class _Input(ctypes.Structure):
+    _fields_ = (
+        ("states", ctypes.c_void_p),
+        ("update", ctypes.c_void_p),
+        ("weight", ctypes.c_void_p),
+        ("sum", ctypes.c_void_p),
+        ("epsilon", ctypes.c_float),
+    )
+
+
+class _Clusters(ctypes.Structure):
+    _fields_ = (("weight", Weight), ("y", ctypes.c_void_p), ("first", ctypes.c_int))
+
+
+@lru_cache(maxsize=MOST)
+def _clusters_of(count: int) -> type[ctypes.Structure]:
+    return type("_Several", (ctypes.Structure,), {"_fields_": (("of", _Clusters * count),)})
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    run: Kernel
+    launch: Launch | CodebookLaunch
+    parts: tuple[int, ...]  # thread blocks, or clusters, of each weight
+    made: int = 0  # bytes for the input beside those of the launch
+
+    def start(self, arguments: list[Argument], early: bool) -> None:
+        launch = self.launch
+        if isinstance(launch, CodebookLaunch):
+            numbers, shared = (launch.passes, launch.rows_each), launch.shared + self.made
+            threads, cluster = launch.threads, launch.splits
+        else:
+            numbers, shared = (launch.chunk, launch.tiles), launch.shared
+            threads, cluster = launch.shape.threads, 1
+        arguments = [*arguments, *(ctypes.c_int(number) for number in numbers)]
+        self.run.launch(launch.grid, threads, shared, arguments, early=early, cluster=cluster)
+
+
+@lru_cache(maxsize=1024)
+def _prepared(call: Call, chosen: tuple[Chosen | None, Tuned | None]) -> _Prepared | None:
+    """The kernel of a call; None where no launch makes its input.
+
+    Args:
+        chosen: what one weight of as many rows takes, and what tuning found for several: with others all is made anew.
+    """
+    if has_codebook_product(call.layout):
+        return _prepared_codebooks(call)
+    found, _ = chosen
+    if not isinstance(found, Launch):
+        return None
+    device, processors, memory = device_limits(call.index)
+    early, parts = starts_early(call.index), list[int]()
+    launch: Launch | None
+    if len(call.rows) > 1:
+        limits = (processors, memory, counts_bits(call.index), early)
+        launch, parts = place_several(device, call.layout, call.rows, call.columns, *limits)
+    else:  # every block makes all of the input
+        shape = replace(found.shape, share=1)
+        launch = place_gemv(call.layout, call.rows[0], call.columns, processors, memory, shape)
+    if launch is None or launch.chunk < call.columns or call.columns > 8 * launch.shape.threads * MOST_EIGHTS:
+        return None
+    source, name, options, _ = build(call.layout, launch, 1, call.bfloat, early)
+    run = kernel(source, name, (*options, *call.options(launch.shape.threads)), call.index)
+    return _Prepared(run, replace(launch, shared=max(launch.shared, alone(memory))), tuple(parts))
+
+
+def alone(memory: int) -> int:
+    """Shared memory, of that which a block may have, with which a block has a multiprocessor for itself.
+
+    Where two fit, kernels with few or small blocks between products make two blocks of one product meet on one
+    multiprocessor while another has none.
+    """
+    return memory // 2
+
+
+def _chosen(call: Call) -> tuple[Chosen | None, Tuned | None]:
+    if has_codebook_product(call.layout):
+        return None, None
+    found = choice(call.layout, sum(call.rows), call.columns, 1, call.index)
+    return found, own_shape(call.layout, call.rows, call.columns, call.index) if len(call.rows) > 1 else None
+
+
+def _prepared_codebooks(call: Call) -> _Prepared | None:
+    _, processors, memory = device_limits(call.index)
+    early = starts_early(call.index)
+    made = -(-2 * call.columns // 128) * 128 if call.makes else 0
+    room, memory = clusters_at_once(processors, early), memory - made
+    parts = list[int]()
+    if len(call.rows) > 1:
+        found = place_codebooks(call.layout, call.rows, memory, room)
+        if found is None:
+            return None
+        launch, parts = found
+    else:
+        single = place_codebook(call.layout, call.rows[0], memory, room)
+        if single is None:
+            return None
+        launch = single
+    if call.columns > 8 * launch.threads * MOST_EIGHTS:
+        return None
+    options = (*codebook_options(call.layout, launch, call.bfloat, early), *call.options(launch.threads))
+    return _Prepared(kernel(codebook_source(), "codebook_product", options, call.index), launch, tuple(parts), made)
+
+
+def _call(given: Normed | Tensor, weights: Sequence[Packed], bias: Tensor | None) -> Call | None:
+    """None where no kernel takes these."""
+    vectors, add = [given] if isinstance(given, Tensor) else [given.states, given.weight], False
+    if isinstance(given, Normed) and given.update is not None:
+        vectors, add = [*vectors, given.update], True
+    x = vectors[0]
+    if not 1 <= len(weights) <= MOST or (bias is not None and len(weights) > 1) or x.device.type != "cuda":
+        return None
+    if x.numel() != x.shape[-1] or x.shape[-1] % 8 or not starts_early(x.device.index):  # measured on Hopper alone
+        return None
+    if any(item.dtype != x.dtype or item.data_ptr() % 16 or item.device != x.device for item in vectors):
+        return None
+    if any(item.numel() != x.numel() or item.stride(-1) != 1 for item in vectors):
+        return None
+    layouts = [usable(x, packed) for packed in weights]
+    layout = layouts[0]
+    if layout is None or any(other != layout for other in layouts):
+        return None
+    if not (layout.multiplies or has_codebook_product(layout)):
+        return None
+    rows = tuple(packed.rows for packed in weights)
+    return Call(
+        layout, rows, weights[0].columns, x.dtype == torch.bfloat16, x.device.index, isinstance(given, Normed), add
+    )
+
+
+def products_of(
+    given: Normed | Tensor, weights: Sequence[Packed], bias: Tensor | None = None
+) -> tuple[Tensor, list[Tensor]] | None:
+    """The products (1, rows) of weights of one layout and an input, which the kernel makes itself if it is `Normed`.
+
+    Args:
+        given: 16 bits, on Hopper.
+        bias: (rows,) of the one weight, in the type of the input.
+
+    Returns:
+        h of `Normed` (`states` where there is no `update`), or the vector given, and the products. None where no kernel
+        takes these.
+    """
+    call = _call(given, weights, bias)
+    if call is None or failed((_KIND, call.layout)):
+        return None
+    try:
+        with torch.cuda.device(call.index):
+            prepared = _prepared(call, _chosen(call))
+            return None if prepared is None else _launched(prepared, call, given, weights, bias)
+    except CompilationError as error:
+        give_up((_KIND, call.layout), f"{_KIND} of {weights[0].format}", error)
+    return None
+
+
+_KIND = "products that make their input"
+
+
+def _launched(
+    prepared: _Prepared,
+    call: Call,
+    given: Normed | Tensor,
+    weights: Sequence[Packed],
+    bias: Tensor | None,
+) -> tuple[Tensor, list[Tensor]]:
+    x = given.states if isinstance(given, Normed) else given
+    total = torch.empty_like(x) if call.add else x
+    out = torch.empty(1, sum(call.rows), dtype=x.dtype, device=x.device)
+    made: Argument = ctypes.c_void_p(x.data_ptr())
+    if isinstance(given, Normed):
+        update = None if given.update is None else given.update.data_ptr()
+        made = _Input(x.data_ptr(), update, given.weight.data_ptr(), total.data_ptr(), given.epsilon)
+    own = [op_arguments(packed)[0] for packed in weights]
+    tensors = [aligned(items) for items in own]
+    described = [
+        weight_of(call.layout, items, count, call.columns)
+        if isinstance(prepared.launch, CodebookLaunch)
+        else operand_of(call.layout, prepared.launch.shape, items, count, call.columns)
+        for items, count in zip(tensors, call.rows, strict=True)
+    ]
+    results = list(torch.split(out, list(call.rows), -1))
+    arguments: list[Argument]
+    if len(weights) == 1:
+        shift = None if bias is None else bias.data_ptr()
+        arguments = [made, described[0], ctypes.c_void_p(shift), ctypes.c_void_p(out.data_ptr())]
+    else:
+        arguments = [made, _tasks(prepared, described, results)]
+    early = all(waits_for_nothing(call.index, mine, items) for mine, items in zip(own, tensors, strict=True))
+    prepared.start(arguments, early)
+    return total, results
+
+
+def _tasks(
+    prepared: _Prepared, described: Sequence[Weight | BulkWeight], results: Sequence[Tensor]
+) -> ctypes.Structure:
+    """Weights, results and thread blocks of each, as the kernel with SEVERAL takes them."""
+    launch, first = prepared.launch, 0
+    table = isinstance(launch, CodebookLaunch)
+    bulk = isinstance(launch, Launch) and launch.shape.bulk
+    tasks = _clusters_of(len(described))() if table else tasks_of(len(described), bulk)()
+    for number, (weight, result, share) in enumerate(zip(described, results, prepared.parts, strict=True)):
+        common = (weight, result.data_ptr(), first)
+        own = _Clusters(*common) if table else (BulkTask if bulk else Task)(*common, share)
+        tasks.of[number] = own
+        first += share
+    return tasks
+
+
+def _meets(x: Tensor, weights: Sequence[Packed]) -> bool:
+    return len(weights) > 1 and _call(x.reshape(1, -1).contiguous(), weights, None) is not None
+
+
+def _together(x: Tensor, weights: Sequence[Packed]) -> list[Tensor]:
+    found = products_of(x.reshape(1, -1).contiguous(), weights)
+    if found is None:
+        raise CompilationError("codebooks cannot be multiplied in one launch")
+    return [part.reshape(*x.shape[:-1], part.shape[-1]) for part in found[1]]
+
+
+register_several("vector-codebook", SeveralProducts("cuda table product", _meets, _together))
