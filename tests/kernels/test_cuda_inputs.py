@@ -25,7 +25,7 @@ EPSILON = 1e-5
 INPUT = (
     "const Input input = {(u16*)x, (u16*)bias, (u16*)bias + weight.columns, (u16*)bias + 2 * weight.columns, 1e-5f};"
 )
-ONE = INPUT + "gemv(input, weight, nullptr, (u16*)y, chunk, tiles);"
+ONE = INPUT + "gemv(input, operand_of(weight), nullptr, (u16*)y, chunk, tiles);"
 TWO = (
     INPUT
     + """

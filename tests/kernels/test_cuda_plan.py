@@ -15,12 +15,14 @@ from whit.formats.level_table import LevelTable
 from whit.formats.structured_binary import StructuredBinary
 from whit.formats.vector_codebook import VectorCodebook
 from whit.kernels import cuda_linear, cuda_ops, nvrtc
+from whit.kernels.cuda_bulk import bulk_stage_bytes
 from whit.kernels.cuda_layout import WIDEST, layout_of
 from whit.kernels.cuda_plan import (
     Shape,
     choose,
     gemv_shapes,
     keep_tuned,
+    place_gemv,
     plan,
     room,
     tuned_shapes,
@@ -90,7 +92,7 @@ def hopper(monkeypatch):
 
 def test_what_multiplies_depends_on_vectors_device_and_what_was_found(hopper, monkeypatch):
     layout = layout_of(LevelTable(2, 128), 4096)
-    assert cuda_ops.choice(layout, 512, 4096, 1, 0).shape in gemv_shapes(layout)
+    assert cuda_ops.choice(layout, 512, 4096, 1, 0).shape in gemv_shapes(layout, clusters=True)
     assert isinstance(cuda_ops.choice(layout, 512, 4096, 256, 0), WideShape)
     assert isinstance(cuda_ops.choice(layout, 512, 4096, 2048, 0), WideShape)
     assert isinstance(cuda_ops.choice(layout_of(GroupedInteger(4, 128, True), 4096), 512, 4096, 2048, 0), WideShape)
@@ -105,7 +107,7 @@ def test_what_multiplies_depends_on_vectors_device_and_what_was_found(hopper, mo
     keep_tuned("No Such GPU", {tuning_key(layout, 512, 4096, 512): WideShape(9, 9, 9, 9, 9)})
     cuda_ops.choice.cache_clear()
     assert cuda_ops.choice(layout, 512, 4096, 16, 0) == found
-    assert cuda_ops.choice(layout, 512, 4096, 1, 0).shape in gemv_shapes(layout)
+    assert cuda_ops.choice(layout, 512, 4096, 1, 0).shape in gemv_shapes(layout, clusters=True)
     assert cuda_ops.choice(layout, 512, 4096, 1024, 0) == Decode()
     assert cuda_ops.choice(layout, 512, 4096, 512, 0) in wide_shapes(layout, 512, 4096, H200[1])
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (10, 0))
@@ -131,11 +133,53 @@ def test_blocks_that_share_staging_come_in_whole_clusters_and_stage_once():
 
 def test_without_a_measurement_small_products_leave_room_for_the_next_kernel():
     layout = layout_of(LevelTable(2, 128), 4096)
-    small, large = (choose("No Such GPU", layout, rows, 4096, 1, *H200) for rows in (4096, 28672))
+    beside = choose("No Such GPU", layout, 4096, 4096, 1, *H200).shape
+    assert beside.eager and beside.resident == 2 and not beside.bulk
+    wide = layout_of(BinaryResidual(128, True), 8192)  # half a multiprocessor would hold half of x
+    assert choose("No Such GPU", wide, 28672, 8192, 1, *H200).shape.resident == 1
+    early = {"clusters": False}  # of a device that cannot start a kernel before the last ends
+    small, large = (choose("No Such GPU", layout, rows, 4096, 1, *H200, **early) for rows in (4096, 28672))
     assert small.shape.resident == 2 and 2 * (small.shared + 1024) <= H200[1] + 1024
     assert large.shape == Shape(512, 1024, 1, True) and not large.shape.eager
-    down = choose("No Such GPU", layout_of(LevelTable(2, 128), 11008), 4096, 11008, 1, *H200)
+    down = choose("No Such GPU", layout_of(LevelTable(2, 128), 11008), 4096, 11008, 1, *H200, **early)
     assert down.shape.item == 512  # 10 items of 1024 and three quarters of one would leave warps idle
+
+
+@pytest.mark.parametrize(
+    ("layout", "columns", "rows", "item", "comes"),
+    [
+        (LevelTable(2, 128), 4096, 4096, 1024, True),
+        (LevelTable(1, 128), 4096, 100, 512, True),
+        (LevelTable(1, 128), 11008, 4096, 1024, False),  # the levels of a row are no multiple of 16 bytes
+        (BinaryResidual(128, True), 4096, 4096, 1024, True),
+        (BinaryResidual(128, True), 4096, 4096, 512, False),  # nor those of an item
+        (BinaryResidual(0, False), 4096, 4096, 512, True),
+        (BinaryResidual(0, False), 4096, 4100, 512, False),  # nor those of the last rows
+        (BinaryResidual(0, True), 4096, 4096, 512, False),
+        (LevelTable(2, 0), 1000, 4096, 512, False),  # rows of 250 bytes
+        (LevelTable(2, 2048), 4096, 4096, 1024, False),
+        (GroupedInteger(2, 128, False), 4096, 4096, 1024, False),
+        (GroupedInteger(3, 128, True), 4096, 4096, 512, False),
+    ],
+)
+def test_the_copy_engine_brings_what_lies_at_multiples_of_sixteen_bytes(layout, columns, rows, item, comes):
+    described = layout_of(layout, columns)
+    stage = bulk_stage_bytes(described, rows, item)
+    launch = place_gemv(described, rows, columns, *H200, Shape(256, item, 2, True, bulk=True))
+    assert (stage is not None) is comes and (launch is not None) is comes
+    if comes:
+        assert stage % 8 == 0 and stage >= described.stage_bytes(item)
+
+
+@pytest.mark.parametrize(
+    ("columns", "threads", "turns"),
+    [(4096, 512, (1, 1)), (4096, 256, (2, 2)), (8192, 256, (2, 4)), (11008, 256, (2, 6)), (28672, 256, (2, 6))],
+)
+def test_a_warp_asks_at_once_for_all_of_x_that_fits_its_registers(columns, threads, turns):
+    launch = place_gemv(layout_of(LevelTable(1, 0), columns), 4096, columns, *H200, Shape(threads, 512, 1, True))
+    assert launch.turns() == turns and launch.chunk >= columns
+    blocks = launch.chunk // 128
+    assert turns[1] == 6 or turns[1] * 2 * (threads // 32) >= blocks
 
 
 def test_rings_have_no_more_stages_than_the_shape_allows():

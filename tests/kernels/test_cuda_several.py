@@ -27,14 +27,14 @@ from whit.models.packed import PackedLinear
 
 TWO = """
     Tasks tasks;
-    tasks.of[0] = {weight, (u16*)y, 0, 1};
-    tasks.of[0].w.rows = FIRST;
-    tasks.of[1] = {weight, (u16*)y + FIRST, 1, 2};
-    tasks.of[1].w.rows = weight.rows - FIRST;
-    tasks.of[1].w.codes[0] += FIRST * (long)weight.width;
-    tasks.of[1].w.codes[1] += FIRST * (long)weight.width;
-    tasks.of[1].w.scalars += FIRST * (long)weight.groups * SCALARS * 2;
-    tasks.of[1].w.salient = bias;
+    tasks.of[0] = {operand_of(weight), (u16*)y, 0, 1};
+    tasks.of[0].operand.w.rows = FIRST;
+    tasks.of[1] = {operand_of(weight), (u16*)y + FIRST, 1, 2};
+    tasks.of[1].operand.w.rows = weight.rows - FIRST;
+    tasks.of[1].operand.w.codes[0] += FIRST * (long)weight.width;
+    tasks.of[1].operand.w.codes[1] += FIRST * (long)weight.width;
+    tasks.of[1].operand.w.scalars += FIRST * (long)weight.groups * SCALARS * 2;
+    tasks.of[1].operand.w.salient = bias;
     gemv((const u16*)x, tasks, chunk, tiles);
 """
 

@@ -4,6 +4,8 @@ Every memory access is checked at the end of each tensor and of the shared memor
 threads of a block in the opposite order must not change a bit of the result.
 """
 
+import re
+
 import pytest
 import torch
 
@@ -73,6 +75,44 @@ def test_one_vector(layout, bitwise, tmp_path):
         bound = error_bound(x, weight, expected, block=unit_columns(layout, columns))
         assert ((actual.double() - expected).abs() <= bound).all()
         assert torch.equal(run(program, described, launch, tensors, (rows, columns), x, bias, descending=True), actual)
+
+
+WAYS = [
+    (LevelTable(1, 128), 80, 2048, Shape(64, 1024, 2, True, depth=4, bulk=True), False),
+    (LevelTable(2, 128), 72, 2560, Shape(64, 1024, 2, True, depth=4, bulk=True, patient=True), False),
+    (LevelTable(2, 0), 48, 2688, Shape(64, 512, 1, True, bulk=True, patient=True, late=True), True),
+    (BinaryResidual(128, True), 100, 2048, Shape(64, 1024, 2, True, bulk=True, patient=True), False),
+    (BinaryResidual(0, False), 64, 2560, Shape(64, 1024, 2, True, bulk=True), True),
+    (GroupedInteger(3, 128, False), 50, 1056, Shape(64, 256, 1, True, patient=True, late=True), False),
+    (BinaryResidual(128, True), 50, 6400, Shape(64, 256, 1, True, patient=True), False),
+]
+
+
+@pytest.mark.parametrize(("layout", "rows", "columns", "shape", "tight"), WAYS)
+def test_one_vector_in_every_way_to_bring_the_weight(layout, rows, columns, shape, tight, tmp_path):
+    """By the tensor copy engine; most of it after x has come; x in several turns, asked for together or not."""
+    described = layout_of(layout, columns)
+    sizes = {"layout": described, "rows": rows, "columns": columns, "processors": 2, "shape": shape}
+    launch = tightest(place_gemv, **sizes) if tight else place_gemv(memory=220_000, **sizes)
+    assert (launch.chunk < columns) is tight and launch.whole and (tight or launch.turns()[0] == 2)
+    program = compiled("gemv", described, launch, 1, False, tmp_path)
+    packed = random_packed(layout, rows, columns)
+    x, bias = inputs(1, columns, torch.float16, "cpu"), torch.linspace(-1, 1, rows).half()
+    tensors = [packed.tensors[name] for name in described.names if name]
+    actual = run(program, described, launch, tensors, (rows, columns), x, bias)
+    weight = packed.unpack().double()
+    expected = x.double() @ weight.T + bias.double()
+    bound = error_bound(x, weight, expected, block=unit_columns(layout, columns))
+    assert ((actual.double() - expected).abs() <= bound).all()
+    assert torch.equal(run(program, described, launch, tensors, (rows, columns), x, bias, descending=True), actual)
+
+
+@pytest.mark.parametrize("name", ["planes.cuh", "limbs.cuh", "small.cu", "gemv.cu"])
+def test_what_the_kernel_before_may_have_written_is_not_read_as_constant(name):
+    """NVRTC has moved such a load to before the instruction that waits for that kernel."""
+    source = source_of(name)
+    assert re.search(r"__ldg\((\(const \w+\*\))?\(?(x|from)\b", source) is None
+    assert "__ldg(salient" in source or name in ("small.cu", "gemv.cu")
 
 
 @pytest.mark.parametrize(
@@ -182,6 +222,16 @@ def test_tiles_that_do_not_fill_the_device_are_cut_finer(tmp_path):
 
 
 def test_the_emulator_replaces_every_assembly_function():
-    parts = ("common.cuh", "group.cuh", "planes.cuh", "bits.cuh", "limbs.cuh", "gemv.cu", "small.cu", "decode.cu")
+    parts = (
+        "common.cuh",
+        "group.cuh",
+        "bulk.cuh",
+        "planes.cuh",
+        "bits.cuh",
+        "limbs.cuh",
+        "gemv.cu",
+        "small.cu",
+        "decode.cu",
+    )
     source = source_of(*parts, "structured.cu", "codebook_product.cu") + wide_source(8)
     assert all(start in source for start in MEANINGS)

@@ -29,18 +29,20 @@ from whit.kernels.codebook_plan import (
 from whit.kernels.cuda_layout import Layout
 from whit.kernels.cuda_linear import op_arguments, usable
 from whit.kernels.cuda_ops import (
+    BulkWeight,
     Weight,
     aligned,
     build,
     choice,
     counts_bits,
     device_limits,
+    operand_of,
     starts_early,
     waits_for_nothing,
     weight_of,
 )
 from whit.kernels.cuda_plan import Launch, Tuned, place_gemv
-from whit.kernels.cuda_several import MOST, Chosen, Task, own_shape, place_several, tasks_of
+from whit.kernels.cuda_several import MOST, BulkTask, Chosen, Task, own_shape, place_several, tasks_of
 from whit.kernels.linear import SeveralProducts, register_several
 from whit.kernels.nvrtc import Argument, CompilationError, Kernel, failed, give_up, kernel
 
@@ -256,7 +258,10 @@ def _launched(
     own = [op_arguments(packed)[0] for packed in weights]
     tensors = [aligned(items) for items in own]
     described = [
-        weight_of(call.layout, items, count, call.columns) for items, count in zip(tensors, call.rows, strict=True)
+        weight_of(call.layout, items, count, call.columns)
+        if isinstance(prepared.launch, CodebookLaunch)
+        else operand_of(call.layout, prepared.launch.shape, items, count, call.columns)
+        for items, count in zip(tensors, call.rows, strict=True)
     ]
     results = list(torch.split(out, list(call.rows), -1))
     arguments: list[Argument]
@@ -270,13 +275,18 @@ def _launched(
     return total, results
 
 
-def _tasks(prepared: _Prepared, described: Sequence[Weight], results: Sequence[Tensor]) -> ctypes.Structure:
+def _tasks(
+    prepared: _Prepared, described: Sequence[Weight | BulkWeight], results: Sequence[Tensor]
+) -> ctypes.Structure:
     """Weights, results and thread blocks of each, as the kernel with SEVERAL takes them."""
-    table, first = isinstance(prepared.launch, CodebookLaunch), 0
-    tasks = _clusters_of(len(described))() if table else tasks_of(len(described))()
+    launch, first = prepared.launch, 0
+    table = isinstance(launch, CodebookLaunch)
+    bulk = isinstance(launch, Launch) and launch.shape.bulk
+    tasks = _clusters_of(len(described))() if table else tasks_of(len(described), bulk)()
     for number, (weight, result, share) in enumerate(zip(described, results, prepared.parts, strict=True)):
         common = (weight, result.data_ptr(), first)
-        tasks.of[number] = _Clusters(*common) if table else Task(*common, share)
+        own = _Clusters(*common) if table else (BulkTask if bulk else Task)(*common, share)
+        tasks.of[number] = own
         first += share
     return tasks
 

@@ -9,10 +9,12 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from whit.kernels.cuda_bulk import Maps, maps_of
 from whit.kernels.cuda_decode import SHAPE, decode_grid, decode_options, decode_shared, decode_source
 from whit.kernels.cuda_layout import Layout
 from whit.kernels.cuda_plan import (
     Launch,
+    Shape,
     choose,
     options_of,
     parts_of,
@@ -54,6 +56,12 @@ class Weight(ctypes.Structure):
         ("width", ctypes.c_int),
         ("groups", ctypes.c_int),
     )
+
+
+class BulkWeight(ctypes.Structure):
+    """A packed weight with what the tensor copy engine must know of it, as `gemv` takes it where that brings it."""
+
+    _fields_ = (("weight", Weight), ("pad", ctypes.c_uint64), ("maps", Maps))  # maps begin at a multiple of 64 bytes
 
 
 @lru_cache(maxsize=16)
@@ -116,7 +124,7 @@ def build(
     if isinstance(launch, WideShape):
         return wide_source(launch.tokens), "wide", wide_options(layout, launch, bfloat, early=True), True
     name = "gemv" if tokens == 1 else "small"
-    options = options_of(layout, launch.shape, launch.depth, tokens, bfloat, early)
+    options = options_of(layout, launch, tokens, bfloat, early)
     return source_of(*parts_of(name, launch.shape)), name, options, False
 
 
@@ -141,6 +149,15 @@ def weight_of(layout: Layout, tensors: list[Tensor], rows: int, columns: int) ->
     given = iter(tensors)
     pointers = [next(given).data_ptr() if name else None for name in layout.names]
     return Weight(*pointers, rows, columns, layout.width, layout.groups)
+
+
+def operand_of(layout: Layout, shape: Shape, tensors: list[Tensor], rows: int, columns: int) -> Weight | BulkWeight:
+    """`weight_of`, for `gemv` in a shape."""
+    weight = weight_of(layout, tensors, rows, columns)
+    if not shape.bulk:
+        return weight
+    codes = [address for address in (weight.codes, weight.second) if address]
+    return BulkWeight(weight, 0, maps_of(layout, codes, weight.scalars, rows, shape.item))
 
 
 def aligned(tensors: list[Tensor]) -> list[Tensor]:
@@ -209,7 +226,9 @@ def multiply_packed(
                 run.launch(tiles * shape.splits, shape.threads, shared, arguments, early=early, cluster=shape.splits)
             return out
         run = _compiled(described, launch, tokens, bfloat, index)
-        arguments = [_pointer(x), weight, _pointer(bias), _pointer(out)]
+        x = x if x.data_ptr() % 16 == 0 else x.clone()
+        operand = operand_of(described, launch.shape, tensors, rows, columns) if m == 1 else weight
+        arguments = [_pointer(x), operand, _pointer(bias), _pointer(out)]
         arguments += [ctypes.c_int(m)] * (m > 1) + [ctypes.c_int(launch.chunk), ctypes.c_int(launch.tiles)]
         threads, share = launch.shape.threads, launch.shape.share
         early = waits_for_nothing(index, given, tensors)

@@ -17,6 +17,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from whit.kernels.cuda_bulk import bulk_stage_bytes
 from whit.kernels.cuda_layout import Layout
 from whit.kernels.cuda_wide import Decode, WideShape, warpgroup_product
 from whit.kernels.found import keep_shapes, read_shapes, shape_from
@@ -31,7 +32,9 @@ class Shape:
     multiplied as bit planes (`bits.cuh`) or as limbs (`limbs.cuh`), how many thread blocks a multiprocessor must have
     room for (with two, the next kernel of a stream is already there when one ends), how many of a cluster share the
     work of bringing one vector into its bit planes, whether the next kernel of a stream may start as soon as there is
-    room (`eager`; otherwise when this one has its inputs), and the most stages of a warp's ring.
+    room (`eager`) or when this one has its input in registers (`late`; otherwise when it may read it), the most stages
+    of a warp's ring, whether all but the first are asked for when the input has come (`patient`; otherwise before), and
+    whether the tensor copy engine brings them (`bulk.cuh`).
     """
 
     threads: int
@@ -42,6 +45,9 @@ class Shape:
     share: int = 1
     eager: bool = False
     depth: int = 3
+    late: bool = False
+    patient: bool = False
+    bulk: bool = False
 
 
 Tuned: TypeAlias = Shape | WideShape | Decode
@@ -51,7 +57,7 @@ Tuned: TypeAlias = Shape | WideShape | Decode
 @dataclass(frozen=True)
 class Launch:
     """`grid` blocks of `shape.threads`; rings of `depth` stages; `chunk` columns of x held at once; `tiles` row tiles
-    per round; `shared` bytes of shared memory."""
+    per round; `shared` bytes of shared memory. Of one vector: `whole` if its columns are a multiple of 32."""
 
     grid: int
     shape: Shape
@@ -59,6 +65,18 @@ class Launch:
     chunk: int
     tiles: int
     shared: int
+    whole: bool = False
+
+    def turns(self) -> tuple[int, int]:
+        """Pairs of blocks of 128 columns that a warp brings into bit planes together, and those it asks for at once."""
+        each = 2 * (self.shape.threads // 32) * self.shape.share
+        turns = -(-(self.chunk // 128) // each)
+        together = min(turns, 2)
+        return together, min(-(-turns // together) * together, _MOST_TURNS)
+
+
+_MOST_TURNS = 6
+"""Pairs of blocks of 128 columns of which a warp keeps x in registers."""
 
 
 def gemv_shapes(layout: Layout, binary: bool = True, clusters: bool = False) -> list[Shape]:
@@ -77,6 +95,11 @@ def gemv_shapes(layout: Layout, binary: bool = True, clusters: bool = False) -> 
             shapes += [replace(shapes[1], share=share) for share in (2, 4)]
             shapes += [replace(shape, eager=True) for shape in shapes if shape.resident == 2]
             shapes += [Shape(256, widest, 1, True, 2, eager=True), replace(shapes[1], depth=4)]
+            pair = Shape(256, widest, 2, True, 2, eager=True, depth=4)
+            shapes += [pair, replace(pair, item=narrowest), Shape(512, widest, 2, True, depth=4)]
+            shapes += [replace(pair, patient=True), replace(pair, eager=False, late=True)]
+            shapes += [replace(pair, bulk=True, patient=patient) for patient in (False, True)]
+            shapes.append(replace(pair, bulk=True, patient=True, eager=False, late=True))
         return shapes
     widest = 512 if layout.bits <= 2 else 256 if layout.bits <= 4 else 128
     narrowest = 256 if layout.bits <= 2 else 128 if layout.bits == 4 else widest
@@ -93,6 +116,11 @@ _SMALL = 24
 """Items of 512 columns of a multiprocessor up to which a product is mostly start and end."""
 _BUSY = 0.7
 """Share of the warps' turns that must be used: a wider item costs less, but not if more of them idle."""
+
+
+def _beside(shape: Shape) -> bool:
+    """The shape in which the kernels of a stream overlap most simply."""
+    return shape == Shape(256, shape.item, 2, True, 2, eager=True, depth=4)
 
 
 def likeliest(shapes: Sequence[Shape], rows: int, columns: int, processors: int) -> list[Shape]:
@@ -126,9 +154,13 @@ def room(memory: int, shape: Shape) -> int:
 def place_gemv(layout: Layout, rows: int, columns: int, processors: int, memory: int, shape: Shape) -> Launch | None:
     """Launch of `gemv` in a shape on a device with `processors` multiprocessors of `memory` bytes of shared memory.
 
-    Columns of x are cut into the fewest equal chunks that fit; None if two stages and one item of x do not.
+    Columns of x are cut into the fewest equal chunks that fit; None if two stages and one item of x do not, or the
+    tensor copy engine cannot bring the weight.
     """
-    item, stage = shape.item, layout.stage_bytes(shape.item)
+    item = shape.item
+    stage = bulk_stage_bytes(layout, rows, item) if shape.bulk else layout.stage_bytes(item)
+    if stage is None:
+        return None
     tiles, across = -(-rows // 16), -(-columns // item)
     grid = min(tiles, processors) // shape.share * shape.share
     if grid == 0:
@@ -143,7 +175,7 @@ def place_gemv(layout: Layout, rows: int, columns: int, processors: int, memory:
         for depth in range(shape.depth, 1, -1):
             shared = chunk // 128 * block + per_round * across * 64 + shape.threads // 32 * depth * stage
             if shared <= room(memory, shape):
-                return Launch(grid, shape, depth, chunk, per_round, shared)
+                return Launch(grid, shape, depth, chunk, per_round, shared, columns % 32 == 0)
     return None
 
 
@@ -204,8 +236,9 @@ def plan(
     return max(fitting, key=lambda launch: min(launch.chunk, columns))  # the first of equals
 
 
-def options_of(layout: Layout, shape: Shape, depth: int, tokens: int, bfloat: bool, early: bool) -> tuple[str, ...]:
+def options_of(layout: Layout, launch: Launch, tokens: int, bfloat: bool, early: bool) -> tuple[str, ...]:
     """Preprocessor options of a kernel; `early` asks for programmatic dependent launch."""
+    shape, (turns, loads) = launch.shape, launch.turns()
     values = {
         "BF16": bfloat,
         "EARLY": early,
@@ -214,11 +247,16 @@ def options_of(layout: Layout, shape: Shape, depth: int, tokens: int, bfloat: bo
         "PIECE": layout.piece(shape.item),
         "THREADS": shape.threads,
         "ITEM": shape.item,
-        "DEPTH": depth,
+        "DEPTH": launch.depth,
         "UNROLL": shape.unroll,
         "RESIDENT": shape.resident,
         "STAGING_BLOCKS": shape.share,
-        "EAGER": shape.eager,
+        "EAGER": 2 if shape.late else shape.eager,
+        "PATIENT": shape.patient,
+        "BULK": shape.bulk,
+        "X_WHOLE": launch.whole,
+        "TURNS": turns,
+        "LOADS": loads,
     }
     return (*layout.defines(), *(f"-D{key}={int(value)}" for key, value in values.items()))
 
@@ -230,6 +268,7 @@ def parts_of(name: str, shape: Shape) -> tuple[str, ...]:
             "common.cuh",
             "inputs.cuh",
             "group.cuh",
+            *(("bulk.cuh",) if shape.bulk else ()),
             *(("planes.cuh", "bits.cuh") if shape.bitwise else ("limbs.cuh",)),
             "gemv.cu",
         )
@@ -320,4 +359,6 @@ def choose(
                 return plan(layout, rows, columns, tokens, processors, memory, [shape])
     if tokens == 1:
         shapes = likeliest(shapes, rows, columns, processors)
+        if clusters:  # half a multiprocessor, so that the next kernel begins beside this one: it has won nearly always
+            shapes = [shape for shape in gemv_shapes(layout, binary, clusters) if _beside(shape)][:1] + shapes
     return plan(layout, rows, columns, tokens, processors, memory, shapes)

@@ -17,9 +17,11 @@ import torch
 from torch import Tensor
 
 from whit.formats.base import Packed
+from whit.kernels.cuda_bulk import bulk_stage_bytes
 from whit.kernels.cuda_layout import Layout
 from whit.kernels.cuda_linear import op_arguments, usable
 from whit.kernels.cuda_ops import (
+    BulkWeight,
     Weight,
     aligned,
     build,
@@ -27,9 +29,9 @@ from whit.kernels.cuda_ops import (
     counts_bits,
     device_limits,
     layout_from,
+    operand_of,
     starts_early,
     waits_for_nothing,
-    weight_of,
 )
 from whit.kernels.cuda_plan import (
     Launch,
@@ -59,10 +61,23 @@ class Task(ctypes.Structure):
     _fields_ = (("weight", Weight), ("y", ctypes.c_void_p), ("first", ctypes.c_int), ("blocks", ctypes.c_int))
 
 
-@lru_cache(maxsize=MOST)
-def tasks_of(count: int) -> type[ctypes.Structure]:
+class BulkTask(ctypes.Structure):
+    """The same of weights that the tensor copy engine brings: a multiple of 64 bytes."""
+
+    _fields_ = (
+        ("weight", BulkWeight),
+        ("y", ctypes.c_void_p),
+        ("first", ctypes.c_int),
+        ("blocks", ctypes.c_int),
+        ("pad", ctypes.c_uint64 * 6),
+    )
+
+
+@lru_cache(maxsize=2 * MOST)
+def tasks_of(count: int, bulk: bool = False) -> type[ctypes.Structure]:
     """The argument with so many of them."""
-    return type("_Tasks", (ctypes.Structure,), {"_fields_": (("of", Task * count),)})
+    task = BulkTask if bulk else Task
+    return type("_Tasks", (ctypes.Structure,), {"_fields_": (("of", task * count),)})
 
 
 def shares(rows: Sequence[int], processors: int) -> list[int]:
@@ -85,10 +100,17 @@ def several_shapes(layout: Layout, binary: bool, early: bool) -> list[Shape]:
     return [shape for shape in gemv_shapes(layout, binary, clusters=early) if shape.share == 1]
 
 
+def _brought(layout: Layout, rows: Sequence[int], shape: Shape) -> bool:
+    """Whether the weights come in the way that a shape says."""
+    return not shape.bulk or all(bulk_stage_bytes(layout, count, shape.item) is not None for count in rows)
+
+
 def _placed(
     layout: Layout, rows: Sequence[int], columns: int, processors: int, memory: int, shape: Shape
 ) -> Launch | None:
     """The launch of one weight with as many tiles for each block as the slowest has, so that one round does."""
+    if not _brought(layout, rows, shape):
+        return None
     blocks = shares(rows, processors)
     rounds = max(-(-count // (16 * have)) for count, have in zip(rows, blocks, strict=True))
     return place_gemv(layout, 16 * rounds * processors, columns, processors, memory, shape)
@@ -116,7 +138,7 @@ def place_several(
         launch = _placed(layout, rows, columns, processors, memory, own)
     if launch is None:
         found = choose(name, layout, sum(rows), columns, 1, processors, memory, binary=binary, clusters=early)
-        if found.shape.share > 1:
+        if found.shape.share > 1 or not _brought(layout, rows, found.shape):
             found = choose(name, layout, sum(rows), columns, 1, processors, memory, binary=binary, clusters=False)
         launch = _placed(layout, rows, columns, processors, memory, found.shape) or found
     return replace(launch, grid=sum(blocks)), blocks
@@ -157,11 +179,15 @@ def packed_products(x: Tensor, tensors: list[Tensor], layout: list[int], rows: l
         each_rows = tuple(rows)
         shapes = (own_shape(described, each_rows, columns, index), choice(described, sum(rows), columns, 1, index))
         run, launch, blocks = _prepared(described, each_rows, columns, x.dtype == torch.bfloat16, index, shapes)
-        tasks, row, first = tasks_of(len(rows))(), 0, 0
+        bulk = launch.shape.bulk
+        tasks, row, first = tasks_of(len(rows), bulk)(), 0, 0
         for number, (count, share) in enumerate(zip(rows, blocks, strict=True)):
-            weight = weight_of(described, tensors[number * each : (number + 1) * each], count, columns)
-            tasks.of[number] = Task(weight, out.data_ptr() + row * out.element_size(), first, share)
+            own = tensors[number * each : (number + 1) * each]
+            operand = operand_of(described, launch.shape, own, count, columns)
+            place = out.data_ptr() + row * out.element_size()
+            tasks.of[number] = (BulkTask if bulk else Task)(operand, place, first, share)
             row, first = row + count, first + share
+        x = x if x.data_ptr() % 16 == 0 else x.clone()
         sizes = (ctypes.c_int(launch.chunk), ctypes.c_int(launch.tiles))
         arguments: list[Argument] = [ctypes.c_void_p(x.data_ptr()), tasks, *sizes]
         early = waits_for_nothing(index, given, tensors)

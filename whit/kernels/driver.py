@@ -17,7 +17,8 @@ _CLUSTER_DIMENSION = 4  # CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6  # CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 
 
-_UINT16, _SWIZZLE_128, _PROMOTION_256 = 1, 3, 3  # CUtensorMapDataType, CUtensorMapSwizzle, CUtensorMapL2promotion
+_UINT16, _PROMOTION_256 = 1, 3  # CUtensorMapDataType, CUtensorMapL2promotion
+_SWIZZLES = {128: 3, 64: 2, 32: 1}  # CUtensorMapSwizzle, by bytes
 
 Argument: TypeAlias = "ctypes._SimpleCData[Any] | ctypes.Structure"
 """Of a kernel."""
@@ -114,16 +115,19 @@ def _check(status: int, action: str) -> None:
     raise DeviceError(f"{message} ({remedy})")
 
 
-@lru_cache(maxsize=1024)
-def tensor_map(address: int, rows: int, columns: int, box_rows: int, box_columns: int) -> TensorMap:
-    """A matrix of 16-bit values (rows, columns), contiguous, to be copied in boxes swizzled by 128 bytes.
+@lru_cache(maxsize=8192)
+def tensor_map(
+    address: int, rows: int, columns: int, box_rows: int, box_columns: int, *, swizzled: bool = True
+) -> TensorMap:
+    """A matrix of 16-bit values (rows, columns), contiguous, to be copied in boxes.
 
     Args:
         address: of the matrix, a multiple of 16; a row must be one too, in bytes.
         rows: of the matrix; boxes that reach beyond are filled with zeros.
         columns: of the matrix.
         box_rows: at most 256.
-        box_columns: 64, the 128 bytes of the swizzle.
+        box_columns: a multiple of 8; swizzled 64, 32 or 16, the 128, 64 or 32 bytes of the swizzle.
+        swizzled: pieces of 16 bytes change places with the rows, so that they meet fewer banks of shared memory.
     """
     room = (ctypes.c_uint8 * 192)()
     map_address = -(-ctypes.addressof(room) // 64) * 64
@@ -137,7 +141,7 @@ def tensor_map(address: int, rows: int, columns: int, box_rows: int, box_columns
         (ctypes.c_uint32 * 2)(box_columns, box_rows),
         (ctypes.c_uint32 * 2)(1, 1),
         0,  # no interleaving
-        _SWIZZLE_128,
+        _SWIZZLES[2 * box_columns] if swizzled else 0,
         _PROMOTION_256,
         0,  # zeros beyond the edges
     )

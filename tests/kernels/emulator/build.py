@@ -41,6 +41,7 @@ MEANINGS = {
     "void wait_for_previous_kernel(": "static void wait_for_previous_kernel() {}",
     "void prefetch_line(": "static void prefetch_line(const u8*) {}",
     "void start_next_kernel(": "static void start_next_kernel() {}",
+    "void start_next_kernel_after(": "static void start_next_kernel_after(u32) {}",
     "void prefetch_x(": "static void prefetch_x(const u16*, int) {}",
     "void product(int": "static void product(int (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1)"
     " { u32 a[4] = {a0, a1, a2, a3}, b[2] = {b0, b1}; tensor_product(c, 4, a, 2, b, bytes_times_bytes); }",
@@ -59,6 +60,11 @@ MEANINGS = {
     "void barrier_arrive(": "",
     "void barrier_expect(": "",
     "void barrier_wait(": "",
+    "uint4 read_sixteen(": "static uint4 read_sixteen(const void* from) { return *(const uint4*)from; }",
+    "uint2 read_eight(": "static uint2 read_eight(const void* from) { return *(const uint2*)from; }",
+    "void known(": "static void known(int&, int&, const u16*&) {}",
+    "void copy_run(": "",
+    "void copy_tile(": "",
     "void copy_box(": "static void copy_box(u8* to, const TensorMap& map, u64* barrier, int column, int token)"
     " { copy_box(to, map, barrier, column, token, TOKENS); }",
     "uint4 load_sixteen(": "static uint4 load_sixteen(const u8* from) { return *(const uint4*)from; }",
@@ -107,7 +113,7 @@ MEANINGS = {
     " { return to16(from16(a) + from16(b)) | (u32)to16(from16(a >> 16) + from16(b >> 16)) << 16; }",
 }
 CALLS = {
-    "gemv": "gemv((const u16*)x, weight, (const u16*)bias, (u16*)y, chunk, tiles)",
+    "gemv": "gemv((const u16*)x, operand_of(weight), (const u16*)bias, (u16*)y, chunk, tiles)",
     "small": "small((const u16*)x, weight, (const u16*)bias, (u16*)y, tokens, chunk, tiles)",
     "decode": "decode(weight, (u16*)y)",
     "structured_product": "structured_product((const u16*)x, weight, (const u16*)bias, (u16*)y, tokens, chunk, tiles)",
@@ -116,6 +122,17 @@ CALLS = {
     " {{(u64)weight.codes[0], (u64)weight.width / 2, (u64)weight.rows}},"
     " weight, (const u16*)bias, (u16*)y, tokens, chunk)",
 }
+OPERAND = """
+static Operand operand_of(const Weight& w) {
+    Operand operand = {w};
+#if BULK
+    for (int i = 0; i < 2; i++)
+        operand.maps.codes[i] = {{(u64)w.codes[i], (u64)w.width / 2, (u64)w.rows, ROW_PITCH / 2, ROW_PITCH}};
+    operand.maps.scalars = {{(u64)w.scalars, (u64)w.groups * NS, (u64)w.rows, GROUPS_IN_ITEM * NS, 0}};
+#endif
+    return operand;
+}
+"""
 MAIN = """
 static uint8_t *x, *bias, *y;
 static Weight weight;
@@ -180,7 +197,7 @@ def compiled(name: str, layout: Layout, launch: Launch | WideShape, tokens: int,
     if isinstance(launch, WideShape):
         options, source = wide_options(layout, launch, bfloat, early=False), wide_source(launch.tokens)
     else:
-        options = options_of(layout, launch.shape, launch.depth, tokens, bfloat, early=False)
+        options = options_of(layout, launch, tokens, bfloat, early=False)
         source = source_of(*parts_of(name, launch.shape))
     return built(name, source, options, folder)
 
@@ -202,7 +219,8 @@ def _precompiled() -> tuple[TemporaryDirectory[str], list[str]]:
 
 def built(name: str, source: str, options: Sequence[str], folder: Path) -> Path:
     """An executable that runs the kernel `name` of a source once."""
-    return _built(name, source, MAIN.replace("CALL", CALLS[name]), options, folder)
+    main = (OPERAND if name == "gemv" else "") + MAIN.replace("CALL", CALLS[name])
+    return _built(name, source, main, options, folder)
 
 
 def built_call(name: str, call: str, source: str, options: Sequence[str], folder: Path) -> Path:
@@ -281,7 +299,10 @@ def run(
         first, count = (0, launch.tiles(rows, len(x))) if tiles is None else tiles
         numbers = [first, 0, count * launch.splits, -(-shared // 1024) * 1024, int(descending), launch.splits]
     else:
-        numbers = [launch.chunk, launch.tiles, launch.grid, launch.shared, int(descending), launch.shape.share]
+        shared = (
+            -(-launch.shared // 1024) * 1024 if launch.shape.bulk else launch.shared
+        )  # boxes lie at multiples of it
+        numbers = [launch.chunk, launch.tiles, launch.grid, shared, int(descending), launch.shape.share]
     return executed(program, layout, numbers, tensors, shape, x, bias)
 
 

@@ -230,6 +230,7 @@ struct Box {
 struct Meeting {
     int expected = 0, arrived = 0, phase = 0, bytes = 0;
     std::vector<Box> boxes;
+    std::vector<Copy> runs;  // of bytes
 };
 static std::map<void*, Meeting> meetings;
 static void barrier_init(void* barrier, int arrivals) { meetings[barrier] = Meeting{arrivals}; }
@@ -247,6 +248,7 @@ static void barrier_wait(void* barrier, int parity) {
     for (Meeting& meeting = meetings.at(barrier); meeting.phase == parity; ) {
         int bytes = 0;
         for (const Box& box : meeting.boxes) bytes += box.rows * 128;
+        for (const Copy& run : meeting.runs) bytes += run.bytes;
         if (bytes == 0 || bytes != meeting.bytes) {
             hand_over();
             continue;
@@ -258,13 +260,30 @@ static void barrier_wait(void* barrier, int parity) {
                     const uint16_t value = there ? box.x[(size_t)(box.token + token) * box.columns + box.column + k] : 0;
                     *(uint16_t*)(box.to + token * 128 + ((k / 8) ^ (token & 7)) * 16 + k % 8 * 2) = value;
                 }
-        meeting.boxes.clear();
+        for (const Copy& run : meeting.runs)
+            for (int i = 0; i < run.bytes; i++) run.to[i] = i < run.valid ? run.from[i] : 0;
+        meeting.boxes.clear(), meeting.runs.clear();
         meeting.arrived = meeting.bytes = 0, meeting.phase ^= 1;
     }
 }
 template <class Map> static void copy_box(uint8_t* to, const Map& map, void* barrier, int column, int token, int rows) {
     if ((uintptr_t)to % 1024) abort();
     meetings.at(barrier).boxes.push_back({to, (const uint16_t*)map.words[0], (int)map.words[1], (int)map.words[2], column, token, rows});
+}
+static void copy_run(uint8_t* to, const uint8_t* from, int bytes, void* barrier) {
+    if ((uintptr_t)to % 16 || (uintptr_t)from % 16 || bytes % 16) abort();
+    meetings.at(barrier).runs.push_back({to, from, bytes, bytes});
+}
+// Sixteen rows of a matrix of 16-bit words; `map`: its place, columns, rows, the columns of a box, bytes of the swizzle.
+template <class Map> static void copy_tile(uint8_t* to, const Map& map, void* barrier, int column, int row) {
+    const int columns = (int)map.words[1], rows = (int)map.words[2], width = (int)map.words[3] * 2, swizzle = (int)map.words[4];
+    if ((uintptr_t)to % (swizzle ? 8 * swizzle : 128) || width % 16 || (swizzle && width != swizzle)) abort();
+    for (int r = 0; r < 16; r++)
+        for (int c = 0; c < width / 16; c++) {
+            const int at = r * width + c * 16, place = swizzle ? at ^ (at >> 3 & (swizzle - 16)) : at;
+            const int left = row + r < rows ? (columns - column - c * 8) * 2 : 0;
+            meetings.at(barrier).runs.push_back({to + place, (const uint8_t*)((const uint16_t*)map.words[0] + (size_t)(row + r) * columns + column + c * 8), 16, left});
+        }
 }
 static void store_transposed(uint16_t* place, uint32_t a, uint32_t b, uint32_t c, uint32_t d) {
     const uint64_t address = (uint64_t)place;

@@ -56,10 +56,10 @@ __device__ __forceinline__ void planes_of(u32 (&plane)[2][3], const u8* stage, i
 #pragma unroll
     for (int h = 0; h < 2; h++) {
         if (CODE_BITS == 1) {
-            plane[h][0] = *(const u32*)(from + h * 8 * ROW_BYTES);
-            if (KIND == BINARY_RESIDUAL) plane[h][1] = *(const u32*)(from + PLANE_BYTES + h * 8 * ROW_BYTES);
+            plane[h][0] = *(const u32*)(from + h * 8 * ROW_PITCH);
+            if (KIND == BINARY_RESIDUAL) plane[h][1] = *(const u32*)(from + PLANE_BYTES + h * 8 * ROW_PITCH);
         } else {  // bits 2 j of a plane are those of column j of the 32, bits 2 j + 1 those of column 16 + j
-            const uint2 pair = *(const uint2*)(from + h * 8 * ROW_BYTES);
+            const uint2 pair = *(const uint2*)(from + h * 8 * ROW_PITCH);
             const u32 low = pair.y << 1, high = pair.x >> 1;
             plane[h][0] = even_and_odd(pair.x, low);
             plane[h][1] = even_and_odd(high, pair.y);
@@ -134,7 +134,7 @@ __device__ __forceinline__ void block_sums(float (&d)[ALL][4], const u8* stage, 
 }
 
 template <bool FULL>
-__device__ __forceinline__ void item_sums(float (&y)[2], const u8* stage, const u32* words, const float2* factors, const Weight& w, int row0, int column0, int lane) {
+__device__ __forceinline__ void item_sums(float (&y)[2], const u8* stage, const u8* scalars, const u32* words, const float2* factors, const Weight& w, int row0, int column0, int lane) {
     const int r = lane >> 2, q = lane & 3, group0 = GROUP >= (1 << 30) ? 0 : column0 / GROUP;
     const int parity[2] = {odd_start(w, row0 + r, group0), odd_start(w, row0 + r + 8, group0)};
     constexpr int ALL = KIND == BINARY_RESIDUAL ? 5 : KIND == GROUPED_INTEGER && BITS == 2 ? 2 : SUMS;
@@ -147,10 +147,10 @@ __device__ __forceinline__ void item_sums(float (&y)[2], const u8* stage, const 
 #pragma unroll
         for (int p = 0; p < SUMS; p++) s[p] = all[p];
         if (KIND == GROUPED_INTEGER && BITS == 2) s[0] += 2.0f * all[1 % ALL];
-        float value = group_value(s, total, stage, w, r + 8 * h, row0, column0, parity[h], group, false);
+        float value = group_value(s, total, scalars, w, r + 8 * h, row0, column0, parity[h], group, false);
         if (KIND == BINARY_RESIDUAL) {
             s[0] = all[3 % ALL], s[1 % SUMS] = all[4 % ALL], s[2 % SUMS] = 0.0f;
-            value = group_value(s, marked_total, stage, w, r + 8 * h, row0, column0, parity[h], group, true, value);
+            value = group_value(s, marked_total, scalars, w, r + 8 * h, row0, column0, parity[h], group, true, value);
         }
         return value;
     };

@@ -17,6 +17,11 @@ typedef unsigned long long u64;
 #define PLANES (KIND == BINARY_RESIDUAL ? 2 : 1)   // packed tensors that hold codes
 #define CODE_BITS (KIND == BINARY_RESIDUAL ? 1 : BITS)  // bits per weight in each of them
 
+#ifndef MARK  // of the time at which warps pass a place: benchmarks/timeline.py
+#define MARK(number, after)
+#define MARKS_END(bias)
+#endif
+
 __device__ __forceinline__ float float_of_half(u16 h) {
     float f;
     asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h));
@@ -89,14 +94,37 @@ template <int LEFT> __device__ __forceinline__ void copies_wait() { asm volatile
 __device__ __forceinline__ void wait_for_previous_kernel() {
 #if EARLY
     asm volatile("griddepcontrol.wait;" ::: "memory");
+#if !defined(EAGER) || EAGER < 2
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
+#endif
 }
+
+// Bytes that the kernel before may have written: not __ldg, which the compiler may move before the wait.
+__device__ __forceinline__ uint4 read_sixteen(const void* from) {
+    uint4 v;
+    asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from) : "memory");
+    return v;
+}
+__device__ __forceinline__ uint2 read_eight(const void* from) {
+    uint2 v;
+    asm volatile("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(from) : "memory");
+    return v;
+}
+// Computed here and not where it is used.
+__device__ __forceinline__ void known(int& a, int& b, const u16*& c) { asm volatile("" : "+r"(a), "+r"(b), "+l"(c)); }
 
 // Lets the kernel behind start as soon as there is room for it.
 __device__ __forceinline__ void start_next_kernel() {
 #if EARLY
     asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+// The same, not before `value` (which must not be all ones) has been loaded.
+__device__ __forceinline__ void start_next_kernel_after(u32 value) {
+#if EARLY
+    asm volatile("{.reg .pred p; setp.ne.u32 p, %0, 0xffffffff; @p griddepcontrol.launch_dependents;}" ::"r"(value) : "memory");
 #endif
 }
 
@@ -128,6 +156,11 @@ __device__ __forceinline__ u32 funnel_right(u32 low, u32 high, int shift) { retu
 #define BLOCKS (ICOLS / 128)
 #define ROW_BYTES (ICOLS * CODE_BITS / 8)                      // per row, plane and item
 #define ROW_STRIDE (CODE_BITS == 3 ? ROW_BYTES + 16 : ROW_BYTES)
+#ifndef BULK
+#define BULK 0
+#endif
+// Bytes from a staged row to the next: boxes of the tensor copy engine are at most 128 bytes wide and follow one another.
+#define ROW_PITCH (BULK && ROW_BYTES > 128 ? 128 : ROW_BYTES)
 #define ROW_CHUNKS (ROW_BYTES / 16)
 #define GROUPS_IN_ITEM (GROUP % ICOLS == 0 ? 1 : ICOLS % GROUP == 0 ? ICOLS / GROUP : ICOLS / GROUP + 2)
 #define REGULAR (GROUP % ICOLS == 0 || ICOLS % GROUP == 0)       // an item starts with a group
@@ -145,7 +178,7 @@ struct Weight {
 };
 
 #if defined(BITWISE) && BITWISE && BITS == 2  // a quad reads two chunks at once
-#define SWIZZLE 2
+#define SWIZZLE (BULK ? 1 : 2)
 #else
 #define SWIZZLE 1
 #endif
@@ -153,6 +186,10 @@ struct Weight {
 // banks as it can.
 __device__ __forceinline__ int chunk_place(int row, int chunk) {
     if (CODE_BITS == 3) return row * ROW_STRIDE + chunk * 16;
+    if (BULK) {  // as the engine swizzles: by the row for 128 bytes, by half of its number for 64
+        constexpr int CHUNKS = ROW_PITCH / 16;
+        return chunk / CHUNKS * (16 * ROW_PITCH) + row * ROW_PITCH + ((chunk ^ row / (8 / CHUNKS)) & (CHUNKS - 1)) * 16;
+    }
     constexpr int SHARE = 8 / ROW_CHUNKS > 0 ? 8 / ROW_CHUNKS : 1;  // rows that fill the 32 banks
     return row * ROW_BYTES + ((chunk ^ (SWIZZLE * (row / SHARE) & 7)) & (ROW_CHUNKS - 1)) * 16;
 }
@@ -246,8 +283,8 @@ __device__ __forceinline__ void stage_item(u8* stage, const Weight& w, int row0,
 __device__ __forceinline__ int odd_start(const Weight& w, int row, int group0) {
     return PIECE == 2 && NS % 2 ? ((min(row, w.rows - 1) * w.groups + group0) & 1) : 0;
 }
-__device__ __forceinline__ float staged_scalar(const u8* stage, int row, int parity, int group, int j) {
-    const u16* halves = (const u16*)(stage + PLANES * PLANE_BYTES) + row * SCALAR_WORDS * 2;
+__device__ __forceinline__ float staged_scalar(const u8* scalars, int row, int parity, int group, int j) {
+    const u16* halves = (const u16*)scalars + row * SCALAR_WORDS * 2;
     return float_of_half(halves[parity + group * NS + j]);
 }
 // Which of the item's groups holds column `offset` of the item: known to the compiler when loops are unrolled.
@@ -257,9 +294,9 @@ __device__ __forceinline__ int group_of(int column0, int offset) {
 }
 __device__ __forceinline__ float low_half(u32 word) { return float_of_half((u16)word); }
 __device__ __forceinline__ float high_half(u32 word) { return float_of_half((u16)(word >> 16)); }
-__device__ __forceinline__ float staged_zero(const u8* stage, const Weight& w, int row, int row0, int group0, int group) {
+__device__ __forceinline__ float staged_zero(const u8* scalars, const Weight& w, int row, int row0, int group0, int group) {
 #if ASYM
-    const u32* zeros = (const u32*)(stage + PLANES * PLANE_BYTES) + 16 * SCALAR_WORDS + row * ZERO_WORDS;
+    const u32* zeros = (const u32*)scalars + 16 * SCALAR_WORDS + row * ZERO_WORDS;
     u32 start = ((u32)(min(row0 + row, w.rows - 1) * w.groups + group0) * BITS & 31) + group * BITS;
     u32 word = start >> 5;
     return (float)(funnel_right(zeros[word], zeros[word + 1], start & 31) & ((1u << BITS) - 1));

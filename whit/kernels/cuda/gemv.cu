@@ -7,10 +7,16 @@
 //
 // One thread block per multiprocessor; each keeps x in its operand form in shared memory and walks over row tiles. Each
 // warp takes items of 16 rows x ICOLS columns through a private ring in shared memory, filled by cp.async DEPTH - 1
-// ahead. Blocks of a cluster (STAGING_BLOCKS) share the work of bringing x into that form. Partial sums of items are
-// added in a fixed order: same input, same bytes.
+// ahead or, with BULK, by the tensor copy engine DEPTH ahead. Blocks of a cluster (STAGING_BLOCKS) share the work of
+// bringing x into that form. Partial sums of items are added in a fixed order: same input, same bytes.
+//
+// A block asks for its first items before the kernel ahead has ended; with PATIENT for one per warp, and for the others
+// when x has come, which they would delay. The kernel behind may start (EAGER): 0 when this one may read x, 1 at once,
+// 2 when x has come.
 //
 // With SEVERAL > 1 as many weights of one layout meet the same x, each with thread blocks of its own.
+
+#define AT_FIRST (PATIENT ? 1 : BULK ? DEPTH : DEPTH - 1)  // items of a warp that are asked for before x has come
 
 // Asks L2 for one vector; allowed before `wait_for_previous_kernel`, since L2 sees every later write.
 __device__ __forceinline__ void prefetch_x(const u16* x, int columns) {
@@ -28,9 +34,17 @@ struct Place {
     }
 };
 
+// A weight with what brings it.
+struct Operand {
+    Weight w;
+#if BULK
+    Maps maps;
+#endif
+};
+
 #if SEVERAL > 1
 struct Task {
-    Weight w;
+    Operand operand;
     u16* y;
     int first, blocks;  // its thread blocks
 };
@@ -42,22 +56,40 @@ extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 gemv(INPUT_TYPE given, const __grid_constant__ Tasks tasks, int chunk_columns, int tiles_per_round) {
     int which = 0;
     while (which + 1 < SEVERAL && (int)blockIdx.x >= tasks.of[which + 1].first) which++;
-    const Weight w = tasks.of[which].w;
+    const Operand& operand = tasks.of[which].operand;
     const u16* bias = nullptr;
     u16* y = tasks.of[which].y;
     const int block = (int)blockIdx.x - tasks.of[which].first, blocks = tasks.of[which].blocks;
 #else
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
-gemv(INPUT_TYPE given, Weight w, const u16* bias, u16* y, int chunk_columns, int tiles_per_round) {
+gemv(INPUT_TYPE given, const __grid_constant__ Operand operand, const u16* bias, u16* y, int chunk_columns, int tiles_per_round) {
     const int block = blockIdx.x, blocks = gridDim.x;
 #endif
-    extern __shared__ __align__(16) u8 memory[];
+    const Weight w = operand.w;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     const int chunk_blocks = chunk_columns / 128;
+    MARK(0, 0u);
+#if BULK
+    extern __shared__ __align__(1024) u8 memory[];
+    u8* const codes_ring = memory + warp * (DEPTH * CODE_STAGE);
+    u8* const scalars_ring = memory + WARPS * DEPTH * CODE_STAGE + warp * (DEPTH * SCALAR_STAGE);
+    u64* const arrived = (u64*)(memory + WARPS * DEPTH * (CODE_STAGE + SCALAR_STAGE)) + warp * DEPTH;
+    u32* x_words = (u32*)(memory + WARPS * DEPTH * (CODE_STAGE + SCALAR_STAGE + 8));
+    float2* factors = (float2*)(x_words + chunk_blocks * X_WORDS);
+    float* partial = (float*)(factors + chunk_blocks * (X_FACTORS));
+    if (lane == 0) {
+        for (int slot = 0; slot < DEPTH; slot++) barrier_init(arrived + slot, 1);
+        barriers_ready();
+    }
+    __syncwarp();
+    int slot = 0, phase = 0;
+#else
+    extern __shared__ __align__(16) u8 memory[];
     u32* x_words = (u32*)memory;
     float2* factors = (float2*)(x_words + chunk_blocks * X_WORDS);
     u8* ring = (u8*)(factors + chunk_blocks * (X_FACTORS)) + warp * (DEPTH * STAGE_BYTES);
     float* partial = (float*)((u8*)(factors + chunk_blocks * (X_FACTORS)) + WARPS * (DEPTH * STAGE_BYTES));
+#endif
     const int tiles = (w.rows + 15) / 16, items_across = (w.columns + ICOLS - 1) / ICOLS, chunk_items = chunk_columns / ICOLS;
     bool waited = false;
 #if INPUT == 0
@@ -65,7 +97,7 @@ gemv(INPUT_TYPE given, Weight w, const u16* bias, u16* y, int chunk_columns, int
 #else
     const u16* const x = (const u16*)x_words;
 #endif
-    if (EAGER) start_next_kernel();
+    if (EAGER == 1) start_next_kernel();
 
     for (int first = block; first < tiles; first += blocks * tiles_per_round) {
         const int mine = min(tiles_per_round, (tiles - first + blocks - 1) / blocks);
@@ -75,28 +107,47 @@ gemv(INPUT_TYPE given, Weight w, const u16* bias, u16* y, int chunk_columns, int
             Place ahead = {warp / across, warp % across}, place = ahead;
             auto load = [&](int slot) {
                 if (ahead.tile < mine) {
-                    stage_item(ring + slot * STAGE_BYTES, w, (first + ahead.tile * blocks) * 16, (begin + ahead.column) * ICOLS, lane);
+                    const int row0 = (first + ahead.tile * blocks) * 16, column0 = (begin + ahead.column) * ICOLS;
+#if BULK
+                    if (lane == 0) bulk_item(codes_ring + slot * CODE_STAGE, scalars_ring + slot * SCALAR_STAGE, arrived + slot, w, operand.maps, row0, column0);
+#else
+                    stage_item(ring + slot * STAGE_BYTES, w, row0, column0, lane);
+#endif
                     ahead.go(down, right, across);
-                } else {
+                } else if (!BULK) {
                     copies_commit();
                 }
             };
 #if INPUT == 0
             if (!waited) prefetch_x(x, w.columns);
 #endif
+#if BULK
 #pragma unroll 1
-            for (int slot = 0; slot < DEPTH - 1; slot++) load(slot);
-            if (!waited) {  // weights are no kernel's result: only x has to be waited for
-#if INPUT == 0
-                wait_for_previous_kernel();
+            for (int i = 0; i < AT_FIRST; i++) load(slot + i < DEPTH ? slot + i : slot + i - DEPTH);
 #else
-                make_input<X_WORDS>(x_words, given, w.columns, []() { wait_for_previous_kernel(); });
+#pragma unroll 1
+            for (int slot = 0; slot < AT_FIRST; slot++) load(slot);
 #endif
-                waited = true;
-            }
-            if (items_across > chunk_items || first == block) {
+            MARK(1, 0u);
+            const auto x_has_come = [&](u32 largest) {
+                if (EAGER == 2) start_next_kernel_after(largest);
+#if BULK
+#pragma unroll 1
+                for (int i = AT_FIRST; i < DEPTH; i++) load(slot + i < DEPTH ? slot + i : slot + i - DEPTH);
+#else
+#pragma unroll 1
+                for (int slot = AT_FIRST; slot < DEPTH - 1; slot++) load(slot);
+#endif
+            };
+#if INPUT > 0
+            if (!waited) make_input<X_WORDS>(x_words, given, w.columns, []() { wait_for_previous_kernel(); });
+            waited = true;
+#endif
+            if (items_across > chunk_items || first == block) {  // weights are no kernel's result: only x has to be waited for
                 if (items_across > chunk_items) __syncthreads();
-                stage_x(x_words, factors, x, w.salient, begin * ICOLS, across * BLOCKS, w.columns, warp, lane);
+                stage_x(x_words, factors, x, w.salient, begin * ICOLS, across * BLOCKS, w.columns, warp, lane, !waited, x_has_come);
+                waited = true;
+                MARK(4, 0u);
 #if STAGING_BLOCKS > 1
                 cluster_arrive();
                 cluster_wait();
@@ -104,21 +155,39 @@ gemv(INPUT_TYPE given, Weight w, const u16* bias, u16* y, int chunk_columns, int
                 cluster_arrive();  // waited for at the end: no block goes while another one reads its memory
 #endif
                 __syncthreads();
+            } else {
+                x_has_come(0);
             }
+            MARK(5, 0u);
+#if !BULK
             int slot = 0;
+#endif
             for (; place.tile < mine; place.go(down, right, across)) {
+                const int row0 = (first + place.tile * blocks) * 16, column0 = (begin + place.column) * ICOLS;
+#if BULK
+                barrier_wait(arrived + slot, phase);
+                const u8* stage = codes_ring + slot * CODE_STAGE;
+                const u8* scalars = scalars_ring + slot * SCALAR_STAGE;
+#else
                 load(slot == 0 ? DEPTH - 1 : slot - 1);
                 copies_wait<DEPTH - 1>();
                 __syncwarp();
-                const int row0 = (first + place.tile * blocks) * 16, column0 = (begin + place.column) * ICOLS;
                 const u8* stage = ring + slot * STAGE_BYTES;
+                const u8* scalars = stage + PLANES * PLANE_BYTES;
+#endif
+                MARK(6, 0u);
                 const u32* item_x_words = x_words + place.column * (BLOCKS * X_WORDS);
                 const float2* item_factors = factors + place.column * (BLOCKS * X_FACTORS);
                 float sums[2];
                 if (column0 + ICOLS <= w.columns)
-                    item_sums<true>(sums, stage, item_x_words, item_factors, w, row0, column0, lane);
+                    item_sums<true>(sums, stage, scalars, item_x_words, item_factors, w, row0, column0, lane);
                 else
-                    item_sums<false>(sums, stage, item_x_words, item_factors, w, row0, column0, lane);
+                    item_sums<false>(sums, stage, scalars, item_x_words, item_factors, w, row0, column0, lane);
+#if BULK
+                __syncwarp();  // all lanes have read what is overwritten
+                load(slot);
+                if (++slot == DEPTH) slot = 0, phase ^= 1;
+#endif
 #pragma unroll
                 for (int h = 0; h < 2; h++) {
                     sums[h] += __shfl_xor_sync(0xffffffffu, sums[h], 1);
@@ -129,11 +198,15 @@ gemv(INPUT_TYPE given, Weight w, const u16* bias, u16* y, int chunk_columns, int
                     out[0] = sums[0];
                     out[8] = sums[1];
                 }
+#if !BULK
                 slot = slot == DEPTH - 1 ? 0 : slot + 1;
                 __syncwarp();
+#endif
             }
         }
+        MARK(7, 0u);
         __syncthreads();
+        MARK(8, 0u);
         for (int index = threadIdx.x; index < mine * 16; index += THREADS) {
             const int tile = index / 16, row = (first + tile * blocks) * 16 + index % 16;
             if (row < w.rows) {
@@ -148,4 +221,5 @@ gemv(INPUT_TYPE given, Weight w, const u16* bias, u16* y, int chunk_columns, int
 #if STAGING_BLOCKS > 1
     cluster_wait();
 #endif
+    MARKS_END(bias);
 }

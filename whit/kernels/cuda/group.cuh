@@ -6,8 +6,8 @@ constexpr int BLOCKS_AT_ONCE = UNROLL;  // blocks of an item whose instructions 
 // What one row and group adds, in the units of its arguments: sums s[p] of x over the ones of plane p (over HIGH_PLANE for p > 0 in tables), `total` the sum of
 // x, for each lane its share of both. `marks`: of the marked columns of `binary-residual`.
 // Written so that every scalar is multiplied once, by a combination of sums, and added to what was there `before`.
-__device__ __forceinline__ float group_value(const float (&s)[SUMS], float total, const u8* stage, const Weight& w, int row, int row0, int column0, int parity, int group, bool marks, float before = 0.0f) {
-    const u32* words = (const u32*)(stage + PLANES * PLANE_BYTES) + row * SCALAR_WORDS;
+__device__ __forceinline__ float group_value(const float (&s)[SUMS], float total, const u8* scalars, const Weight& w, int row, int row0, int column0, int parity, int group, bool marks, float before = 0.0f) {
+    const u32* words = (const u32*)scalars + row * SCALAR_WORDS;
     float v[4];
     if (KIND == BINARY_RESIDUAL) {
         const float other = marks ? 0.0f : 2.0f * s[2 % SUMS] - s[1 % SUMS];  // sum of sign over the second group
@@ -21,20 +21,20 @@ __device__ __forceinline__ float group_value(const float (&s)[SUMS], float total
                 v[0] = low_half(first), v[1] = high_half(first), v[2] = low_half(second), v[3] = high_half(second);
             } else {
 #pragma unroll
-                for (int i = 0; i < 4; i++) v[i] = staged_scalar(stage, row, parity, group, (marks && i < 3 ? 4 : 0) + i);
+                for (int i = 0; i < 4; i++) v[i] = staged_scalar(scalars, row, parity, group, (marks && i < 3 ? 4 : 0) + i);
             }
             if (marks) return v[0] * total + (v[1] * first + (v[2] * second + before));
             return v[0] * (total - s[1 % SUMS]) + (v[1] * first + (v[2] * second + (v[3] * other + before)));
         }
         const u32 pair = PIECE > 2 ? words[group * 2 + marks] : 0;
-        v[0] = PIECE > 2 ? low_half(pair) : staged_scalar(stage, row, parity, group, 2 * marks);
-        v[1] = PIECE > 2 ? high_half(pair) : staged_scalar(stage, row, parity, group, 2 * marks + 1);
+        v[0] = PIECE > 2 ? low_half(pair) : staged_scalar(scalars, row, parity, group, 2 * marks);
+        v[1] = PIECE > 2 ? high_half(pair) : staged_scalar(scalars, row, parity, group, 2 * marks + 1);
         return v[0] * first + (v[1] * (marks ? second : other) + before);
     }
     if (KIND == LEVEL_TABLE && BITS == 1) {
         const u32 pair = PIECE > 2 ? words[group] : 0;
-        v[0] = PIECE > 2 ? low_half(pair) : staged_scalar(stage, row, parity, group, 0);
-        v[1] = PIECE > 2 ? high_half(pair) : staged_scalar(stage, row, parity, group, 1);
+        v[0] = PIECE > 2 ? low_half(pair) : staged_scalar(scalars, row, parity, group, 0);
+        v[1] = PIECE > 2 ? high_half(pair) : staged_scalar(scalars, row, parity, group, 1);
         return v[0] * (total - s[0]) + (v[1] * s[0] + before);
     }
     if (KIND == LEVEL_TABLE) {
@@ -43,13 +43,13 @@ __device__ __forceinline__ float group_value(const float (&s)[SUMS], float total
             v[0] = low_half(four.x), v[1] = high_half(four.x), v[2] = low_half(four.y), v[3] = high_half(four.y);
         } else {
 #pragma unroll
-            for (int i = 0; i < 4; i++) v[i] = staged_scalar(stage, row, parity, group, i);
+            for (int i = 0; i < 4; i++) v[i] = staged_scalar(scalars, row, parity, group, i);
         }
         const float both = HIGH_PLANE * s[2 % SUMS];
         const float high = HIGH_PLANE * s[1 % SUMS] - both, low = s[0] - both;
         return v[0] * (total - s[0] - high) + (v[1] * low + (v[2] * high + (v[3] * both + before)));
     }
-    const float scale = staged_scalar(stage, row, parity, group, 0);
-    return scale * (!ASYM && BITS == 1 ? 2.0f : 1.0f) * (s[0] - staged_zero(stage, w, row, row0, GROUP >= (1 << 30) ? 0 : column0 / GROUP, group) * total) + before;
+    const float scale = staged_scalar(scalars, row, parity, group, 0);
+    return scale * (!ASYM && BITS == 1 ? 2.0f : 1.0f) * (s[0] - staged_zero(scalars, w, row, row0, GROUP >= (1 << 30) ? 0 : column0 / GROUP, group) * total) + before;
 }
 

@@ -60,7 +60,10 @@ __device__ __forceinline__ void stage_block(u32* limbs, float2* factors, const f
             factors[flush * 4 + lane] = make_float2(down / UNIT * (lane & 1 ? 1.0f : 1024.0f), lane == 1 ? ordinary : lane == 3 ? marks : 0.0f);
     }
 }
-__device__ __forceinline__ void stage_x(u32* limbs, float2* factors, const u16* x, const u8* salient, int column0, int blocks, int columns, int warp, int lane) {
+template <class Here>
+__device__ __forceinline__ void stage_x(u32* limbs, float2* factors, const u16* x, const u8* salient, int column0, int blocks, int columns, int warp, int lane, bool wait, const Here& x_has_come) {
+    if (wait) wait_for_previous_kernel();
+    x_has_come(0);
     constexpr int BATCH = 4;  // blocks whose loads are in flight together
     for (int first = warp; first < blocks; first += WARPS * BATCH) {
         float value[BATCH][4];
@@ -85,7 +88,7 @@ __device__ __forceinline__ void stage_x(u32* limbs, float2* factors, const u16* 
 }
 
 template <bool FULL>
-__device__ __forceinline__ void item_sums(float (&y)[2], const u8* stage, const u32* limbs, const float2* factors, const Weight& w, int row0, int column0, int lane) {
+__device__ __forceinline__ void item_sums(float (&y)[2], const u8* stage, const u8* scalars, const u32* limbs, const float2* factors, const Weight& w, int row0, int column0, int lane) {
     const int r = lane >> 2, q = lane & 3, group0 = GROUP >= (1 << 30) ? 0 : column0 / GROUP;
     const int parity[2] = {odd_start(w, row0 + r, group0), odd_start(w, row0 + r + 8, group0)};
     y[0] = y[1] = 0.0f;
@@ -163,7 +166,7 @@ __device__ __forceinline__ void item_sums(float (&y)[2], const u8* stage, const 
                 float s[SUMS];
 #pragma unroll
                 for (int p = 0; p < SUMS; p++) s[p] = (float)(c[p][2 * h] * 32 + c[p][2 * h + 1]);
-                y[h] += factor.x * group_value(s, factor.y, stage, w, r + 8 * h, row0, column0, parity[h], group, KIND == BINARY_RESIDUAL && q >= 2);
+                y[h] += factor.x * group_value(s, factor.y, scalars, w, r + 8 * h, row0, column0, parity[h], group, KIND == BINARY_RESIDUAL && q >= 2);
             }
         }
     }

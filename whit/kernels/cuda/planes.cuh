@@ -40,18 +40,18 @@ __device__ __forceinline__ void transpose_bits(u32& x, u32& y) {
 }
 // The eight columns whose bits share a byte of a plane, as pairs of 16 bits: those from `column` on, or with two-bit codes
 // four from there and, between them, the four that are 16 further.
-__device__ __forceinline__ void load_eight(u32 (&pair)[4], const u16* x, int column, int columns) {
-    if (column + (CODE_BITS == 2 ? 20 : 8) <= columns && ((u64)x & 15) == 0) {
-        if (CODE_BITS == 2) {
-            const uint2 a = load_x<uint2>(X_AT(x, column)), b = load_x<uint2>(X_AT(x, column + 16));
-            pair[0] = __byte_perm(a.x, b.x, 0x5410), pair[1] = __byte_perm(a.x, b.x, 0x7632);
-            pair[2] = __byte_perm(a.y, b.y, 0x5410), pair[3] = __byte_perm(a.y, b.y, 0x7632);
-        } else {
-            const uint4 v = load_x<uint4>(X_AT(x, column));
-            pair[0] = v.x, pair[1] = v.y, pair[2] = v.z, pair[3] = v.w;
-        }
-        return;
+__device__ __forceinline__ void load_eight(u32 (&pair)[4], const u16* from) {
+    if (CODE_BITS == 2) {
+        const uint2 a = INPUT ? load_x<uint2>(from) : read_eight(from), b = INPUT ? load_x<uint2>(from + 16) : read_eight(from + 16);
+        pair[0] = __byte_perm(a.x, b.x, 0x5410), pair[1] = __byte_perm(a.x, b.x, 0x7632);
+        pair[2] = __byte_perm(a.y, b.y, 0x5410), pair[3] = __byte_perm(a.y, b.y, 0x7632);
+    } else {
+        const uint4 v = INPUT ? load_x<uint4>(from) : read_sixteen(from);
+        pair[0] = v.x, pair[1] = v.y, pair[2] = v.z, pair[3] = v.w;
     }
+}
+__device__ __forceinline__ void load_eight(u32 (&pair)[4], const u16* x, int column, int columns) {
+    if (column + (CODE_BITS == 2 ? 20 : 8) <= columns && ((u64)x & 15) == 0) return load_eight(pair, X_AT(x, column));
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         const int first = column + (CODE_BITS == 2 ? i : 2 * i), second = first + (CODE_BITS == 2 ? 16 : 1);
@@ -144,46 +144,109 @@ __device__ __forceinline__ void keep_planes(u32* words, const u32 (&fixed)[8], u
     }
 }
 #endif
+// The largest, and the sum, of sixteen lanes (of all for WIDTH 2).
+__device__ __forceinline__ u32 largest_of(u32 value, int lane) {
+    if (WIDTH == 2) return __reduce_max_sync(0xffffffffu, value);
+    const u32 low = __reduce_max_sync(0xffffffffu, lane < 16 ? value : 0u), high = __reduce_max_sync(0xffffffffu, lane < 16 ? 0u : value);
+    return lane < 16 ? low : high;
+}
+__device__ __forceinline__ int sum_of_sixteen(int value, int lane) {
+    const int low = __reduce_add_sync(0xffffffffu, lane < 16 ? value : 0), high = __reduce_add_sync(0xffffffffu, lane < 16 ? 0 : value);
+    return lane < 16 ? low : high;
+}
 // Sixteen lanes bring a block of 128 columns into its planes, each a byte of every plane: eight columns are transposed in
-// registers. The half warps of the STAGING_BLOCKS thread blocks of a cluster take turns.
-__device__ __forceinline__ void stage_x(u32* words, float2* factors, const u16* x, const u8* salient, int column0, int blocks, int columns, int warp, int lane) {
+// registers. The half warps of the STAGING_BLOCKS thread blocks of a cluster take turns: a warp asks for its LOADS turns at
+// once and works on TURNS together (of which LOADS is a multiple), since one alone is mostly latency. X_WHOLE: the columns
+// are a multiple of 32, and x starts at a multiple of 16 bytes. `x_has_come` is called once, with a number that is not known
+// before.
+template <class Here>
+__device__ __forceinline__ void stage_x(u32* words, float2* factors, const u16* x, const u8* salient, int column0, int blocks, int columns, int warp, int lane, bool wait, const Here& x_has_come) {
+    constexpr int STEP = 256 * STAGERS;  // columns of a turn
     const int q = lane >> 2 & 3, k = lane & 3;
     int both = 2 * (blockIdx.x % STAGING_BLOCKS * WARPS + warp);
-    u32 next[4], next_marks = 0;
-    const auto load = [&]() {  // of the turn to come, while this one is transposed
-        const int block = both + (lane >> 4), column = column0 + block * 128 + 32 * q + (CODE_BITS == 2 ? 4 : 8) * k;
-        const bool there = block < blocks && column < columns;
-        load_eight(next, x, column, there ? columns : 0);
-        if (KIND == BINARY_RESIDUAL) next_marks = there ? (u32)__ldg(salient + (column >> 3)) << (8 * k) : 0u;
+    u32 next[LOADS][4], next_marks[LOADS] = {};
+    int column = column0 + (both + (lane >> 4)) * 128 + 32 * q + (CODE_BITS == 2 ? 4 : 8) * k;  // of the turn to come
+    int end = min(columns, column0 + blocks * 128);
+    const u16* from = x + column;
+    known(column, end, from);  // before the wait
+    const auto load_marks = [&]() {
+#pragma unroll
+        for (int turn = 0; turn < LOADS; turn++)
+            if (KIND == BINARY_RESIDUAL) next_marks[turn] = column + turn * STEP < end ? (u32)__ldg(salient + ((column + turn * STEP) >> 3)) << (8 * k) : 0u;
     };
-    if (both < blocks) load();
+    const auto load = [&]() {
+#pragma unroll
+        for (int turn = 0; turn < LOADS; turn++) {
+            const int at = column + turn * STEP;
+#if X_WHOLE
+            next[turn][0] = next[turn][1] = next[turn][2] = next[turn][3] = 0u;
+            if (at < end) load_eight(next[turn], INPUT ? X_AT(x, at) : from + turn * STEP);
+#else
+            load_eight(next[turn], x, at, at < end ? columns : 0);
+#endif
+        }
+    };
+    load_marks();  // no kernel's result
+    if (wait) wait_for_previous_kernel();
+    MARK(2, 0u);
+    bool told = false;
     while (both < blocks) {
-        const int block = both + (lane >> 4);
-        const u32 pair[4] = {next[0], next[1], next[2], next[3]}, marks = next_marks;
-        u32 fixed[8], high = 0, low = 0;
-        both += 2 * STAGERS;
-        if (both < blocks) load();
+        load();
+#pragma unroll 1
+        for (int done = 0; done < LOADS && both < blocks; done += TURNS) {
+            const int first = both + (lane >> 4);
+            u32 pair[TURNS][4], fixed[TURNS][8], largest[TURNS];
+            Unit unit[TURNS];
+            int total[TURNS], marked[TURNS];
 #pragma unroll
-        for (int i = 0; i < 4; i++) high = max(high, pair[i] & 0x7fff0000u), low = max(low, pair[i] & 0x7fffu);
-        u32 largest = max(high >> 16, low);
+            for (int turn = 0; turn < TURNS; turn++) {
+                u32 high = 0, low = 0;
 #pragma unroll
-        for (int s = 1; s < 16 * WIDTH; s *= 2) largest = max(largest, __shfl_xor_sync(0xffffffffu, largest, s));
-        const Unit unit = unit_of(float_of_x((u16)largest), RAW ? 524287.0f : 32767.0f);
-        int total = 0, marked = 0;
+                for (int i = 0; i < 4; i++) {
+                    pair[turn][i] = next[turn][i];
+                    high = max(high, pair[turn][i] & 0x7fff0000u), low = max(low, pair[turn][i] & 0x7fffu);
+                }
+                largest[turn] = max(high >> 16, low);
+            }
 #pragma unroll
-        for (int i = 0; i < 8; i++) {  // adding 1.5 x 2^23 leaves the nearest integer in the lower bits
-            fixed[i] = __float_as_uint(float_of_x((u16)(pair[i / 2] >> (16 * (i % 2)))) * unit.up + 12582912.0f);
-            total += (int)(fixed[i] - 0x4b400000u);
+            for (int turn = 0; turn < TURNS; turn++) largest[turn] = largest_of(largest[turn], lane);
+            MARK(3, largest[0]);
+            if (!told) x_has_come(largest[0]);
+            told = true;
+#pragma unroll
+            for (int turn = 0; turn < TURNS; turn++) {
+                unit[turn] = unit_of(float_of_x((u16)largest[turn]), RAW ? 524287.0f : 32767.0f);
+                total[turn] = marked[turn] = 0;
+#pragma unroll
+                for (int i = 0; i < 8; i++) {  // adding 1.5 x 2^23 leaves the nearest integer in the lower bits
+                    fixed[turn][i] = __float_as_uint(float_of_x((u16)(pair[turn][i / 2] >> (16 * (i % 2)))) * unit[turn].up + 12582912.0f);
+                    total[turn] += (int)(fixed[turn][i] - 0x4b400000u);
+                }
+            }
+#pragma unroll
+            for (int turn = 0; turn < TURNS; turn++) {
+                const int block = first + turn * (2 * STAGERS);
+                keep_planes(words + (WIDTH == 2 ? (block & ~1) * X_WORDS + (block & 1) : block * X_WORDS), fixed[turn], next_marks[turn], q, k, block < blocks, marked[turn]);
+            }
+#pragma unroll
+            for (int turn = 0; turn < TURNS; turn++) {
+                const int block = first + turn * (2 * STAGERS), all = sum_of_sixteen(total[turn], lane);
+                const int of_marked = KIND == BINARY_RESIDUAL ? sum_of_sixteen(marked[turn], lane) : 0;
+                if (block < blocks && (lane & 15) == 0)
+                    *(float4*)(factors + block * X_FACTORS) = float4{unit[turn].down * (1.0f / (SUM_UNIT * UNIT_LEFT)), (float)(all - of_marked) * SUM_UNIT, (float)of_marked * SUM_UNIT, 0.0f};
+            }
+#pragma unroll
+            for (int turn = 0; turn + TURNS < LOADS; turn++) {
+#pragma unroll
+                for (int i = 0; i < 4; i++) next[turn][i] = next[turn + TURNS][i];
+                next_marks[turn] = next_marks[turn + TURNS];
+            }
+            both += 2 * STAGERS * TURNS;
         }
-        keep_planes(words + (WIDTH == 2 ? (block & ~1) * X_WORDS + (block & 1) : block * X_WORDS), fixed, marks, q, k, block < blocks, marked);
-#pragma unroll
-        for (int s = 1; s < 16; s *= 2) {
-            total += (int)__shfl_xor_sync(0xffffffffu, (u32)total, s);
-            if (KIND == BINARY_RESIDUAL) marked += (int)__shfl_xor_sync(0xffffffffu, (u32)marked, s);
-        }
-        if (block < blocks && (lane & 15) == 0) 
-            *(float4*)(factors + block * X_FACTORS) = float4{unit.down * (1.0f / (SUM_UNIT * UNIT_LEFT)), (float)(total - marked) * SUM_UNIT, (float)marked * SUM_UNIT, 0.0f};
+        column += STEP * LOADS, from += STEP * LOADS;
+        if (both < blocks) load_marks();
     }
+    if (!told) x_has_come(0);
 }
 
 // What the other blocks of the cluster have staged.

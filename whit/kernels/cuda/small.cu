@@ -36,26 +36,26 @@ __device__ __forceinline__ u32 add_pairs(u32 a, u32 b) {
 }
 
 // Four levels of a row and group: words {0, 1}, {2, 3}; with `marks`, those of marked columns.
-__device__ __forceinline__ void level_words(u32 (&t)[2], const u8* stage, const Weight& w, int row, int row0, int group0, int parity, int group, bool marks) {
+__device__ __forceinline__ void level_words(u32 (&t)[2], const u8* scalars, const Weight& w, int row, int row0, int group0, int parity, int group, bool marks) {
     if (KIND == BINARY_RESIDUAL) {
         const int shift = NS == 7 ? 1 : 0;
         if (!marks) {
-            const float mean_c = NS == 7 ? staged_scalar(stage, row, parity, group, 0) : 0.0f;
-            const float mean_s = NS == 7 ? staged_scalar(stage, row, parity, group, 2) : 0.0f;
-            const float scale_c = staged_scalar(stage, row, parity, group, shift), scale_s = staged_scalar(stage, row, parity, group, NS == 7 ? 3 : 1);
+            const float mean_c = NS == 7 ? staged_scalar(scalars, row, parity, group, 0) : 0.0f;
+            const float mean_s = NS == 7 ? staged_scalar(scalars, row, parity, group, 2) : 0.0f;
+            const float scale_c = staged_scalar(scalars, row, parity, group, shift), scale_s = staged_scalar(scalars, row, parity, group, NS == 7 ? 3 : 1);
             t[0] = pair_of_floats(mean_c - scale_c, mean_c + scale_c);
             t[1] = pair_of_floats(mean_s - scale_s, mean_s + scale_s);
         } else {
-            const float mean = NS == 7 ? staged_scalar(stage, row, parity, group, 4) : 0.0f;
-            const float one = staged_scalar(stage, row, parity, group, NS - 2), two = staged_scalar(stage, row, parity, group, NS - 1);
+            const float mean = NS == 7 ? staged_scalar(scalars, row, parity, group, 4) : 0.0f;
+            const float one = staged_scalar(scalars, row, parity, group, NS - 2), two = staged_scalar(scalars, row, parity, group, NS - 1);
             t[0] = pair_of_floats(mean - one - two, mean + one - two);
             t[1] = pair_of_floats(mean - one + two, mean + one + two);
         }
     } else if (KIND == LEVEL_TABLE) {
-        t[0] = pair_of_floats(staged_scalar(stage, row, parity, group, 0), staged_scalar(stage, row, parity, group, 1));
-        t[1] = BITS == 2 ? pair_of_floats(staged_scalar(stage, row, parity, group, 2), staged_scalar(stage, row, parity, group, 3)) : 0;
+        t[0] = pair_of_floats(staged_scalar(scalars, row, parity, group, 0), staged_scalar(scalars, row, parity, group, 1));
+        t[1] = BITS == 2 ? pair_of_floats(staged_scalar(scalars, row, parity, group, 2), staged_scalar(scalars, row, parity, group, 3)) : 0;
     } else {
-        const float zero = staged_zero(stage, w, row, row0, group0, group), step = !ASYM && BITS == 1 ? 2.0f : 1.0f;
+        const float zero = staged_zero(scalars, w, row, row0, group0, group), step = !ASYM && BITS == 1 ? 2.0f : 1.0f;
         t[0] = pair_of_floats(-zero * step, (1.0f - zero) * step);
         t[1] = pair_of_floats(2.0f - zero, 3.0f - zero);
     }
@@ -82,6 +82,7 @@ __device__ __forceinline__ void integers_of(u32& low, u32& high, u32 codes, u32 
 
 template <bool FULL>
 __device__ __forceinline__ void item_products(float (&y)[2][TILES][4], const u8* stage, const u32* xs, const u32* masks, const u32* flags, const Weight& w, int row0, int column0, int lane) {
+    const u8* const scalars = stage + PLANES * PLANE_BYTES;
     const int r = lane >> 2, q = lane & 3, group0 = GROUP >= (1 << 30) ? 0 : column0 / GROUP;
     const int parity[2] = {odd_start(w, row0 + r, group0), odd_start(w, row0 + r + 8, group0)};
 #pragma unroll BLOCKS_AT_ONCE
@@ -99,11 +100,11 @@ __device__ __forceinline__ void item_products(float (&y)[2][TILES][4], const u8*
 #pragma unroll
                 for (int h = 0; h < 2; h++) {
                     const int row = r + 8 * h;
-                    if (TABLE) level_words(table[h], stage, w, row, row0, group0, parity[h], group, false);
-                    if (KIND == BINARY_RESIDUAL && flag) level_words(marked_table[h], stage, w, row, row0, group0, parity[h], group, true);
-                    if (KIND == GROUPED_INTEGER) scale[h] = staged_scalar(stage, row, parity[h], group, 0);
+                    if (TABLE) level_words(table[h], scalars, w, row, row0, group0, parity[h], group, false);
+                    if (KIND == BINARY_RESIDUAL && flag) level_words(marked_table[h], scalars, w, row, row0, group0, parity[h], group, true);
+                    if (KIND == GROUPED_INTEGER) scale[h] = staged_scalar(scalars, row, parity[h], group, 0);
                     if (!TABLE) {
-                        zero[h] = staged_zero(stage, w, row, row0, group0, group);
+                        zero[h] = staged_zero(scalars, w, row, row0, group0, group);
                         minus[h] = pair_of_floats(-(BF16 ? 128.0f : 1024.0f) - zero[h], -(BF16 ? 128.0f : 1024.0f) - zero[h]);
                     }
                 }
@@ -190,12 +191,12 @@ __device__ __forceinline__ void stage_x(u32* xs, u32* masks, u32* flags, const u
         const u16* from = x + (size_t)token * columns + column;
         if (token < tokens && vector && RUN >= 8) {
 #pragma unroll
-            for (int i = 0; i < RUN / 8; i++) run.v[i] = column + 8 * i < columns ? __ldg((const uint4*)from + i) : make_uint4(0, 0, 0, 0);
+            for (int i = 0; i < RUN / 8; i++) run.v[i] = column + 8 * i < columns ? *((const uint4*)from + i) : make_uint4(0, 0, 0, 0);
         } else if (token < tokens && vector) {
-            run.w = column < columns ? __ldg((const uint2*)from) : make_uint2(0, 0);
+            run.w = column < columns ? *(const uint2*)from : make_uint2(0, 0);
         } else {
 #pragma unroll
-            for (int i = 0; i < RUN; i++) run.h[i] = token < tokens && column + i < columns ? __ldg(from + i) : 0;
+            for (int i = 0; i < RUN; i++) run.h[i] = token < tokens && column + i < columns ? from[i] : 0;
         }
 #pragma unroll
         for (int i = 0; i < STEPS; i++) {
