@@ -142,6 +142,10 @@ static unsigned __ballot_sync(unsigned, unsigned v) {
 }
 static int __any_sync(unsigned all, unsigned v) { return __ballot_sync(all, v) != 0; }
 static unsigned __umulhi(unsigned a, unsigned b) { return (unsigned)((uint64_t)a * b >> 32); }
+static unsigned __dp4a(unsigned a, unsigned b, unsigned c) {
+    for (int j = 0; j < 32; j += 8) c += (a >> j & 255) * (b >> j & 255);
+    return c;
+}
 static unsigned __shfl_xor_sync(unsigned, unsigned v, int with) {
     return collective(&v, 1, [with](Slots s, int lane) { return s[lane ^ with][0]; });
 }
@@ -207,6 +211,11 @@ template <class Sum, class F> static void tensor_product(Sum (&c)[4], int words_
 static double bytes_times_bytes(uint32_t a, uint32_t b) {
     int sum = 0;
     for (int j = 0; j < 32; j += 8) sum += (int)(a >> j & 255) * (int)(int8_t)(b >> j);
+    return sum;
+}
+static double signed_bytes_times_bytes(uint32_t a, uint32_t b) {
+    int sum = 0;
+    for (int j = 0; j < 32; j += 8) sum += (int)(int8_t)(a >> j) * (int)(int8_t)(b >> j);
     return sum;
 }
 static double ones_in_both(uint32_t a, uint32_t b) { return __builtin_popcount(a & b); }
