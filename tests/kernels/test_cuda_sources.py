@@ -5,6 +5,7 @@ threads of a block in the opposite order must not change a bit of the result.
 """
 
 import re
+from importlib import resources
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from whit.formats.vector_codebook import VectorCodebook
 from whit.kernels.cuda_layout import layout_of
 from whit.kernels.cuda_plan import Shape, place_gemv, place_small, source_of, wide_source
 from whit.kernels.cuda_wide import WideShape
+from whit.kernels.outlier_wide import product_source
 
 pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs g++")
 
@@ -222,16 +224,6 @@ def test_tiles_that_do_not_fill_the_device_are_cut_finer(tmp_path):
 
 
 def test_the_emulator_replaces_every_assembly_function():
-    parts = (
-        "common.cuh",
-        "group.cuh",
-        "bulk.cuh",
-        "planes.cuh",
-        "bits.cuh",
-        "limbs.cuh",
-        "gemv.cu",
-        "small.cu",
-        "decode.cu",
-    )
-    source = source_of(*parts, "structured.cu", "codebook_product.cu") + wide_source(8)
+    written = resources.files("whit.kernels").joinpath("cuda").iterdir()
+    source = "".join(path.read_text(encoding="utf-8") for path in written) + wide_source(8) + product_source(64)
     assert all(start in source for start in MEANINGS)

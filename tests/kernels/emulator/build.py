@@ -39,7 +39,6 @@ MEANINGS = {
     "void copies_commit(": "static void copies_commit() { close_group(); }",
     "void copies_wait(": "template <int LEFT> static void copies_wait() { finish_groups(LEFT); }",
     "void wait_for_previous_kernel(": "static void wait_for_previous_kernel() {}",
-    "void prefetch_line(": "static void prefetch_line(const u8*) {}",
     "void start_next_kernel(": "static void start_next_kernel() {}",
     "void start_next_kernel_after(": "static void start_next_kernel_after(u32) {}",
     "void prefetch_x(": "static void prefetch_x(const u16*, int) {}",
