@@ -87,15 +87,15 @@ wide(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap code
     if (threadIdx.x == 0)
         for (int ahead = 0; ahead < DEPTH && begin + ahead < end; ahead++) load(begin + ahead, ahead);
     if (KIND == VECTOR_CODEBOOK) decode_codebook(codebook, w.zeros);
-    auto take_scalars = [&](int block, u32 (&scalars)[LEVEL_WORDS]) { staged_scalars(scalars, scalar_bytes + (block - first_block) / EPOCH % 2 * (16 * SCALAR_PITCH), at, GROUP_OF(block) - first_group, lane); };
+    auto levels_ahead = [&](int block, u32 (&scalars)[LEVEL_WORDS]) {
+        if (STAGED_SCALARS) staged_scalars(scalars, scalar_bytes + (block - first_block) / EPOCH % 2 * (16 * SCALAR_PITCH), at, GROUP_OF(block) - first_group, lane);
+        make_levels(level_bytes + block % 2 * 256, scalars, lane);
+    };
     if (STAGED_SCALARS || STAGED_WORDS) {
         copies_wait<0>();
         __syncwarp();
     }
-    if (KIND == BINARY_RESIDUAL) {
-        if (STAGED_SCALARS) take_scalars(begin, even.scalar[0]);
-        make_levels(level_bytes + begin % 2 * 256, even.scalar[0], lane);
-    }
+    if (KIND == BINARY_RESIDUAL) levels_ahead(begin, even.scalar[0]);
     __syncthreads();
 
     float sums[TOKENS / 2];
@@ -135,8 +135,6 @@ wide(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap code
             fetch_codes(next, w, at, block + 1, q);
         }
         if (block + 2 < end) fetch_scalars(codes, w, at, block + 2, lane, false);
-        const bool group_follows = STAGED_SCALARS && block + 1 < end && (block + 1) % (GROUP / BLOCK) == 0;
-        if (group_follows) take_scalars(block + 1, next.scalar[0]);
         if (STAGED_SCALARS && (GROUP > BLOCK || is_even) && (block - first_block + 4) % EPOCH == 0 && block + 4 < end) stage_scalars((block - first_block + 4) / EPOCH);
         if (STAGED_SCALARS || STAGED_WORDS) copies_commit();
         const u8* const staged = memory + slot * STAGE_BYTES + X_BYTES + own_row * 128 + 2 * q;
@@ -149,7 +147,7 @@ wide(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap code
             const bool opens = step % TOGETHER == 0, closes = step % TOGETHER == TOGETHER - 1;
             if (opens) products_wait<(AHEAD + 1) / TOGETHER - 1>();  // the registers of the products AHEAD + 1 before these are free
             if (step == AHEAD + 1 - TOGETHER && block > begin && lane == 0) barrier_arrive(empty + before);  // all of the block before are done
-            if (STAGED_SCALARS && step == BLOCK / 32 && group_follows) make_levels(level_bytes + (block + 1) % 2 * 256, next.scalar[0], lane);
+            if (STAGED_SCALARS && step == BLOCK / 32 && block + 1 < end && (block + 1) % (GROUP / BLOCK) == 0) levels_ahead(block + 1, next.scalar[0]);
             if (TABLE && step % 2 == 0) make_selectors(selector, codes, factors, marked, step, q);
             expand(a[step % (AHEAD + 1)], codes, selector, levels, bytes, staged + ((step ^ r) << 4), triples, step, q, block * BLOCK, codebook);
             if (!closes) continue;
