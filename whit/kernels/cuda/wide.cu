@@ -16,6 +16,7 @@
 #define PUSHES (INBOX_BYTES > 0)                 // sums go to the block that adds them, beside the ring of x
 #define OUT_STRIDE (ROWS + 8)                    // 16-bit results per vector, likewise
 #define TOGETHER ((AHEAD + 1) / 2)               // products begun at once
+#define MIDDLE (BLOCK == 64 ? 1 : 4)              // the step in which levels are made (ptxas keeps products apart with 2 of 4)
 #define TURN(block) ((block) % 4 * 32)           // the thread that fills stages: warps of a scheduler each
 
 // Results of four rows of a vector, with the bias.
@@ -147,7 +148,7 @@ wide(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap code
             const bool opens = step % TOGETHER == 0, closes = step % TOGETHER == TOGETHER - 1;
             if (opens) products_wait<(AHEAD + 1) / TOGETHER - 1>();  // the registers of the products AHEAD + 1 before these are free
             if (step == AHEAD + 1 - TOGETHER && block > begin && lane == 0) barrier_arrive(empty + before);  // all of the block before are done
-            if (STAGED_SCALARS && step == BLOCK / 32 && block + 1 < end && (block + 1) % (GROUP / BLOCK) == 0) levels_ahead(block + 1, next.scalar[0]);
+            if (STAGED_SCALARS && step == MIDDLE && block + 1 < end && (block + 1) % (GROUP / BLOCK) == 0) levels_ahead(block + 1, next.scalar[0]);
             if (TABLE && step % 2 == 0) make_selectors(selector, codes, factors, marked, step, q);
             expand(a[step % (AHEAD + 1)], codes, selector, levels, bytes, staged + ((step ^ r) << 4), triples, step, q, block * BLOCK, codebook);
             if (!closes) continue;
