@@ -127,7 +127,9 @@ def shared_bytes(layout: Layout, shape: WideShape) -> int:
         staged = 0 if layout.group == WHOLE_ROW else shape.threads * (68 if layout.scalars == 7 else 40)
         levels = 16 * shape.threads + staged + marks_bytes(layout, shape)
     words = words_bytes(layout, shape) if shape.staged else 0
-    return tile_bytes(layout, shape) + codebook_bytes(layout) + 16 * shape.depth + 16 + levels + words + shape.inbox_bytes
+    return (
+        tile_bytes(layout, shape) + codebook_bytes(layout) + 16 * shape.depth + 16 + levels + words + shape.inbox_bytes
+    )
 
 
 def words_bytes(layout: Layout, shape: WideShape) -> int:
