@@ -4,19 +4,26 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from whit.kernels.cuda_layout import BINARY_RESIDUAL, GROUPED_INTEGER, VECTOR_CODEBOOK, WIDEST_CODEBOOK, Layout
+from whit.kernels.cuda_layout import (
+    BINARY_RESIDUAL,
+    GROUPED_INTEGER,
+    VECTOR_CODEBOOK,
+    WHOLE_ROW,
+    WIDEST_CODEBOOK,
+    Layout,
+)
 
 BOX = 64
 """Columns that one copy of x brings; a stage has one or two of them, a split whole stages."""
 WIDEST_TILE = 256
 EXPANSION = 85
 """Cycles in which a warpgroup expands the codes of a product of 64 x 16, measured on an H200 for two-bit levels."""
-DEARER = {(BINARY_RESIDUAL, 1): 1.5, (GROUPED_INTEGER, 3): 1.3, (GROUPED_INTEGER, 4): 1.2}
+DEARER = {(BINARY_RESIDUAL, 1): 1.2, (GROUPED_INTEGER, 3): 1.2, (GROUPED_INTEGER, 4): 1.2}
 """How many times as long it takes for other codes, by kind and bits."""
 WAVE = 6000
 """Cycles that a thread block spends before its first product and after its last."""
 MANY = 1024
-"""Vectors from which formats that are dear to expand are decoded first."""
+"""Vectors from which bytes are decoded first."""
 
 
 @dataclass(frozen=True)
@@ -26,8 +33,9 @@ class WideShape:
     Vectors of a tile, warpgroups of a thread block (64 rows each), thread blocks of a cluster that share the columns of
     a tile, stages of x, how many thread blocks a multiprocessor must have room for, the columns of a stage, how many
     products are in flight while the operand of the next is made (1 or 3), by how many blocks the columns of those tiles
-    are shared that would not fill the device (0: as the others), and whether blocks of a cluster send their sums to the
-    one that adds them instead of fetching them.
+    are shared that would not fill the device (0: as the others), whether blocks of a cluster send their sums to the
+    one that adds them instead of fetching them, and whether codes come to shared memory well before their turn instead
+    of to registers just before it.
     """
 
     tokens: int
@@ -39,6 +47,7 @@ class WideShape:
     ahead: int = 1
     rest: int = 0
     sends: bool = False
+    staged: bool = False
 
     @property
     def threads(self) -> int:
@@ -98,6 +107,11 @@ def stages_codes(layout: Layout, shape: WideShape) -> bool:
     return layout.kind == GROUPED_INTEGER and layout.bits == 8 and shape.block == 2 * BOX
 
 
+def stages_words(layout: Layout, shape: WideShape) -> bool:
+    """Whether codes may come to shared memory ahead: words of a row of whole stages of 128 columns."""
+    return layout.kind != VECTOR_CODEBOOK and layout.bits < 8 and shape.block == 2 * BOX
+
+
 def tile_bytes(layout: Layout, shape: WideShape) -> int:
     """Bytes of the ring, in which later the sums of the tile may lie; whole swizzled rows of 1024 bytes."""
     rows = 64 * shape.row_groups
@@ -108,8 +122,26 @@ def tile_bytes(layout: Layout, shape: WideShape) -> int:
 
 def shared_bytes(layout: Layout, shape: WideShape) -> int:
     """Bytes of shared memory of a thread block."""
-    levels = 2 * shape.threads * 4 if layout.kind == BINARY_RESIDUAL else 0
-    return tile_bytes(layout, shape) + codebook_bytes(layout) + 16 * shape.depth + levels + shape.inbox_bytes
+    levels = 0
+    if layout.kind == BINARY_RESIDUAL:
+        staged = 0 if layout.group == WHOLE_ROW else shape.threads * (68 if layout.scalars == 7 else 40)
+        levels = 16 * shape.threads + staged + marks_bytes(layout, shape)
+    words = words_bytes(layout, shape) if shape.staged else 0
+    return (
+        tile_bytes(layout, shape) + codebook_bytes(layout) + 16 * shape.depth + 16 + levels + words + shape.inbox_bytes
+    )
+
+
+def words_bytes(layout: Layout, shape: WideShape) -> int:
+    """Bytes of staged words of codes: two runs of blocks for each row and plane, RUN_PITCH apart."""
+    run = (4 if layout.bits == 1 else 2) * shape.block * layout.bits // 8
+    return 2 * (2 if layout.kind == BINARY_RESIDUAL else 1) * 64 * shape.row_groups * (run + 16)
+
+
+def marks_bytes(layout: Layout, shape: WideShape) -> int:
+    """Bytes of the marks of the columns of a thread block: a word for 32 columns and lane of four."""
+    blocks = 8 * layout.width // shape.block
+    return -(-blocks // shape.splits) * (shape.block // 2)
 
 
 def bucket(tokens: int) -> int:
@@ -127,20 +159,31 @@ def wide_shapes(layout: Layout, tokens: int, columns: int, memory: int) -> list[
         shapes += [WideShape(tile, 1, splits[-1] // 4 or 1, 4, 5, 128)]
         sending = ((2, 4, 2, 1), (1, 4, 4, 3), (2, 3, 3, 1), (1, 4, 6, 1))
         shapes += [WideShape(tile, g, s, d, r, 128, a, sends=True) for g, d, r, a in sending for s in splits[1:]]
+        staging = ((1, 3, 4), (2, 3, 2))
+        shapes += [WideShape(tile, g, s, d, r, 128, 3, 0, True, True) for g, d, r in staging for s in splits[1:]]
     elif tile == 64:
         shapes = [WideShape(tile, 2, s, 4, 2, 128, ahead) for s in splits[:3] for ahead in (1, 3)]
         shapes += [WideShape(tile, 3, s, 4, 1, 128, 3) for s in splits[:3]]
         shapes += [WideShape(tile, 3, s, 4, 1, 128, 3, sends=True) for s in splits[1:3]]
+        shapes += [WideShape(tile, 3, s, 4, 1, 128, 3, staged=True) for s in splits[:3]]
     else:
         shapes = [WideShape(128, groups, s, 4, 1, 128, 3) for groups in (2, 3, 4) for s in splits[:2]]
         shapes += [WideShape(128, 2, s, 4, 2, 64, 3) for s in splits[:2]]
+        shapes += [WideShape(128, 3, s, 4, 1, 128, 3, staged=True) for s in splits[:2]]
         if tile > 128:
             shapes += [WideShape(256, 2, s, 3, 1, 128, ahead) for s in splits[:2] for ahead in (1, 3)]
             finer = ((2, 1), (4, 1), (8, 1), (4, 3))
             shapes += [WideShape(256, 2, 1, 3, 1, 128, ahead, rest) for rest, ahead in finer if rest in splits]
     shapes += [WideShape(tile, 2, s, 4, 1, 64) for s in splits[:2]]  # for any columns and groups
     fits = [shape for shape in shapes if shape.resident * (shared_bytes(layout, shape) + 1024) <= memory + 1024]
-    return [shape for shape in fits if columns % shape.block == 0 and layout.group % shape.block == 0]
+    return [
+        shape
+        for shape in fits
+        if columns % shape.block == 0
+        and columns // shape.block >= shape.splits
+        and layout.group % shape.block == 0
+        and (not shape.staged or stages_words(layout, shape))
+    ]
 
 
 def wide_plan(layout: Layout, rows: int, columns: int, tokens: int, processors: int, memory: int) -> WideShape:
@@ -174,13 +217,11 @@ def wide_plan(layout: Layout, rows: int, columns: int, tokens: int, processors: 
 def decodes_first(layout: Layout, tokens: int) -> bool:
     """Whether, where nothing was tuned, a library over the decoded weight is the faster way.
 
-    With many vectors every tile expands the weight anew, which hides behind the products but for two planes with two
-    sets of levels, for wider integers where groups leave room for stages of 64 columns only, and for bytes, whose
-    stages leave no room for tiles of 256 vectors.
+    With many vectors every tile expands the weight anew, which hides behind the products but for wider integers where
+    groups leave room for stages of 64 columns only, and for bytes, whose stages leave no room for tiles of 256 vectors.
     """
     fine = layout.bits > 2 and layout.group % (2 * BOX) != 0
-    integers = layout.kind == GROUPED_INTEGER and (layout.bits == 8 or fine)
-    return tokens >= MANY and (layout.kind == BINARY_RESIDUAL or integers)
+    return tokens >= MANY and layout.kind == GROUPED_INTEGER and (layout.bits == 8 or fine)
 
 
 def wide_options(layout: Layout, shape: WideShape, bfloat: bool, early: bool) -> tuple[str, ...]:
@@ -201,6 +242,7 @@ def wide_options(layout: Layout, shape: WideShape, bfloat: bool, early: bool) ->
         "TILE_BYTES": tile_bytes(layout, shape),
         "CODEBOOK_BYTES": codebook_bytes(layout),
         "INBOX_BYTES": shape.inbox_bytes,
+        "STAGED_WORDS": shape.staged,
     }
     return (*layout.defines(), *(f"-D{key}={int(value)}" for key, value in values.items()))
 
@@ -210,23 +252,28 @@ def warpgroup_product(tokens: int) -> str:
 
     The instruction names every accumulator, so its text depends on the number of vectors. The descriptor of x: address
     over 16, 1024 bytes between groups of eight vectors, swizzled by 128 bytes; a product of 16 columns is 32 bytes on.
+    (In two halves of 32 bits it would be moved before every product.)
     """
     count = tokens // 2
     sums = ", ".join(f"%{i}" for i in range(count))
     codes = ", ".join(f"%{count + i}" for i in range(4))
     outputs = ", ".join(f'"+f"(c[{i}])' for i in range(count))
     return f"""
-__device__ __forceinline__ u32 descriptor_of(const u8* tile) {{ return shared_address(tile) >> 4 | 1u << 16; }}
-__device__ __forceinline__ void warpgroup_product(float (&c)[TOKENS / 2], const u32 (&a)[4], u32 descriptor)
+__device__ __forceinline__ u64 descriptor_of(const u8* tile)
+{{
+    return shared_address(tile) >> 4 | 1u << 16 | 0x4000004000000000ull;
+}}
+__device__ __forceinline__ void warpgroup_product(float (&c)[TOKENS / 2], const u32 (&a)[4], u64 descriptor)
 {{
 #if BF16
 #define OPERANDS "bf16.bf16"
 #else
 #define OPERANDS "f16.f16"
 #endif
-    asm volatile("{{.reg .pred p; .reg .b64 b; setp.eq.u32 p, 0, 0; mov.b64 b, {{%{count + 4}, %{count + 5}}}; "
-        "wgmma.mma_async.sync.aligned.m64n{tokens}k16.f32." OPERANDS " {{{sums}}}, {{{codes}}}, b, p, 1, 1, 0;}}"
+    asm volatile("{{.reg .pred p; setp.eq.u32 p, 0, 0; "
+        "wgmma.mma_async.sync.aligned.m64n{tokens}k16.f32." OPERANDS " {{{sums}}}, {{{codes}}}, "
+        "%{count + 4}, p, 1, 1, 0;}}"
         : {outputs}
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(descriptor), "n"(0x40000040) : "memory");
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(descriptor) : "memory");
 }}
 """

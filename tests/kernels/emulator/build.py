@@ -72,6 +72,8 @@ MEANINGS = {
     "uint2 load_eight(": "static uint2 load_eight(const u8* from) { return *(const uint2*)from; }",
     "void store_to_peer(": "static void store_to_peer(float* own, int rank, float value)"
     " { *(float*)(shared_memories[rank] + ((uint8_t*)own - shared_memory)) = value; }",
+    "void send_sum(": "",
+    "void peers_wait(": "static void peers_wait(u64* barrier) { barrier_wait(barrier, 0); }",
     "void copy_codes(": "static void copy_codes(u8* to, const TensorMap& map, u64* barrier, int column, int row)"
     " { copy_box(to, map, barrier, column, row, 64 * ROW_GROUPS); }",
     "void prefetch_map(": "static void prefetch_map(const TensorMap&) {}",
@@ -84,9 +86,9 @@ MEANINGS = {
     "void cluster_wait(": "",
     "void cluster_leave(": "static void cluster_leave() { cluster_arrive(), cluster_wait(); }",
     "uint4 peer_words(": "",
-    "u32 descriptor_of(": "static u32 descriptor_of(const u8* tile) { return (tile - shared_memory) / 16; }",
+    "u64 descriptor_of(": "static u64 descriptor_of(const u8* tile) { return (tile - shared_memory) / 16; }",
     "void warpgroup_product(": "static void warpgroup_product(float (&c)[TOKENS / 2], const u32 (&a)[4],"
-    " u32 descriptor) { late_product(c, TOKENS / 2, a, shared_memory + descriptor / 64 * 1024, descriptor % 64 / 2); }",
+    " u64 descriptor) { late_product(c, TOKENS / 2, a, shared_memory + descriptor / 64 * 1024, descriptor % 64 / 2); }",
     "void codes_product(": "static void codes_product(u32 (&c)[N / 2], u32 left, u32 right, int more)"
     " { late_product(c, N / 2, left, right, true, more != 0); }",
     "void columns_product(": "static void columns_product(u32 (&c)[N / 2], u32 left, u32 right, int more)"

@@ -15,6 +15,9 @@
 #define SUM_STRIDE (ROWS + 4)                    // floats per vector: keeps the lanes of a store in different banks
 #define PUSHES (INBOX_BYTES > 0)                 // sums go to the block that adds them, beside the ring of x
 #define OUT_STRIDE (ROWS + 8)                    // 16-bit results per vector, likewise
+#define TOGETHER ((AHEAD + 1) / 2)               // products begun at once
+#define MIDDLE (BLOCK == 64 ? 1 : 4)              // the step in which levels are made (ptxas keeps products apart with 2 of 4)
+#define TURN(block) ((block) % 4 * 32)           // the thread that fills stages: warps of a scheduler each
 
 // Results of four rows of a vector, with the bias.
 __device__ __forceinline__ void store_four(const Weight& w, const u16* bias, u16* y, int tokens, int token, int row, const float (&v)[4]) {
@@ -38,24 +41,43 @@ wide(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap code
     const int rank = blockIdx.x % SPLITS, tile = first_tile + blockIdx.x / SPLITS, row_tiles = (w.rows + ROWS - 1) / ROWS;
     const int row0 = tile % row_tiles * ROWS, token0 = tile / row_tiles * TOKENS, blocks = w.columns / BLOCK;
     const int begin = rank * blocks / SPLITS, end = (rank + 1) * blocks / SPLITS;
+    __builtin_assume(begin < end);  // or products would wait for each other: sums might not come from any
     const int lane = threadIdx.x % 32, r = lane >> 2, q = lane & 3, own_row = threadIdx.x / 32 * 16 + r;
     const int warp_row = row0 + threadIdx.x / 32 * 16;
     const int row[2] = {min(row0 + own_row, w.rows - 1), min(row0 + own_row + 8, w.rows - 1)};
     u16* const codebook = (u16*)(memory + TILE_BYTES);
     u64* const full = (u64*)(memory + TILE_BYTES + CODEBOOK_BYTES);  // a stage has come
     u64* const empty = full + DEPTH;                                 // every warp is done with it
-    uint2* const shared_levels = (uint2*)(empty + DEPTH) + threadIdx.x / 32 * 32;
-    float* const inbox = (float*)(empty + DEPTH + (KIND == BINARY_RESIDUAL ? THREADS : 0));  // [SPLITS][TOKENS / SPLITS][SUM_STRIDE]
+    u64* const sent = empty + DEPTH;                                 // all sums of the cluster have come
+    u8* const level_bytes = (u8*)(sent + 2) + threadIdx.x / 32 * 512;  // of two groups
+    u8* const scalar_bytes = (u8*)(sent + 2 + 2 * THREADS) + threadIdx.x / 32 * (32 * SCALAR_PITCH);  // of two times four groups
+    float* const inbox = (float*)(sent + 2 + (KIND == BINARY_RESIDUAL ? 2 * THREADS : 0) + (STAGED_SCALARS ? WARPS * 4 * SCALAR_PITCH : 0));  // [SPLITS][TOKENS / SPLITS][SUM_STRIDE]
+    u8* const word_bytes = (u8*)(inbox + INBOX_BYTES / 4) + threadIdx.x / 32 * STAGED_BYTES;
+    u32* const marks = (u32*)(inbox + (INBOX_BYTES + (STAGED_WORDS ? WARPS * STAGED_BYTES : 0)) / 4);  // of the columns of this block, as the lanes take them
     if (threadIdx.x == 0) {
         prefetch_map(x);
         for (int slot = 0; slot < DEPTH; slot++) {
             barrier_init(full + slot, 1);
             barrier_init(empty + slot, WARPS);
         }
+        if (PUSHES) barrier_init(sent, 1);
         barriers_ready();
+        if (PUSHES) barrier_expect(sent, TOKENS * ROWS * 4);
     }
-    __syncthreads();
+    __syncwarp();
     if (PUSHES) cluster_begun();
+    const int first_group = GROUP_OF(begin), first_block = WHOLE_ROWS ? 0 : first_group * (GROUP / BLOCK);
+    const Places at = places_of(w, warp_row, first_group, lane);
+    Codes even, odd;
+    auto stage_words = [&](int run) { copy_words(word_bytes + run % 2 * (STAGED_BYTES / 2), w, at, (begin + run * RUN) * (BLOCK / 8 * CODE_BITS), lane); };
+    if (STAGED_WORDS) stage_words(0);
+    if (!STAGED_WORDS) fetch_codes(even, w, at, begin, q);
+    fetch_scalars(even, w, at, begin, lane, true);
+    if (begin + 1 < end) fetch_scalars(odd, w, at, begin + 1, lane, false);
+    auto stage_scalars = [&](int epoch) { copy_scalars(scalar_bytes + epoch % 2 * (16 * SCALAR_PITCH), w, at, row0, first_group, epoch, lane); };
+    if (STAGED_SCALARS) stage_scalars(0);
+    if (STAGED_SCALARS || STAGED_WORDS) copies_commit();
+    if (KIND == BINARY_RESIDUAL && threadIdx.x >= 32) spread_marks(marks, w.salient, begin, end);
     auto load = [&](int block, int slot) {
         barrier_expect(full + slot, STAGE_BYTES);
         if (STAGED_CODES) copy_codes(memory + slot * STAGE_BYTES + X_BYTES, codes_map, full + slot, block * BLOCK / 2, row0);
@@ -65,61 +87,90 @@ wide(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap code
     wait_for_previous_kernel();
     if (threadIdx.x == 0)
         for (int ahead = 0; ahead < DEPTH && begin + ahead < end; ahead++) load(begin + ahead, ahead);
-    if (KIND == VECTOR_CODEBOOK) {
-        decode_codebook(codebook, w.zeros);
-        __syncthreads();
+    if (KIND == VECTOR_CODEBOOK) decode_codebook(codebook, w.zeros);
+    auto levels_ahead = [&](int block, u32 (&scalars)[LEVEL_WORDS]) {
+        if (STAGED_SCALARS) staged_scalars(scalars, scalar_bytes + (block - first_block) / EPOCH % 2 * (16 * SCALAR_PITCH), at, GROUP_OF(block) - first_group, lane);
+        make_levels(level_bytes + block % 2 * 256, scalars, lane);
+    };
+    if (STAGED_SCALARS || STAGED_WORDS) {
+        copies_wait<0>();
+        __syncwarp();
     }
+    if (KIND == BINARY_RESIDUAL) levels_ahead(begin, even.scalar[0]);
+    __syncthreads();
 
     float sums[TOKENS / 2];
 #pragma unroll
     for (int i = 0; i < TOKENS / 2; i++) sums[i] = 0.0f;
-    const Places at = places_of(w, warp_row, lane);
-    Codes even, odd;
     Levels levels[2] = {};  // what is set first where a group begins: NVRTC 13.0 lost one of two constants left unset until then
-    if (begin < end) fetch_codes(even, w, at, begin, lane), fetch_scalars(even, w, at, begin, lane, true);
-    if (begin + 1 < end) fetch_scalars(odd, w, at, begin + 1, lane, false);
     int slot = 0, before = 0, phase = 0, phase_before = 0;
     u32 a[AHEAD + 1][4], selector[2][2];
     const Multipliers factors = multipliers();
-    const u32 first_stage = descriptor_of(memory);
-    auto multiply_block = [&](int block, Codes& codes, Codes& next) {
-        if (KIND != VECTOR_CODEBOOK && (block == begin || block % (GROUP / BLOCK) == 0)) {
-            if (KIND == BINARY_RESIDUAL)
-                marked_levels(levels, codes.scalar[0], shared_levels, lane);
-            else
+    const Triples triples = triples_of(q);
+    const u64 first_stage = descriptor_of(memory);
+    auto find_levels = [&](const Codes& codes, int block) {
+        if (KIND == BINARY_RESIDUAL) {
+            take_levels(levels, level_bytes + block % 2 * 256, lane);
+        } else if (KIND != VECTOR_CODEBOOK) {
 #pragma unroll
-                for (int h = 0; h < 2; h++) levels_of(levels[h], codes, at, h, block);
+            for (int h = 0; h < 2; h++) levels_of(levels[h], codes, at, triples, h, block);
         }
-        if (block + 1 < end) fetch_codes(next, w, at, block + 1, lane);
+    };
+    if (WHOLE_ROWS) find_levels(even, begin);
+    const u32* const own_marks = marks + q * (BLOCK / 32) - begin * (BLOCK / 8);
+    auto multiply_block = [&](int block, Codes& codes, Codes& next, bool is_even) {  // from the first one on
+        if (!WHOLE_ROWS && (block == begin || block % (GROUP / BLOCK) == 0)) find_levels(codes, block);
+        u32 marked[BLOCK / 32] = {};
+        if (KIND == BINARY_RESIDUAL) {
+#pragma unroll
+            for (int i = 0; i < BLOCK / 32; i += 2) {
+                const uint2 two = *(const uint2*)(own_marks + block * (BLOCK / 8) + i);
+                marked[i] = two.x, marked[i + 1] = two.y;
+            }
+        }
+        const int number = block - begin;
+        if (STAGED_WORDS) {
+            if (is_even && number % RUN == 0 && block + RUN < end) stage_words(number / RUN + 1);
+            read_words(codes, word_bytes + number / RUN % 2 * (STAGED_BYTES / 2), number, lane);
+        } else if (block + 1 < end) {
+            fetch_codes(next, w, at, block + 1, q);
+        }
         if (block + 2 < end) fetch_scalars(codes, w, at, block + 2, lane, false);
+        if (STAGED_SCALARS && (GROUP > BLOCK || is_even) && (block - first_block + 4) % EPOCH == 0 && block + 4 < end) stage_scalars((block - first_block + 4) / EPOCH);
+        if (STAGED_SCALARS || STAGED_WORDS) copies_commit();
         const u8* const staged = memory + slot * STAGE_BYTES + X_BYTES + own_row * 128 + 2 * q;
         u32 bytes[2][KEPT_WORDS];
         if (BYTE_CODES) align_codes(bytes, codes, w, at, block);
-        const u32 marked = KIND == BINARY_RESIDUAL ? __ballot_sync(0xffffffffu, codes.marks) : 0;  // products with marked columns
-        barrier_wait(full + slot, phase);
-        const u32 tile_of_x = first_stage + slot * (STAGE_BYTES / 16);
+        if (STAGED_CODES) barrier_wait(full + slot, phase);
+        const u64 tile_of_x = first_stage + slot * (STAGE_BYTES / 16);
 #pragma unroll
         for (int step = 0; step < BLOCK / 16; step++) {
-            products_wait<AHEAD>();  // the registers of the product AHEAD + 1 before this one are free
-            if (step == AHEAD && block > begin && lane == 0) barrier_arrive(empty + before);  // all of the block before are done
-            if (TABLE && step % 2 == 0) make_selectors(selector, codes, factors, step, q);
-            expand(a[step % (AHEAD + 1)], codes, selector, marked, levels, bytes, staged + ((step ^ r) << 4), step, q, block * BLOCK, codebook);
+            const bool opens = step % TOGETHER == 0, closes = step % TOGETHER == TOGETHER - 1;
+            if (opens) products_wait<(AHEAD + 1) / TOGETHER - 1>();  // the registers of the products AHEAD + 1 before these are free
+            if (step == AHEAD + 1 - TOGETHER && block > begin && lane == 0) barrier_arrive(empty + before);  // all of the block before are done
+            if (STAGED_SCALARS && step == MIDDLE && block + 1 < end && (block + 1) % (GROUP / BLOCK) == 0) levels_ahead(block + 1, next.scalar[0]);
+            if (TABLE && step % 2 == 0) make_selectors(selector, codes, factors, marked, step, q);
+            expand(a[step % (AHEAD + 1)], codes, selector, levels, bytes, staged + ((step ^ r) << 4), triples, step, q, block * BLOCK, codebook);
+            if (!closes) continue;
+            if (!STAGED_CODES && step == TOGETHER - 1) barrier_wait(full + slot, phase);
             registers_ready();
-            warpgroup_product(sums, a[step % (AHEAD + 1)], tile_of_x + step / 4 * (BOX_BYTES / 16) + step % 4 * 2);
+#pragma unroll
+            for (int s = step + 1 - TOGETHER; s <= step; s++) warpgroup_product(sums, a[s % (AHEAD + 1)], tile_of_x + s / 4 * (BOX_BYTES / 16) + s % 4 * 2);
             products_commit();
         }
-        if (threadIdx.x == 0 && block > begin && block - 1 + DEPTH < end) {
+        if (threadIdx.x == TURN(block) && block > begin && block - 1 + DEPTH < end) {
             barrier_wait(empty + before, phase_before);
             load(block - 1 + DEPTH, before);
         }
+        if (STAGED_SCALARS || STAGED_WORDS) copies_wait<(STAGED_WORDS ? RUN / 2 : 2)>();  // those of two blocks before
         __syncwarp();
         before = slot, phase_before = phase;
         slot = slot == DEPTH - 1 ? 0 : slot + 1;
         phase ^= slot == 0;
     };
     for (int block = begin; block < end; block += 2) {  // what is loaded ahead is not moved
-        multiply_block(block, even, odd);
-        if (block + 1 < end) multiply_block(block + 1, odd, even);
+        multiply_block(block, even, odd, true);
+        if (block + 1 < end) multiply_block(block + 1, odd, even, false);
     }
     products_wait<0>();
     __syncthreads();
@@ -166,10 +217,9 @@ wide(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap code
 #pragma unroll
         for (int e = 0; e < 4; e++) {
             const int token = 8 * j + 2 * q + (e & 1);
-            store_to_peer(inbox + (rank * SHARE + token % SHARE) * SUM_STRIDE + own_row + 8 * (e >> 1), token / SHARE, sums[4 * j + e]);
+            send_sum(inbox + (rank * SHARE + token % SHARE) * SUM_STRIDE + own_row + 8 * (e >> 1), token / SHARE, sums[4 * j + e], sent);
         }
-    cluster_arrive();
-    cluster_wait();
+    peers_wait(sent);
     for (int cell = threadIdx.x; cell < SHARE * (ROWS / 4); cell += THREADS) {
         const int own = cell / (ROWS / 4), token = rank * SHARE + own, part = cell % (ROWS / 4) * 4;
         float v[4] = {0.0f, 0.0f, 0.0f, 0.0f};
