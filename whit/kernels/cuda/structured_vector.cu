@@ -46,7 +46,7 @@ __device__ __forceinline__ float stage_x(u8* xs, int x_pitch, const u16* x, int 
     for (int k = 0; k < X_GROUPS; k++) {
         const int group = threadIdx.x + k * THREADS;
         eight[k] = make_uint4(0, 0, 0, 0);
-        if (group < groups) eight[k] = __ldg((const uint4*)x + group);
+        if (group < groups) eight[k] = read_sixteen((const uint4*)x + group);
         const u32 words_of[4] = {eight[k].x, eight[k].y, eight[k].z, eight[k].w};
 #pragma unroll
         for (int i = 0; i < 4; i++) largest = max(largest, max(words_of[i] & 0x7fffu, words_of[i] >> 16 & 0x7fffu));
