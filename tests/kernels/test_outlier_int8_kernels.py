@@ -169,7 +169,8 @@ def test_kernels_mean_what_the_format_means_on_a_gpu(
     bias = torch.randn(rows, generator=torch.Generator().manual_seed(2)).cuda()
     for tokens in (1, 17, 600):
         x = inputs(tokens, columns).to("cuda", dtype)
-        wide = tokens == 600 and rows == 520 and torch.cuda.get_device_capability() == (9, 0)
+        # Cached columns are float16: with other inputs Triton converts them.
+        wide = tokens == 600 and rows == 520 and weights != "cached" and torch.cuda.get_device_capability() == (9, 0)
         assert explain(x, packed) == (WIDE_NAME if wide else NAME)
         assert excess(x, packed, bias) <= 1, tokens
     assert excess(inputs(6, 2 * columns).to("cuda", dtype)[:, ::2], packed, bias) <= 1
@@ -215,13 +216,12 @@ def test_tiles_of_many_tokens_on_a_gpu(tile: WideTile) -> None:
         pytest.skip("needs the warpgroup tensor cores of compute capability 9.0")
     packed = layer(808, 1008, "dynamic", "cached", "vector").to("cuda")
     tensors = packed.tensors
-    found = tensors["outlier_index"], tensors["outlier_weight"].bfloat16()
+    found = tensors["outlier_index"], tensors["outlier_weight"]
     weight = Weight(tensors["codes"], tensors["absmax"], *found, None, 6.0, True)
-    packed = Packed(packed.format, 808, 1008, {**tensors, "outlier_weight": found[1]})
-    x = loud_inputs(600, 1008, 150).to("cuda", torch.bfloat16)
+    x = loud_inputs(600, 1008, 150).to("cuda", torch.float16)
     out, expected = torch.full((600, 808), torch.nan, dtype=x.dtype, device="cuda"), packed_linear(x, packed)
     wide_layer(x, weight, out, tile)
-    torch.testing.assert_close(out, expected, rtol=2**-7, atol=2**-9 * float(expected.abs().mean()))
+    torch.testing.assert_close(out, expected, rtol=2**-10, atol=2**-9 * float(expected.abs().mean()))
 
 
 @pytest.mark.gpu
