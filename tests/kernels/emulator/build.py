@@ -86,6 +86,7 @@ MEANINGS = {
     "void cluster_wait(": "",
     "void cluster_leave(": "static void cluster_leave() { cluster_arrive(), cluster_wait(); }",
     "uint4 peer_words(": "",
+    "u32 descriptor_of(": "static u32 descriptor_of(const u8* tile) { return (tile - shared_memory) / 16; }",
     "u64 descriptor_of(": "static u64 descriptor_of(const u8* tile) { return (tile - shared_memory) / 16; }",
     "void warpgroup_product(": "static void warpgroup_product(float (&c)[TOKENS / 2], const u32 (&a)[4],"
     " u64 descriptor) { late_product(c, TOKENS / 2, a, shared_memory + descriptor / 64 * 1024, descriptor % 64 / 2); }",
