@@ -82,6 +82,8 @@ def decode_table(report: dict[str, Any]) -> str:
             f"{way}: {kernels}; {one['products']}",
         ]
         lines.append("| " + " | ".join(cells) + " |")
+    if "note" in report:
+        lines += ["", report["note"]]
     if "library" in dense:
         time = dense["library"]["milliseconds_per_token"]
         lines += ["", f"The same bfloat16 model in transformers' own loop: {time:.1f} ms per token."]
