@@ -74,7 +74,7 @@ def test_every_shipped_shape_is_one_that_its_kernel_is_written_for() -> None:
     assert len(found) > 100
     assert len(tuned_tiles("NVIDIA H200")) > 10
     for key, shape in found.items():
-        kind, group, size, tokens, *_ = key.split("/")
+        kind, group, size, tokens, *together = key.split("/")
         numbers = [int(part) for part in kind.split("-") if part != "zeros"]
         rows, columns = (int(part) for part in size.split("x"))
         width = WHOLE_ROW if group == "row" else int(group)
@@ -82,8 +82,11 @@ def test_every_shipped_shape_is_one_that_its_kernel_is_written_for() -> None:
         packed = packed_width(columns, numbers[1])
         names = ("a", "b", "c", "d", "e")
         layout = Layout(*numbers[:2], numbers[2], "zeros" in kind, width, packed, groups, names, tuple(numbers[3:]))
-        assert tuning_key(layout, rows, columns, int(tokens)) == key
-        if isinstance(shape, WideShape):
+        assert "/".join([tuning_key(layout, rows, columns, int(tokens)), *together]) == key
+        if together:  # several weights in one launch
+            assert sum(map(int, together[0].split("+"))) == rows
+            assert shape in gemv_shapes(layout, True, True), key
+        elif isinstance(shape, WideShape):
             assert shape in wide_shapes(layout, int(tokens), columns, H200[1]), key
         elif not isinstance(shape, Decode):
             assert choose("NVIDIA H200", layout, rows, columns, int(tokens), *H200).shape == shape, key
