@@ -16,7 +16,7 @@ from tests.kernels.test_cpu_decode import random_packed
 from whit.formats.base import Packed
 from whit.formats.level_table import LevelTable
 from whit.generation.products import Products
-from whit.kernels import columns, explain, groups, linear, lloyd, nvrtc, packed_linear, signs, tuning
+from whit.kernels import columns, cuda_attend, explain, groups, linear, lloyd, nvrtc, packed_linear, signs, tuning
 from whit.kernels import driver as driver_module
 from whit.kernels.linear import Implementation, SeveralProducts
 from whit.methods import group_feedback, make_method
@@ -319,3 +319,15 @@ def test_sums_over_codes_that_do_not_compile_are_plain(monkeypatch: pytest.Monke
         compiler.clear()
         assert torch.equal(once(call), wanted)
         assert compiler == [signs.cuda_source()]
+
+
+def test_attention_that_does_not_compile_is_left_to_the_other_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    def launch(tensors: object, scaling: float) -> Tensor:
+        raise nvrtc.CompilationError("CUDA kernel did not compile: whit.cu(1): error: no such instruction")
+
+    monkeypatch.setattr(cuda_attend, "launch_attend", launch)
+    with pytest.warns(UserWarning, match=f"attention of a decoding step {SLOWER}"):
+        assert cuda_attend.attended((torch.zeros(1),) * 9, 1.0) is None
+    query = torch.zeros(1, 64, dtype=torch.float16, device="meta")
+    assert not cuda_attend.attends(query, query, query, torch.zeros(1, 1, 8, 64, device="meta"))
+    assert nvrtc.failed("attention of a decoding step")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from whit.kernels.cuda_ops import device_limits, starts_early
 from whit.kernels.cuda_plan import source_of
-from whit.kernels.nvrtc import Argument, Kernel, kernel
+from whit.kernels.nvrtc import Argument, CompilationError, Kernel, failed, give_up, kernel
 
 SIZES = (64, 128, 256)
 """Sizes of heads: rows that 8, 16 or 32 threads hold."""
@@ -78,9 +78,23 @@ def attends(query: Tensor, key: Tensor, value: Tensor, keys: Tensor) -> bool:
     """Whether the kernel takes these: on Hopper, 16 bits, rows that start at multiples of 16 bytes."""
     if query.dtype not in (torch.float16, torch.bfloat16) or keys.shape[3] not in SIZES:
         return False
-    if query.device.type != "cuda" or not starts_early(query.device.index):
+    if failed(_KIND) or query.device.type != "cuda" or not starts_early(query.device.index):
         return False
     return all(item.data_ptr() % 16 == 0 and item.stride(0) % 8 == 0 for item in (query, key, value))
+
+
+_KIND = "attention of a decoding step"
+
+
+def attended(
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], scaling: float
+) -> Tensor | None:
+    """`launch_attend`; None, with one warning, where it cannot be compiled or launched: nothing has run then."""
+    try:
+        return launch_attend(tensors, scaling)
+    except CompilationError as error:
+        give_up(_KIND, _KIND, error)
+    return None
 
 
 def launch_attend(

@@ -195,6 +195,8 @@ def _call(given: Normed | Tensor, weights: Sequence[Packed], bias: Tensor | None
     x = vectors[0]
     if not 1 <= len(weights) <= MOST or (bias is not None and len(weights) > 1) or x.device.type != "cuda":
         return None
+    if bias is not None and (bias.dtype != x.dtype or not bias.is_contiguous()):  # others convert it
+        return None
     if x.numel() != x.shape[-1] or x.shape[-1] % 8 or not starts_early(x.device.index):  # measured on Hopper alone
         return None
     if any(item.dtype != x.dtype or item.data_ptr() % 16 or item.device != x.device for item in vectors):

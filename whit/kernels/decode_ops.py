@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from whit.kernels.cuda_attend import attends, launch_attend
+from whit.kernels.cuda_attend import attended, attends
 from whit.kernels.launching import power_of_two, processors, runs_triton, starts_early
 
 KEYS_AT_ONCE, MOST_AT_ONCE = 64, 128
@@ -267,7 +267,9 @@ def launch_rotate_and_attend(
     """`rotate_and_attend` by its kernel."""
     if attends(query, key, value, cache.keys):
         tensors = (query, key, value, place.cosine, place.sine, cache.keys, cache.values, place.position, place.start)
-        return launch_attend(tensors, scaling)
+        found = attended(tensors, scaling)
+        if found is not None:
+            return found
     from whit.kernels.triton import decode_ops as kernels
 
     sequences, key_heads, length, size = cache.keys.shape

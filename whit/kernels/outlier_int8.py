@@ -145,6 +145,10 @@ def _triton(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
 
 
 def _cuda(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+    if (
+        bias is not None and bias.dtype != x.dtype
+    ):  # it would be rounded to the type of x, which the bound has no room for
+        return _triton(x, packed, bias)
     return _linear(torch.ops.whit.outlier_int8_wide, x, packed, bias)
 
 

@@ -203,8 +203,9 @@ def wide_layer(x: Tensor, weight: Weight, out: Tensor, tile: WideTile | None = N
     """
     many = processors(x.device)
     x, codes = aligned([x, weight.codes])
+    there = codes is weight.codes  # and not being copied when the product starts
     weight = replace(weight, codes=codes)
     bias = None if weight.bias is None else weight.bias.to(x.dtype)
     with torch.cuda.device(x.device):
         ready = prepare(x, weight, many)
-        wide_product(tile or wide_tile(*out.shape, many), ready, weight.codes, weight.absmax, bias, out)
+        wide_product(tile or wide_tile(*out.shape, many), ready, weight.codes, weight.absmax, bias, out, ahead=there)

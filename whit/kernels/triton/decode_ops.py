@@ -17,7 +17,7 @@ def add_rms_norm(
     states, update, weight, total, normal, columns, epsilon, ADD: tl.constexpr, EARLY: tl.constexpr, BLOCK: tl.constexpr
 ):
     """One program: one row."""
-    row = tl.program_id(0)
+    row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
     here = column < columns
     scale = tl.load(weight + column, mask=here, other=0.0).to(tl.float32)
@@ -42,7 +42,7 @@ def add_rms_norm(
 @triton.jit
 def gated(gate, up, out, columns, gate_stride, up_stride, EARLY: tl.constexpr, BLOCK: tl.constexpr):
     """One program: BLOCK columns of a row."""
-    row = tl.program_id(0)
+    row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     here = column < columns
     if EARLY == 2:
