@@ -268,7 +268,7 @@ def parts_of(name: str, shape: Shape) -> tuple[str, ...]:
             "common.cuh",
             "inputs.cuh",
             "group.cuh",
-            *(("bulk.cuh",) if shape.bulk else ()),
+            *(("barriers.cuh", "bulk.cuh") if shape.bulk else ()),
             *(("planes.cuh", "bits.cuh") if shape.bitwise else ("limbs.cuh",)),
             "gemv.cu",
         )
@@ -285,7 +285,7 @@ def source_of(*names: str) -> str:
 @lru_cache(maxsize=16)
 def wide_source(tokens: int) -> str:
     """The CUDA C++ of `wide` for tiles of `tokens` vectors."""
-    parts = source_of("pairs.cuh", "warpgroup.cuh", "codes.cuh", "wide.cu")
+    parts = source_of("pairs.cuh", "barriers.cuh", "warpgroup.cuh", "codes.cuh", "wide.cu")
     return source_of("common.cuh") + warpgroup_product(tokens) + parts
 
 

@@ -111,7 +111,7 @@ __device__ __forceinline__ void {name}(u32 (&c)[N / 2], u32 left, u32 right, int
         function("codes_product", 32, '"s32.s8.s8"', ""),
         function("columns_product", 16, "HALVES", ", 1, 1, 0, 0"),
     )
-    return source_of("words.cuh", "warpgroup.cuh") + "".join(products) + source_of("outlier_product.cu")
+    return source_of("words.cuh", "barriers.cuh", "warpgroup.cuh") + "".join(products) + source_of("outlier_product.cu")
 
 
 @dataclass(frozen=True)

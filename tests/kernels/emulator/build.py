@@ -62,12 +62,10 @@ MEANINGS = {
     "uint4 read_sixteen(": "static uint4 read_sixteen(const void* from) { return *(const uint4*)from; }",
     "uint2 read_eight(": "static uint2 read_eight(const void* from) { return *(const uint2*)from; }",
     "void known(": "static void known(int&, int&, const u16*&) {}",
-    "void copy_run(": "",
     "void copy_tile(": "",
     "void copy_box(": "static void copy_box(u8* to, const TensorMap& map, u64* barrier, int column, int token)"
     " { copy_box(to, map, barrier, column, token, TOKENS); }",
-    "void copy_bulk(": "static void copy_bulk(u8* to, const u8* from, int bytes, u64* barrier)"
-    " { copy_run(to, from, bytes, barrier); }",
+    "void copy_bulk(": "",
     "uint4 load_sixteen(": "static uint4 load_sixteen(const u8* from) { return *(const uint4*)from; }",
     "uint2 load_eight(": "static uint2 load_eight(const u8* from) { return *(const uint2*)from; }",
     "void store_to_peer(": "static void store_to_peer(float* own, int rank, float value)"

@@ -288,7 +288,7 @@ template <class Map> static void copy_box(uint8_t* to, const Map& map, void* bar
     if ((uintptr_t)to % 1024) abort();
     meetings.at(barrier).boxes.push_back({to, (const uint16_t*)map.words[0], (int)map.words[1], (int)map.words[2], column, token, rows});
 }
-static void copy_run(uint8_t* to, const uint8_t* from, int bytes, void* barrier) {
+static void copy_bulk(uint8_t* to, const uint8_t* from, int bytes, void* barrier) {
     if ((uintptr_t)to % 16 || (uintptr_t)from % 16 || bytes % 16) abort();
     meetings.at(barrier).runs.push_back({to, from, bytes, bytes});
 }

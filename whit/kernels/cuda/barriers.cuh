@@ -1,5 +1,4 @@
-// Instructions of compute capability 9.0: barriers in shared memory (those of `warpgroup.cuh`), and the copy engine that tells
-// them what has come.
+// Instructions of compute capability 9.0: barriers in shared memory, and the copy engine that tells them what has come.
 
 __device__ __forceinline__ void barrier_init(u64* barrier, int arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");

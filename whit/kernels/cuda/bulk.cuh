@@ -1,4 +1,4 @@
-// Weights by the tensor copy engine: one lane of a warp asks for an item whole, and a barrier in shared memory says when it
+// Weights by the tensor copy engine: one lane of a warp asks for an item whole, and a barrier (`barriers.cuh`) says when it
 // has come. Codes lie in boxes of 16 rows x at most 128 bytes, swizzled; scalars of a group as a box of their own, those of
 // whole rows as one run of bytes.
 
@@ -10,27 +10,10 @@ struct Maps {
     TensorMap codes[2], scalars;
 };
 
-__device__ __forceinline__ void barrier_init(u64* barrier, int arrivals) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
-}
-__device__ __forceinline__ void barriers_ready() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
-__device__ __forceinline__ void barrier_expect(u64* barrier, int bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
-}
-// Returns when the phase of this parity has ended.
-__device__ __forceinline__ void barrier_wait(u64* barrier, int parity) {
-    asm volatile(
-        "{.reg .pred p; waiting: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1; @p bra done; bra waiting; done:}"
-        ::"r"(shared_address(barrier)), "r"(parity) : "memory");
-}
 // A box of 16 rows; `column`, in 16-bit words, must be a multiple of 8. What lies beyond the matrix becomes zero.
 __device__ __forceinline__ void copy_tile(u8* shared, const TensorMap& map, u64* barrier, int column, int row) {
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
         ::"r"(shared_address(shared)), "l"(&map), "r"(column), "r"(row), "r"(shared_address(barrier)) : "memory");
-}
-__device__ __forceinline__ void copy_run(u8* shared, const u8* source, int bytes, u64* barrier) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-        ::"r"(shared_address(shared)), "l"(source), "r"(bytes), "r"(shared_address(barrier)) : "memory");
 }
 
 // All of an item, by one lane.
@@ -43,7 +26,7 @@ __device__ __forceinline__ void bulk_item(u8* codes, u8* scalars, u64* barrier, 
         for (int box = 0; box < ROW_BYTES / ROW_PITCH; box++)
             copy_tile(codes + plane * PLANE_BYTES + box * (16 * ROW_PITCH), maps.codes[plane], barrier, column0 / 16 * CODE_BITS + box * (ROW_PITCH / 2), row0);
     if (GROUP >= (1 << 30))
-        copy_run(scalars, w.scalars + row0 * (NS * 2), SCALAR_BYTES, barrier);
+        copy_bulk(scalars, w.scalars + row0 * (NS * 2), SCALAR_BYTES, barrier);
     else
         copy_tile(scalars, maps.scalars, barrier, column0 / GROUP * NS, row0);
 }

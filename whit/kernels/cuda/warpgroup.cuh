@@ -1,25 +1,9 @@
-// Instructions of compute capability 9.0 for `wide.cu`: barriers in shared memory, the tensor copy engine, the order of
-// warpgroup products.
+// Instructions of compute capability 9.0 for warpgroup products: the tensor copy engine (its barriers: `barriers.cuh`) and
+// the order of products.
 
 // What the tensor copy engine must know of x: an opaque value made by the driver.
 struct __align__(64) TensorMap { u64 words[16]; };
 
-__device__ __forceinline__ void barrier_init(u64* barrier, int arrivals) {
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
-}
-__device__ __forceinline__ void barriers_ready() { asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"); }
-__device__ __forceinline__ void barrier_arrive(u64* barrier) {
-    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
-}
-__device__ __forceinline__ void barrier_expect(u64* barrier, int bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
-}
-// Returns when the phase of this parity has ended.
-__device__ __forceinline__ void barrier_wait(u64* barrier, int parity) {
-    asm volatile(
-        "{.reg .pred p; waiting: mbarrier.try_wait.parity.shared::cta.b64 p, [%0], %1; @p bra done; bra waiting; done:}"
-        ::"r"(shared_address(barrier)), "r"(parity) : "memory");
-}
 // TOKENS vectors x 64 columns to shared memory; vectors that are not there become zero.
 __device__ __forceinline__ void copy_box(u8* shared, const TensorMap& map, u64* barrier, int column, int token) {
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
