@@ -39,7 +39,7 @@ from whit.kernels.cuda_decode import decode_options, decode_source
 from whit.kernels.cuda_layout import layout_of
 from whit.kernels.cuda_linear import sources, tune
 from whit.kernels.cuda_ops import starts_early
-from whit.kernels.cuda_plan import keep_tuned
+from whit.kernels.cuda_tuned import keep_tuned
 from whit.kernels.linear import choose
 from whit.kernels.nvrtc import CompilationError, cached_cubin, device_options
 from whit.kernels.timing import copies_for, seconds_per_call

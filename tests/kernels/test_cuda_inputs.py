@@ -19,7 +19,8 @@ from whit.kernels import decode_ops, packed_linear
 from whit.kernels.codebook_plan import codebook_options, codebook_source, place_codebook, place_codebooks
 from whit.kernels.cuda_inputs import Normed, alone, input_options, products_of
 from whit.kernels.cuda_layout import layout_of
-from whit.kernels.cuda_plan import Shape, place_gemv
+from whit.kernels.cuda_plan import place_gemv
+from whit.kernels.cuda_shapes import Shape
 
 EPSILON = 1e-5
 INPUT = (

@@ -15,7 +15,8 @@ from whit.formats.vector_codebook import VectorCodebook
 from whit.kernels import explain, packed_linear
 from whit.kernels.cuda_layout import layout_of
 from whit.kernels.cuda_ops import decoded_weight, layout_fields
-from whit.kernels.cuda_plan import gemv_shapes, plan, small_shapes
+from whit.kernels.cuda_plan import plan
+from whit.kernels.cuda_shapes import gemv_shapes, small_shapes
 from whit.models.packed import PackedLinear
 
 needs_gpu = pytest.mark.skipif(

@@ -17,18 +17,9 @@ from whit.formats.vector_codebook import VectorCodebook
 from whit.kernels import cuda_linear, cuda_ops, nvrtc
 from whit.kernels.cuda_bulk import bulk_stage_bytes
 from whit.kernels.cuda_layout import WIDEST, layout_of
-from whit.kernels.cuda_plan import (
-    Shape,
-    choose,
-    gemv_shapes,
-    keep_tuned,
-    place_gemv,
-    plan,
-    room,
-    tuned_shapes,
-    tuning_file,
-    tuning_key,
-)
+from whit.kernels.cuda_plan import choose, place_gemv, plan, room
+from whit.kernels.cuda_shapes import Shape, gemv_shapes
+from whit.kernels.cuda_tuned import keep_tuned, tuned_shapes, tuning_file, tuning_key
 from whit.kernels.cuda_wide import (
     MANY,
     Decode,

@@ -19,8 +19,10 @@ from whit.generation.products import Products
 from whit.kernels import cuda_ops, cuda_plan, cuda_several
 from whit.kernels.cuda_layout import Layout, layout_of
 from whit.kernels.cuda_ops import layout_fields
-from whit.kernels.cuda_plan import Launch, Shape, gemv_shapes, tuned_shapes, tuning_key
+from whit.kernels.cuda_plan import Launch
 from whit.kernels.cuda_several import place_several, several_key, shares
+from whit.kernels.cuda_shapes import Shape, gemv_shapes
+from whit.kernels.cuda_tuned import tuned_shapes, tuning_key
 from whit.kernels.cuda_wide import MANY, WideShape
 from whit.kernels.linear import choose_several
 from whit.models.packed import PackedLinear

@@ -17,7 +17,9 @@ from whit.formats.grouped_integer import GroupedInteger
 from whit.formats.level_table import LevelTable
 from whit.formats.vector_codebook import VectorCodebook
 from whit.kernels.cuda_layout import layout_of
-from whit.kernels.cuda_plan import Shape, place_gemv, place_small, source_of, wide_source
+from whit.kernels.cuda_plan import place_gemv, place_small
+from whit.kernels.cuda_shapes import Shape
+from whit.kernels.cuda_sources import source_of, wide_source
 from whit.kernels.cuda_wide import WideShape
 from whit.kernels.outlier_wide import product_source
 

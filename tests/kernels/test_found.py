@@ -11,9 +11,11 @@ import torch
 from whit.errors import OutputError
 from whit.formats.bits import packed_width
 from whit.formats.level_table import LevelTable
-from whit.kernels import cuda_plan, launching
+from whit.kernels import cuda_tuned, launching
 from whit.kernels.cuda_layout import WHOLE_ROW, Layout, layout_of
-from whit.kernels.cuda_plan import Shape, choose, gemv_shapes, tuned_shapes, tuning_key
+from whit.kernels.cuda_plan import choose
+from whit.kernels.cuda_shapes import Shape, gemv_shapes
+from whit.kernels.cuda_tuned import tuned_shapes, tuning_key
 from whit.kernels.cuda_wide import Decode, WideShape, wide_shapes
 from whit.kernels.found import keep_shapes
 from whit.kernels.launching import Tile, choose_tile, tile_key, tuned_tiles
@@ -48,7 +50,7 @@ def test_absurd_shapes_are_never_launched(field: str) -> None:
     key, other = (tuning_key(layout, rows, 4096, 1) for rows in (512, 1024))
     wanted = choose("No Such GPU", layout, 512, 4096, 1, *H200)
     for value in ABSURD:
-        write(cuda_plan.tuning_file("No Such GPU"), {key: {**GOOD, field: value}, other: GOOD})
+        write(cuda_tuned.tuning_file("No Such GPU"), {key: {**GOOD, field: value}, other: GOOD})
         found = choose("No Such GPU", layout, 512, 4096, 1, *H200)
         assert found == wanted or found.shape in gemv_shapes(layout, True, True)
         assert tuned_shapes("No Such GPU")[other] == Shape(256, 256, 2, True), "one bad entry spoils no other"
@@ -96,8 +98,8 @@ def test_what_was_shipped_is_not_kept_as_found() -> None:
     layout = layout_of(LevelTable(2, 128), 4096)
     assert layout is not None
     key = tuning_key(layout, 77, 4096, 1)
-    cuda_plan.keep_tuned("NVIDIA H200", {key: Shape(256, 256, 2, True)})
-    assert set(json.loads(cuda_plan.tuning_file("NVIDIA H200").read_text())) == {key}
+    cuda_tuned.keep_tuned("NVIDIA H200", {key: Shape(256, 256, 2, True)})
+    assert set(json.loads(cuda_tuned.tuning_file("NVIDIA H200").read_text())) == {key}
     assert len(tuned_shapes("NVIDIA H200")) > 100
     launching.keep_tuned("NVIDIA H200", {"a": Tile(64, 64, 32, 4, 2)})
     launching.keep_tuned("NVIDIA H200", {"b": Tile(64, 64, 32, 4, 2)})

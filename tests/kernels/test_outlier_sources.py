@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests.kernels.emulator.build import COMPILER, MEANINGS, built_call, run_call
 from whit.formats.outlier_int8 import OutlierInt8
-from whit.kernels.cuda_plan import source_of
+from whit.kernels.cuda_sources import source_of
 from whit.kernels.outlier_gather import SLICE, split_options
 from whit.kernels.outlier_wide import TILES, Variant, WideTile, fits, product_options, product_source, wide_tile
 

@@ -21,7 +21,7 @@ from whit.formats.grouped_integer import GroupedInteger
 from whit.formats.level_table import LevelTable
 from whit.generation.weights import meeting_weights, multiplied_weights
 from whit.kernels import linear, packed_linear, tuning
-from whit.kernels.cuda_plan import tuned_shapes
+from whit.kernels.cuda_tuned import tuned_shapes
 from whit.kernels.linear import SeveralProducts, choose_several
 from whit.kernels.nvrtc import CompilationError
 from whit.kernels.timing import copies_for

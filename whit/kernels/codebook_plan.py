@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from whit.kernels.cuda_layout import VECTOR_CODEBOOK, Layout
-from whit.kernels.cuda_plan import source_of
+from whit.kernels.cuda_sources import source_of
 
 CODES = 256
 TILE_GROUPS = 128

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from whit.kernels.cuda_ops import device_limits, starts_early
-from whit.kernels.cuda_plan import source_of
+from whit.kernels.cuda_sources import source_of
 from whit.kernels.nvrtc import Argument, CompilationError, Kernel, failed, give_up, kernel
 
 SIZES = (64, 128, 256)

@@ -8,7 +8,7 @@ from itertools import combinations
 from math import comb
 
 from whit.kernels.cuda_layout import STRUCTURED_BINARY, VECTOR_CODEBOOK, WIDEST_CODEBOOK, Layout
-from whit.kernels.cuda_plan import source_of
+from whit.kernels.cuda_sources import source_of
 
 OCTETS, CODEWORDS, PATTERNS, CODEBOOK, GROUPS = (
     "decode.cu",

@@ -41,8 +41,9 @@ from whit.kernels.cuda_ops import (
     waits_for_nothing,
     weight_of,
 )
-from whit.kernels.cuda_plan import Launch, Tuned, place_gemv
+from whit.kernels.cuda_plan import Launch, place_gemv
 from whit.kernels.cuda_several import MOST, BulkTask, Chosen, Task, own_shape, place_several, tasks_of
+from whit.kernels.cuda_tuned import Tuned
 from whit.kernels.linear import SeveralProducts, register_several
 from whit.kernels.nvrtc import Argument, CompilationError, Kernel, failed, give_up, kernel
 

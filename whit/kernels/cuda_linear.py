@@ -43,17 +43,9 @@ from whit.kernels.cuda_ops import (
     size_class,
     starts_early,
 )
-from whit.kernels.cuda_plan import (
-    Launch,
-    Tuned,
-    gemv_shapes,
-    keep_tuned,
-    plan,
-    small_shapes,
-    tuned_shapes,
-    tuning_key,
-    use_shape,
-)
+from whit.kernels.cuda_plan import Launch, plan
+from whit.kernels.cuda_shapes import gemv_shapes, small_shapes
+from whit.kernels.cuda_tuned import Tuned, keep_tuned, tuned_shapes, tuning_key, use_shape
 from whit.kernels.cuda_wide import Decode, WideShape, wide_shapes, wide_supports
 from whit.kernels.linear import Implementation, register_implementation
 from whit.kernels.nvrtc import CompilationError, Source, compile_together, kernel
@@ -201,7 +193,7 @@ def tune(x: Tensor, packed: Packed, seconds: Callable[[], float]) -> tuple[str, 
         seconds: measures the call; run once per launch.
 
     Returns:
-        The key of `cuda_plan.tuning_key` and the launch, for `cuda_plan.keep_tuned`, and how many were timed.
+        The key of `cuda_tuned.tuning_key` and the launch, for `cuda_tuned.keep_tuned`, and how many were timed.
 
     Raises:
         ValueError: no kernel multiplies these. CompilationError: no launch can be compiled.

@@ -12,17 +12,10 @@ from torch import Tensor
 from whit.kernels.cuda_bulk import Maps, maps_of
 from whit.kernels.cuda_decode import SHAPE, decode_grid, decode_options, decode_shared, decode_source
 from whit.kernels.cuda_layout import Layout
-from whit.kernels.cuda_plan import (
-    Launch,
-    Shape,
-    choose,
-    options_of,
-    parts_of,
-    source_of,
-    tuned_shapes,
-    tuning_key,
-    wide_source,
-)
+from whit.kernels.cuda_plan import Launch, choose
+from whit.kernels.cuda_shapes import Shape
+from whit.kernels.cuda_sources import options_of, parts_of, source_of, wide_source
+from whit.kernels.cuda_tuned import tuned_shapes, tuning_key
 from whit.kernels.cuda_wide import (
     BOX,
     Decode,

@@ -33,18 +33,9 @@ from whit.kernels.cuda_ops import (
     starts_early,
     waits_for_nothing,
 )
-from whit.kernels.cuda_plan import (
-    Launch,
-    Shape,
-    Tuned,
-    choose,
-    gemv_shapes,
-    keep_tuned,
-    place_gemv,
-    tuned_shapes,
-    tuning_key,
-    use_shape,
-)
+from whit.kernels.cuda_plan import Launch, choose, place_gemv
+from whit.kernels.cuda_shapes import Shape, gemv_shapes
+from whit.kernels.cuda_tuned import Tuned, keep_tuned, tuned_shapes, tuning_key, use_shape
 from whit.kernels.cuda_wide import Decode, WideShape
 from whit.kernels.linear import SeveralProducts, register_several
 from whit.kernels.nvrtc import Argument, Kernel, compile_together, kernel

@@ -9,7 +9,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from whit.kernels.cuda_plan import source_of
+from whit.kernels.cuda_sources import source_of
 from whit.kernels.nvrtc import Argument, Kernel, kernel
 from whit.kernels.outlier_launch import Weight
 

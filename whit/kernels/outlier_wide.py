@@ -19,7 +19,7 @@ from torch import Tensor
 
 from whit.formats.outlier_int8 import LEVELS
 from whit.kernels.cuda_ops import aligned, has_warpgroups
-from whit.kernels.cuda_plan import source_of
+from whit.kernels.cuda_sources import source_of
 from whit.kernels.launching import processors
 from whit.kernels.nvrtc import Argument, Kernel, TensorMap, kernel, tensor_map
 from whit.kernels.outlier_gather import SLICE, Prepared, prepare

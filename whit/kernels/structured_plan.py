@@ -13,7 +13,7 @@ from itertools import combinations
 from math import comb, gcd
 
 from whit.kernels.cuda_layout import STRUCTURED_BINARY, WHOLE_ROW, Layout
-from whit.kernels.cuda_plan import source_of
+from whit.kernels.cuda_sources import source_of
 
 GROUP_COLUMNS = 8
 ROWS = 16

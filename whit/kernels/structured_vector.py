@@ -17,7 +17,7 @@ from torch import Tensor
 
 from whit.kernels.cuda_layout import STRUCTURED_BINARY, WHOLE_ROW, Layout
 from whit.kernels.cuda_ops import aligned, starts_early, waits_for_nothing, weight_of
-from whit.kernels.cuda_plan import source_of
+from whit.kernels.cuda_sources import source_of
 from whit.kernels.nvrtc import Argument, Kernel, kernel
 from whit.kernels.structured_plan import GROUP_COLUMNS, ROWS, tables_of
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from whit.kernels.cuda_layout import Layout
-from whit.kernels.cuda_plan import Launch, options_of, parts_of, source_of, wide_source
+from whit.kernels.cuda_plan import Launch
+from whit.kernels.cuda_sources import options_of, parts_of, source_of, wide_source
 from whit.kernels.cuda_wide import WideShape, shared_bytes, wide_options
 
 HERE = Path(__file__).parent
