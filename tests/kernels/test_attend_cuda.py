@@ -13,7 +13,7 @@ from torch import Tensor
 from tests.kernels.emulator.build import COMPILER, HERE, translated
 from whit.kernels import decode_ops
 from whit.kernels.cuda_attend import AttendLaunch, attend_launch, attend_options, attend_source, launch_attend
-from whit.kernels.decode_ops import KeyValues, Place
+from whit.kernels.decode_state import KeyValues, Place
 
 DRIVER = """
 #include <functional>

@@ -19,7 +19,8 @@ from whit.formats.grouped_integer import GroupedInteger
 from whit.formats.level_table import LevelTable
 from whit.kernels.cpu.program import Phase, Program, Step
 from whit.kernels.cpu_decode import dense_steps, steps_of
-from whit.kernels.decode_ops import KeyValues, Place, add_rms_norm, gated, rotate_and_attend
+from whit.kernels.decode_ops import add_rms_norm, gated, rotate_and_attend
+from whit.kernels.decode_state import KeyValues, Place
 
 
 def assert_close(out: Tensor, wanted: Tensor) -> None:

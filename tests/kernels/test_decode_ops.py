@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from whit.kernels import decode_ops
-from whit.kernels.decode_ops import Chosen, KeyValues, Place
+from whit.kernels import decode_launch, decode_ops
+from whit.kernels.decode_state import Chosen, KeyValues, Place
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 RUNS = importlib.util.find_spec("triton") is not None and (INTERPRETED or torch.cuda.is_available())
@@ -42,7 +42,7 @@ def test_norm_kernel(dtype: torch.dtype, columns: int) -> None:
     weight = torch.rand(columns, device=DEVICE).to(dtype)
     for added in (update, None):
         wanted = decode_ops.add_rms_norm(states, added, weight, 1e-5)
-        found = decode_ops.launch_add_rms_norm(states, added, weight, 1e-5)
+        found = decode_launch.launch_add_rms_norm(states, added, weight, 1e-5)
         assert torch.equal(found[0], wanted[0])
         assert close(found[1], wanted[1])
 
@@ -54,7 +54,7 @@ def test_gate_kernel_takes_rows_that_lie_apart(dtype: torch.dtype) -> None:
     torch.manual_seed(1)
     both = (4 * torch.randn(3, 1400, device=DEVICE)).to(dtype)
     gate, up = both.split([700, 700], -1)
-    assert close(decode_ops.launch_gated(gate, up), decode_ops.gated(gate, up))
+    assert close(decode_launch.launch_gated(gate, up), decode_ops.gated(gate, up))
 
 
 def step_at(position: int, start: list[int], heads: int, size: int, length: int, splits: int, dtype: torch.dtype):  # type: ignore[no-untyped-def]
@@ -90,7 +90,7 @@ def test_attention_kernel(
     scaling = size**-0.5
     wanted = decode_ops.rotate_and_attend(query, key, value, caches[0], place, scaling)
     for _ in range(2):  # the second call finds the counters as the first left them
-        found = decode_ops.launch_rotate_and_attend(query, key, value, caches[1], place, scaling)
+        found = decode_launch.launch_rotate_and_attend(query, key, value, caches[1], place, scaling)
         assert close(found, wanted)
     assert close(caches[1].keys, caches[0].keys)
     assert torch.equal(caches[1].values, caches[0].values)
@@ -110,7 +110,7 @@ def test_prompt_kernel(dtype: torch.dtype, heads: int, key_heads: int, size: int
     shape = (len(start), key_heads, length, size)
     caches = [KeyValues(*(torch.ones(shape, device=DEVICE, dtype=dtype) for _ in range(2))) for _ in range(2)]
     wanted = decode_ops.rotate_and_store(query, key, value, caches[0], place)
-    found = decode_ops.launch_rotate_and_store(query, key, value, caches[1], place)
+    found = decode_launch.launch_rotate_and_store(query, key, value, caches[1], place)
     assert close(found, wanted)
     assert close(caches[1].keys, caches[0].keys)
     assert torch.equal(caches[1].values, caches[0].values)
@@ -146,7 +146,7 @@ def test_choice_kernel(dtype: torch.dtype, vocabulary: int, stops: list[int]) ->
         logits[0, 20 + step :] = logits[0, 20 + step]  # many equal ones
         logits[0, 20 + step] = logits[0, -1] = 9.0
         logits[1, 5 if step == 1 else 30] = 9.0
-        decode_ops.launch_choose(logits, mine, places[0])
+        decode_launch.launch_choose(logits, mine, places[0])
         decode_ops.choose(logits, theirs, places[1])
         assert [int(place) for place in places] == [8 + step] * 2
         for name in ("ids", "tokens", "count", "ended"):
@@ -158,11 +158,11 @@ def test_choice_kernel(dtype: torch.dtype, vocabulary: int, stops: list[int]) ->
 @needs_triton
 def test_splits_keep_the_device_busy_and_no_part_empty() -> None:
     device = torch.empty(0, device=DEVICE).device
-    splits = [decode_ops.splits_for(device, 1, 32, length) for length in (1, 128, 129, 4096)]
+    splits = [decode_launch.splits_for(device, 1, 32, length) for length in (1, 128, 129, 4096)]
     assert splits[0] == splits[1] == 1
     assert splits == sorted(splits)
     assert DEVICE == "cpu" or splits[2] > 1
-    assert [decode_ops.keys_at_once(*sizes) for sizes in ((32, 200, 132), (132, 65, 132), (133, 200, 132))] == [
+    assert [decode_launch.keys_at_once(*sizes) for sizes in ((32, 200, 132), (132, 65, 132), (133, 200, 132))] == [
         128,
         128,
         64,

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from whit.formats.base import Packed
 from whit.generation.products import Products
-from whit.kernels.decode_ops import KeyValues, Place, add_rms_norm, gated, rotate_and_attend, rotate_and_store
+from whit.kernels.decode_ops import add_rms_norm, gated, rotate_and_attend, rotate_and_store
+from whit.kernels.decode_state import KeyValues, Place
 from whit.models.packed import packed_modules
 
 UNCHANGING_ROTATIONS = ("default", "linear", "llama3", "yarn")

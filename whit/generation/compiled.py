@@ -15,7 +15,7 @@ from whit.generation.products import hooked
 from whit.kernels.cpu.compiling import numba_works
 from whit.kernels.cpu.program import Phase, Program, Step
 from whit.kernels.cpu_decode import Prepared, Steps, dense_steps, steps_of
-from whit.kernels.decode_ops import KeyValues
+from whit.kernels.decode_state import KeyValues
 from whit.models.packed import PackedLinear, TiedPackedLinear
 
 

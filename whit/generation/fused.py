@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from whit.generation.blocks import GatedDecoder, UnsuitedError, agrees
-from whit.kernels.decode_ops import KeyValues, Place, splits_for
+from whit.kernels.decode_launch import splits_for
+from whit.kernels.decode_state import KeyValues, Place
 
 SHORTEST, LONGEST = 8, 40
 """Tokens of the trial that shows whether fused blocks compute what the model's own do: those of the prompt within these

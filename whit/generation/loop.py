@@ -9,7 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from whit.kernels.decode_ops import Chosen, choose
+from whit.kernels.decode_ops import choose
+from whit.kernels.decode_state import Chosen
 
 CHECK_EVERY = 16
 """Tokens between two looks of the host at whether every sequence has ended."""
