@@ -34,6 +34,21 @@ def test_signed_sums(columns: int, rows: int, monkeypatch: pytest.MonkeyPatch) -
 
 @needs_numba
 @pytest.mark.parametrize(("columns", "rows"), SIZES)
+def test_sums_over_some_columns_and_patterns(columns: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(1)
+    products = torch.randn(columns, 2, rows, generator=generator)
+    codes = torch.randint(0, 4, (columns, rows), generator=generator, dtype=torch.uint8)
+    chosen = signs.ColumnsAt(codes, torch.arange(0, columns, 3))
+    expected = signs.signed_sums(products[::3], codes[::3])
+    compiled, plain = two_ways(monkeypatch, lambda: (signs.signed_sums_at(products, chosen), signs.pattern_rows(codes)))
+    assert torch.equal(compiled[0], expected)
+    torch.testing.assert_close(plain[0], expected)
+    assert torch.equal(compiled[1].view(torch.int32), plain[1].view(torch.int32))
+    assert torch.equal(chosen.own, codes[::3])
+
+
+@needs_numba
+@pytest.mark.parametrize(("columns", "rows"), SIZES)
 def test_decoded_signs(columns: int, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(0, 4, (columns, rows), generator=generator, dtype=torch.uint8)

@@ -10,11 +10,12 @@ from torch import Tensor
 from whit.errors import KnobError, ModelError
 from whit.formats.binary_residual import BinaryResidual
 from whit.kernels.cpu.compiling import numba_works
-from whit.methods import LayerStatistics, billm_refined, make_method, relative_output_error
+from whit.methods import LayerStatistics, make_method, relative_output_error, two_codebooks
 from whit.methods.billm import BiLLM
 from whit.methods.billm_official import official_billm
 from whit.methods.billm_paper import paper_billm, search_salient_columns, search_split
-from whit.methods.billm_refined import Codebooks, choose_marks, descend, refined_billm, refit, storable, two_magnitudes
+from whit.methods.billm_refined import Codebooks, descend, refined_billm, refit, storable
+from whit.methods.two_codebooks import choose_marks, two_magnitudes
 
 VARIANTS = ("whit", "paper", "official")
 
@@ -293,7 +294,7 @@ def test_compiled_magnitudes_are_those_of_torch_to_the_bit(monkeypatch: pytest.M
         cases += [(magnitude, mass), ((4 * magnitude).round() / 4, 1e4 * thin), (1e-5 * magnitude, 0 * mass)]
     cases = [(magnitude.sort(1).values, mass) for magnitude, mass in cases]
     found = [two_magnitudes(*case) for case in cases]
-    monkeypatch.setattr(billm_refined, "runs_compiled", lambda tensor: False)
+    monkeypatch.setattr(two_codebooks, "runs_compiled", lambda tensor: False)
     for (low, high), case in zip(found, cases, strict=True):
         expected = two_magnitudes(*case)
         assert torch.equal(low, expected[0]) and torch.equal(high, expected[1])

@@ -18,7 +18,7 @@ from whit.formats.nm_index import decode_mask
 from whit.methods import LayerStatistics, make_method, relative_output_error
 from whit.methods.base import SurveyedBlock
 from whit.methods.billm_official import residual_binarise
-from whit.methods.billm_refined import refined_billm, two_magnitudes
+from whit.methods.billm_refined import refined_billm
 from whit.methods.masks import keep_in_groups
 from whit.methods.statistics import Statistic
 from whit.methods.stbllm import STBLLM
@@ -27,6 +27,7 @@ from whit.methods.stbllm_refined import refined_stbllm
 from whit.methods.stbllm_released import regions_at, released_stbllm, search_trisection, split_candidates
 from whit.methods.stbllm_scores import importance
 from whit.methods.three_magnitudes import three_magnitudes
+from whit.methods.two_codebooks import two_magnitudes
 
 # Share of outliers (per cent) of the decoder layers of LLaMA-2-7B in the log its authors published.
 PUBLISHED_OUTLIERS = [

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from importlib.resources import files
 from typing import Any
 
@@ -44,10 +45,42 @@ def signed_sums(products: Tensor, codes: Tensor) -> Tensor:
         signed = products * patterns(codes).sum(0).unsqueeze(1)
         large = (codes > 1).unsqueeze(1)
         return torch.stack([(signed * ~large).sum(0), (signed * large).sum(0)], 1)
+    return _sums_of_columns(products, codes, torch.arange(len(codes)))
+
+
+@dataclass(frozen=True, eq=False)
+class ColumnsAt:
+    """Some columns of a matrix of codes.
+
+    Attributes:
+        codes: uint8 (columns, rows), of all. places: int64, numbers of these columns.
+    """
+
+    codes: Tensor
+    places: Tensor
+
+    @cached_property
+    def own(self) -> Tensor:
+        """Codes of these columns, gathered once."""
+        return self.codes[self.places]
+
+
+def signed_sums_at(products: Tensor, columns: ColumnsAt) -> Tensor:
+    """`signed_sums` over some of the columns, which on a CPU with numba are read where they lie.
+
+    Args:
+        products: float32 (all columns, k, rows).
+    """
+    if _on_cuda(products) or not _compiled(products):
+        return signed_sums(products[columns.places], columns.own)
+    return _sums_of_columns(products, columns.codes, columns.places)
+
+
+def _sums_of_columns(products: Tensor, codes: Tensor, places: Tensor) -> Tensor:
     from whit.kernels.cpu.signs import ROWS_PER_TILE, signed_sum_rows
 
     sums = torch.empty(products.shape[1], 2, products.shape[2])
-    arrays = [item.contiguous().numpy() for item in (products, codes)] + [sums.numpy()]
+    arrays = [item.contiguous().numpy() for item in (products, codes, places)] + [sums.numpy()]
     shared_out(lambda first, last: signed_sum_rows(*arrays, first, last), codes.shape[1], ROWS_PER_TILE)
     return sums
 
@@ -66,6 +99,13 @@ def pattern_rows(codes: Tensor) -> Tensor:
         out = torch.empty(columns, 2 * rows, dtype=torch.bfloat16, device=codes.device)
         if _ran("pattern_rows", rows, min(columns, COLUMN_BLOCKS), (codes.contiguous(), out), (columns, rows)):
             return out
+    if codes.dtype == torch.uint8 and runs_compiled(codes):
+        from whit.kernels.cpu.signs import ROWS_PER_TILE, pattern_parts
+
+        made = torch.empty(columns, 2 * rows)
+        arrays = [codes.contiguous().numpy(), made.numpy()]
+        shared_out(lambda first, last: pattern_parts(*arrays, first, last), columns, ROWS_PER_TILE)
+        return made
     return patterns(codes).transpose(0, 1).reshape(columns, 2 * rows)
 
 

@@ -24,17 +24,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from whit.kernels.cpu.compiling import runs_compiled, shared_out
-from whit.kernels.signs import decode_signs, pattern_rows, signed_sums
+from whit.kernels.signs import ColumnsAt, decode_signs, pattern_rows, signed_sums, signed_sums_at
 from whit.kernels.split_product import SplitFactor
 from whit.methods.billm_planes import BinaryPlanes
 from whit.methods.descent import BlockFactors, descend_columns, solve_least_squares
 from whit.methods.feedback import column_importance, round_with_feedback
 from whit.methods.rounders import LevelRounder
-
-MARK_ROUNDS = 3
-INITIAL_SHARE = 0.1
-SAMPLED_ROWS = 1024
+from whit.methods.two_codebooks import choose_marks, fit_codebooks
 
 
 @dataclass(frozen=True)
@@ -65,89 +61,6 @@ def storable(low: Tensor, high: Tensor) -> Codebooks:
 
 def _scales(low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
     return ((high + low) / 2).half().float(), ((high - low) / 2).half().float()
-
-
-def two_magnitudes(sorted_magnitude: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]:
-    """The exact optimum of weighted two-means per row: low, high (rows,).
-
-    Splitting sorted magnitudes a_1 <= ... <= a_k after position t, the weighted squared error is a constant minus
-    (sum_{i<=t} m_i a_i)^2 / sum_{i<=t} m_i + (the same for i > t); prefix sums give all t at once.
-
-    Args:
-        sorted_magnitude: float32 (rows, k), ascending per row.
-        mass: non-negative weights (rows, k); entries of mass zero do not count.
-    """
-    if runs_compiled(mass) and sorted_magnitude.dtype == mass.dtype == torch.float32:
-        return _compiled_two_magnitudes(sorted_magnitude, mass)
-    mass_low = mass.cumsum(1)
-    sum_low = (mass * sorted_magnitude).cumsum(1)
-    mass_high = (mass_low[:, -1:] - mass_low).clamp(min=0)
-    sum_high = (sum_low[:, -1:] - sum_low).clamp(min=0)
-    tiny = 1e-6 * mass_low[:, -1:].clamp(min=1e-30)
-    gain = sum_low.square() / mass_low.clamp(min=tiny) + sum_high.square() / mass_high.clamp(min=tiny)
-    split = gain.argmax(1, keepdim=True)
-    below, above = mass_low.gather(1, split), mass_high.gather(1, split)
-    overall = sum_low[:, -1:] / mass_low[:, -1:].clamp(min=tiny)
-    low = torch.where(below > tiny, sum_low.gather(1, split) / below.clamp(min=tiny), overall)
-    high = torch.where(above > tiny, sum_high.gather(1, split) / above.clamp(min=tiny), overall)
-    return torch.minimum(low, high).squeeze(1), torch.maximum(low, high).squeeze(1)
-
-
-def _compiled_two_magnitudes(sorted_magnitude: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]:
-    """The same numbers in one pass over the rows."""
-    from whit.kernels.cpu.two_means import ROWS_PER_TILE, split_rows
-
-    low, high = torch.empty(len(mass)), torch.empty(len(mass))
-    arrays = [item.contiguous().numpy() for item in (sorted_magnitude, mass)]
-    shared_out(
-        lambda first, last: split_rows(*arrays, low.numpy(), high.numpy(), first, last), len(mass), ROWS_PER_TILE
-    )
-    return low, high
-
-
-def choose_marks(weight: Tensor, importance: Tensor, rounds: int = MARK_ROUNDS) -> Tensor:
-    """Which of two codebooks each column of a block uses, by turns of fitting codebooks and moving columns.
-
-    Starts from the tenth of the columns that matter most. Wide weights are judged by an even sample of their rows.
-
-    Args:
-        weight: float32 (rows, columns).
-        importance: 1/U_jj^2, (columns,).
-        rounds: turns.
-
-    Returns:
-        bool (columns,).
-    """
-    stride = -(-weight.shape[0] // SAMPLED_ROWS)
-    magnitude = weight[::stride].abs()
-    marks = torch.zeros(weight.shape[1], dtype=torch.bool, device=weight.device)
-    marks[torch.topk(importance, max(1, round(INITIAL_SHARE * weight.shape[1]))).indices] = True
-    ordered, index = magnitude.sort(1)
-    mass = importance[index]
-    for _ in range(rounds):
-        marked = marks[index]
-        errors = []
-        for mask in (~marked, marked):
-            low, high = two_magnitudes(ordered, mass * mask)
-            errors.append(((magnitude - _nearest(magnitude, low[:, None], high[:, None])) ** 2).sum(0))
-        marks = errors[1] < errors[0]
-    return marks
-
-
-def fit_codebooks(weight: Tensor, importance: Tensor, marks: Tensor) -> tuple[Tensor, Tensor]:
-    """Both codebooks of a block for given marks: low, high (2, rows)."""
-    pairs = []
-    for mask in (~marks, marks):
-        magnitude, index = weight[:, mask].abs().sort(1)
-        if magnitude.shape[1]:
-            pairs.append(two_magnitudes(magnitude, importance[mask][index]))
-        else:
-            pairs.append((torch.zeros_like(weight[:, 0]), torch.zeros_like(weight[:, 0])))
-    return torch.stack([pair[0] for pair in pairs]), torch.stack([pair[1] for pair in pairs])
-
-
-def _nearest(magnitude: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    return torch.where(magnitude > (low + high) / 2, high, low)
 
 
 def _decode(codes: Tensor, books: Codebooks, book: Tensor) -> Tensor:
@@ -251,21 +164,21 @@ def _normal_equations(codes: Tensor, gradient: Tensor, factors: BlockFactors, bl
     normal, right = codes.new_zeros(rows, 4, 4, dtype=torch.float32), codes.new_zeros(rows, 4, dtype=torch.float32)
     inside = factors.columns(block)
     places = [torch.searchsorted(inside, factors.columns(block, mark)) for mark in (0, 1)]
-    chosen = [codes[place] for place in places]
+    chosen = [ColumnsAt(codes, place) for place in places]
     pattern = pattern_rows(codes)
     marked = pattern[places[1]]
     for mark in (0, 1):
         here = slice(2 * mark, 2 * mark + 2)
-        right[:, here] = signed_sums(gradient[places[mark]].unsqueeze(1), chosen[mark])[0].T
+        right[:, here] = signed_sums_at(gradient.unsqueeze(1), chosen[mark])[0].T
     product = factors.of(block).times(pattern.index_fill_(0, places[1], 0)).view(-1, 2, rows)
     for mark in (0, 1):
         there = slice(2 * mark, 2 * mark + 2)
-        sums = signed_sums(product[places[mark]], chosen[mark])  # (2 of unmarked, 2 of this mark, rows)
+        sums = signed_sums_at(product, chosen[mark])  # (2 of unmarked, 2 of this mark, rows)
         normal[:, :2, there] = sums.permute(2, 0, 1)
         normal[:, there, :2] = sums.permute(2, 1, 0)
     if len(marked):
         product = factors.of(block, 1).times(marked).view(-1, 2, rows)
-        normal[:, 2:, 2:] = signed_sums(product, chosen[1]).permute(2, 0, 1)
+        normal[:, 2:, 2:] = signed_sums(product, chosen[1].own).permute(2, 0, 1)
     return normal, right
 
 

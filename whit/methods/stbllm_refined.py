@@ -21,11 +21,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from whit.methods.billm_refined import INITIAL_SHARE, MARK_ROUNDS, SAMPLED_ROWS, two_magnitudes
 from whit.methods.descent import BlockFactors, descend_columns, least_squares_step
 from whit.methods.feedback import column_importance, round_with_feedback
 from whit.methods.rounders import LevelRounder
 from whit.methods.three_magnitudes import three_magnitudes
+from whit.methods.two_codebooks import INITIAL_SHARE, MARK_ROUNDS, SAMPLED_ROWS, two_magnitudes
 
 MARKED = 2
 MOST = 3

@@ -26,6 +26,7 @@ from transformers.models.auto.tokenization_auto import TOKENIZER_MAPPING_NAMES
 from whit.errors import MissingDependencyError, ModelError, nearest
 from whit.models.gguf_architectures import ARCHITECTURES, CONFIG_KEYS, TOKEN_KEYS, GGUFArchitecture
 from whit.models.gguf_header import MAGIC, GGUFTensor, read_gguf_header
+from whit.models.gguf_values import values_of
 from whit.models.one_file import OneFileSource
 from whit.models.source import read_bytes
 
@@ -62,14 +63,9 @@ class GGUFSource(OneFileSource[GGUFTensor]):
 
     def load(self, name: str) -> Tensor:
         """Dequantise one tensor."""
-        import gguf
-
         tensor = self.entry(name)
-        kind = gguf.GGMLQuantizationType(tensor.type_number)
-        raw = read_bytes(self.path, tensor.start, stored_size(tensor)).numpy()
-        rows = math.prod(tensor.shape[:-1])
-        values = gguf.dequantize(raw.reshape(rows, -1), kind)
-        value = torch.from_numpy(np.asarray(values, dtype=np.float32)).reshape(tensor.shape)
+        content = read_bytes(self.path, tensor.start, stored_size(tensor))
+        value = values_of(type_name(tensor), content, math.prod(tensor.shape[:-1])).reshape(tensor.shape)
         transform = self._architecture.transform(tensor.name)
         return value if transform is None else transform.read(value, self._config)
 

@@ -72,8 +72,9 @@ def shared_out(call: Callable[[int, int], None], count: int, step: int) -> None:
     threads = torch.get_num_threads()
     length = max(step, -(-count // (threads * step)) * step)
     parts = [(first, min(first + length, count)) for first in range(0, count, length)]
-    if len(parts) == 1:
-        call(*parts[0])
+    if len(parts) < 2:
+        for part in parts:
+            call(*part)
         return
     others = [(part, pool(threads).submit(call, *part)) for part in parts[1:]]
     try:

@@ -11,9 +11,9 @@ ROWS_PER_TILE = 64
 
 
 @compiled
-def signed_sum_rows(products, codes, sums, first, last):
-    """Rows `first` to `last` of `whit.kernels.signs.signed_sums`."""
-    columns, count, _ = products.shape
+def signed_sum_rows(products, codes, places, sums, first, last):
+    """Rows `first` to `last` of `whit.kernels.signs.signed_sums_at`."""
+    count = products.shape[1]
     small = np.empty((count, ROWS_PER_TILE), np.float32)
     large = np.empty((count, ROWS_PER_TILE), np.float32)
     zero = np.float32(0)
@@ -21,7 +21,7 @@ def signed_sum_rows(products, codes, sums, first, last):
         size = min(ROWS_PER_TILE, last - start)
         small[:] = zero
         large[:] = zero
-        for column in range(columns):
+        for column in places:
             for k in range(count):
                 for r in range(size):
                     value = products[column, k, start + r]
@@ -45,3 +45,16 @@ def decode_rows(codes, low, high, book, values, first, last):
             code = codes[column, r]
             magnitude = high[number, r] if code > 1 else low[number, r]
             values[column, r] = magnitude if code & 1 else -magnitude
+
+
+@compiled
+def pattern_parts(codes, patterns, first, last):
+    """Columns `first` to `last` of `whit.kernels.signs.pattern_rows`; zeros keep their signs."""
+    rows = codes.shape[1]
+    for column in range(first, last):
+        for r in range(rows):
+            code = codes[column, r]
+            sign = np.float32(1) if code & 1 else np.float32(-1)
+            upper = sign * np.float32(code > 1)
+            patterns[column, r] = sign - upper
+            patterns[column, rows + r] = upper

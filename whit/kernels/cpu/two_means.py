@@ -12,7 +12,7 @@ ROWS_PER_TILE = 16
 
 @compiled
 def split_rows(magnitude, mass, low, high, first, last):
-    """Rows `first` to `last` of `whit.methods.billm_refined.two_magnitudes`, to the bit: prefix sums are added in
+    """Rows `first` to `last` of `whit.methods.two_codebooks.two_magnitudes`, to the bit: prefix sums are added in
     double precision and rounded one by one, as `torch.cumsum` does on a CPU, and all else is single precision."""
     zero, least, share = np.float32(0), np.float32(1e-30), np.float32(1e-6)
     for row in range(first, last):
@@ -37,3 +37,25 @@ def split_rows(magnitude, mass, low, high, first, last):
         lower = sum_below / max(mass_below, tiny) if mass_below > tiny else overall
         upper = rest / max(above, tiny) if above > tiny else overall
         low[row], high[row] = min(lower, upper), max(lower, upper)
+
+
+@compiled
+def split_rows_by_column(magnitude, column, mass, low, high, first, last):
+    """Rows `first` to `last`, the mass of an entry being that of its column."""
+    masses = np.empty((1, magnitude.shape[1]), np.float32)
+    for row in range(first, last):
+        for j in range(magnitude.shape[1]):
+            masses[0, j] = mass[column[row, j]]
+        split_rows(magnitude[row : row + 1], masses, low[row : row + 1], high[row : row + 1], 0, 1)
+
+
+@compiled
+def squared_error_rows(magnitude, low, high, out, first, last):
+    """Rows `first` to `last` of the squared distances from the nearer of two magnitudes."""
+    for row in range(first, last):
+        lower, upper = low[row], high[row]
+        middle = (lower + upper) / np.float32(2)
+        for j in range(magnitude.shape[1]):
+            value = magnitude[row, j]
+            distance = value - (upper if value > middle else lower)
+            out[row, j] = distance * distance
