@@ -24,6 +24,7 @@ from whit.pipeline.block import UNREACHED, Groups, Streams, compress_block, prop
 from whit.pipeline.catch import Call, CallCatcher
 from whit.pipeline.gather import SecondMoment, find_groups, gathering
 from whit.pipeline.layer import Swaps, packed_from, restore_layers
+from whit.pipeline.team import Team
 from whit.report.record import LayerRecord
 
 NEEDS = frozenset({Statistic.SECOND_MOMENT})
@@ -226,6 +227,36 @@ def test_a_block_whose_methods_need_no_data_is_not_grouped(
     assert not any(record.notes for record in records)
     assert all(record.error == record.weight_error for record in records)
     assert not runs and groups.expected(list(layers), "block.") == known
+
+
+@pytest.mark.parametrize(
+    ("method", "true_sequential", "parts"), [("rtn", True, 1), ("gptq", False, 1), ("gptq", True, 2)]
+)
+def test_layers_are_divided_all_at_once_unless_later_statistics_follow_from_earlier_ones(
+    method: str, true_sequential: bool, parts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is divided separately is compressed by one process after the other."""
+    block, source, layers = make_block(method)
+    divided = []
+    plain = Team.dividing
+
+    def dividing(team: Team, names: list[str]):  # type: ignore[no-untyped-def]
+        divided.extend([list(names)] if names else [])
+        return plain(team, names)
+
+    monkeypatch.setattr(Team, "dividing", dividing)
+    compress_block(
+        block,
+        layers,
+        "block",
+        source,
+        streams_of(),
+        true_sequential=true_sequential,
+        done=lambda _: None,
+        swaps=Swaps(block, "block"),
+    )
+    assert len(divided) == parts
+    assert sorted(name for names in divided for name in names) == sorted(layers)
 
 
 def test_a_restored_block_is_the_compressed_block() -> None:

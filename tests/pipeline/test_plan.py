@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,11 @@ import whit
 from tests.pipeline.conftest import Case, Finished, Recorder, make_case
 from tests.pipeline.needy import Budgeted, Sensitive
 from whit.cli.tables import plan_view
-from whit.errors import ResourceError
+from whit.errors import ResourceError, WhitError
 from whit.methods import make_method
 from whit.methods.base import Method
 from whit.pipeline import estimate
+from whit.pipeline import prepare as prepare_module
 from whit.pipeline.checks import check_disk, check_memory, disk_bytes
 from whit.pipeline.compress import merge_batches
 from whit.pipeline.estimate import Probe, estimate_minutes, fit_probe
@@ -57,6 +59,41 @@ def test_a_cpu_compiles_beforehand_what_methods_need(monkeypatch: pytest.MonkeyP
     assert all(columns < estimate.PROBE_COLUMNS for _, columns in seen)
 
 
+@pytest.mark.parametrize("wrong", ["model", "calibration", "evaluation", "skip", None])
+def test_a_cpu_loads_no_kernels_before_what_is_asked_for_is_found(
+    wrong: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Compiling takes seconds, which whoever mistyped a name would wait for."""
+    case = make_case("llama", tmp_path)
+    loaded = []
+    monkeypatch.setattr(prepare_module, "load_kernels", lambda methods, device: loaded.append(list(methods)))
+    changed = (
+        {"skip": ("*",)} if wrong == "skip" else {wrong: "nowhere"} if wrong in ("calibration", "evaluation") else {}
+    )
+    options = dataclasses.replace(case.options, **changed)
+    arguments = (
+        tmp_path / "nowhere" if wrong == "model" else case.model,
+        make_method("rtn", {}),
+        tmp_path / "out",
+        options,
+    )
+    if wrong is None:
+        prepare(*arguments)
+        assert [[method.name for method in methods] for methods in loaded] == [["rtn"]]
+        return
+    with pytest.raises(WhitError, match=r"nowhere|skip"):
+        prepare(*arguments)
+    assert not loaded
+
+
+@pytest.fixture
+def steady(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine whose speed does not depend on what else it does."""
+    monkeypatch.setattr(estimate, "_time", lambda method, rows, columns, device: 1e-9 * rows * columns)
+    monkeypatch.setattr(estimate, "_product_rate", lambda device, dtype: 1e11)
+
+
+@pytest.mark.usefixtures("steady")
 def test_minutes_grow_with_the_work_and_shrink_with_what_is_done(tmp_path: Path) -> None:
     case = make_case("llama", tmp_path)
     job = prepare(case.model, make_method("rtn", {}), tmp_path / "out", case.options)
@@ -70,6 +107,7 @@ def test_minutes_grow_with_the_work_and_shrink_with_what_is_done(tmp_path: Path)
     assert estimate_minutes(job.assignment, evaluated=0, left=0.0, **fields) < 0.8 * whole
 
 
+@pytest.mark.usefixtures("steady")
 def test_minutes_count_the_passes_until_they_are_done(tmp_path: Path) -> None:
     case = make_case("llama", tmp_path)
     fields = {"tokens": 10**6, "block_parameters": 10**9, "device": torch.device("cpu"), "compute_dtype": torch.float32}

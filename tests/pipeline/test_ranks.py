@@ -100,7 +100,7 @@ said.append(str(len(result.layers)))
 def start(launcher: list[str], arguments: list[str]) -> str:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *launcher, *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[:3000]
     return done.stdout
 

@@ -20,7 +20,7 @@ EVALUATION_WINDOW = 2048
 
 
 def load_calibration(
-    spec: str | Path | None,
+    spec: str | Path | TextSource | TensorSource | None,
     tokenizer: Any,
     *,
     samples: int,
@@ -32,7 +32,7 @@ def load_calibration(
     """Calibration sequences: documents are tokenised, concatenated, cut, and `samples` of the cuts drawn.
 
     Args:
-        spec: see `read_source`; None takes the bundled mix.
+        spec: see `read_source`; None takes the bundled mix. Or what that has read.
         tokenizer: of transformers, or None where the source holds tensors.
         samples: sequences wanted; where there are fewer, all are taken and the provenance says so.
         sequence_length: tokens per sequence; 0 takes the smaller of 512 and the model's maximum.
@@ -42,7 +42,7 @@ def load_calibration(
     Raises:
         DataError: the source is missing or bad, too short for one sequence, or does not fit the model.
     """
-    source = read_source(spec, DEFAULT_CALIBRATION)
+    source = spec if isinstance(spec, TextSource | TensorSource) else read_source(spec, DEFAULT_CALIBRATION)
     if isinstance(source, TensorSource):
         return _from_tensors(source, samples, seed, vocabulary_size, max_positions)
     name = source.origin["name"]
@@ -69,7 +69,7 @@ def load_calibration(
 
 
 def load_evaluation(
-    spec: str | Path | None,
+    spec: str | Path | TextSource | TensorSource | None,
     tokenizer: Any,
     *,
     windows: int,
@@ -83,7 +83,7 @@ def load_evaluation(
     text; one that also closes a sequence (CLS ... SEP) has every window wrapped.
 
     Args:
-        spec: see `read_source`; None takes the WikiText-2 test split.
+        spec: see `read_source`; None takes the WikiText-2 test split. Or what that has read.
         windows: how many; 0 takes all.
         window: tokens per window; 0 takes the smaller of 2048 and the model's maximum.
         tokenizer, vocabulary_size, max_positions: as in `load_calibration`.
@@ -91,7 +91,7 @@ def load_evaluation(
     Raises:
         DataError: the source is missing or bad, has fewer than two tokens, or does not fit the model.
     """
-    source = read_source(spec, DEFAULT_EVALUATION)
+    source = spec if isinstance(spec, TextSource | TensorSource) else read_source(spec, DEFAULT_EVALUATION)
     if isinstance(source, TensorSource):
         return _from_tensors(source, windows, None, vocabulary_size, max_positions)
     name = source.origin["name"]

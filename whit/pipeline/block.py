@@ -124,7 +124,8 @@ def compress_block(
     reached = {name for group in groups for name in group}
     unreached = [name for name in layers if name not in reached or not _has_gradient(layers[name], gradients or {})]
     team = Team(layers, modules, source, swaps, done, ranks)
-    for part in [[group] for group in groups] if true_sequential else [groups]:
+    # One after the other only where later statistics follow from it: processes divide all that may be done at once.
+    for part in [[group] for group in groups] if true_sequential and measured else [groups]:
         statistics = gathered or gather(part, lambda: _run_copies(block, streams))
         with team.dividing([name for group in part for name in group if name not in unreached]) as compress:
             for group in part:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +13,11 @@ import transformers
 from torch import nn
 
 from whit import __version__
+from whit.data.corpora import DEFAULT_CALIBRATION, DEFAULT_EVALUATION
 from whit.data.inputs import ModelInputs
 from whit.data.leak import check_leak
 from whit.data.load import load_calibration, load_evaluation
+from whit.data.read import read_source
 from whit.errors import KnobError, OutputError
 from whit.kernels.cpu.bfloat16 import has_matrix_units
 from whit.kernels.cpu.compiling import numba_works
@@ -66,14 +69,25 @@ def prepare(model: str | Path | None, recipe: Recipe | Method, output: str | Pat
     recipe = as_recipe(recipe, {})
     device = choose_device(options.device)
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="whit-kernels") as beside:
-        # While the weight files are hashed. What fails here will say so where it is needed.
-        beside.submit(load_kernels, [step.method for step in recipe.steps], _own_device(device))
-        return _prepare(model, recipe, output, options, device)
+
+        def load_beside() -> None:  # what fails there will say so where it is needed
+            beside.submit(load_kernels, [step.method for step in recipe.steps], _own_device(device))
+
+        if device.type == "cuda":  # hashing large files takes longer than its kernels
+            load_beside()
+            return _prepare(model, recipe, output, options, device, lambda: None)
+        return _prepare(model, recipe, output, options, device, load_beside)
 
 
 def _prepare(
-    model: str | Path | None, recipe: Recipe, output: str | Path | None, options: RunOptions, device: torch.device
+    model: str | Path | None,
+    recipe: Recipe,
+    output: str | Path | None,
+    options: RunOptions,
+    device: torch.device,
+    accepted: Callable[[], None],
 ) -> Job:
+    """As `prepare`; `accepted` is called once the model, the layers and the files of the data are known to be there."""
     reference = resolve_model(model)
     compute = compute_dtype(options.dtype, reference.dtype, device)
     calibrating = calibration_dtype(options.dtype, reference.dtype, device)
@@ -81,9 +95,13 @@ def _prepare(
     stacks = find_stacks(skeleton)
     assignment = assign(skeleton, stacks, recipe, options, reference.dtype)
     limits = data_limits(reference.config)
+    given, measured_on = read_source(options.calibration, DEFAULT_CALIBRATION), None
+    if options.evaluate:
+        measured_on = read_source(options.evaluation, DEFAULT_EVALUATION)
+    accepted()
     tokenizer = reference.load_tokenizer()
     calibration = load_calibration(
-        options.calibration,
+        given,
         tokenizer,
         samples=options.samples,
         sequence_length=options.sequence_length,
@@ -93,9 +111,9 @@ def _prepare(
     if gradient_layers(assignment):
         loss_labels(skeleton, calibration.batches[0])  # refused now rather than when the pass begins
     evaluation, leak = None, False
-    if options.evaluate:
+    if measured_on is not None:
         evaluation = load_evaluation(
-            options.evaluation, tokenizer, windows=options.evaluation_windows, window=options.window, **limits
+            measured_on, tokenizer, windows=options.evaluation_windows, window=options.window, **limits
         )
         leak = check_leak(calibration.provenance, evaluation.provenance, allow=options.allow_leak)
     directory = Path(output) if output is not None else default_output(reference.label, recipe.label)
