@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-ROWS = 64
+ROWS = 32
 DEVICE_ROWS = 512
 ARGMAX_CHUNK = 256
 #: Label that marks a position without a target (the convention of the field).

@@ -12,15 +12,15 @@ from torch import Tensor, nn
 
 from whit.errors import ModelError
 from whit.finite import all_finite
-from whit.kernels.cpu.bfloat16 import products_of_bfloat16
+from whit.kernels.cpu.bfloat16 import has_matrix_units, products_of_bfloat16
 from whit.methods.statistics import LayerStatistics, Statistic
 from whit.models.layers import LayerKind, layer_kind
 from whit.pipeline.ranks import ALONE
 from whit.pipeline.relay import Relay
 
 SAMPLE_VECTORS = 1024
-#: Columns per product of second moments on a CPU.
-BLOCK_COLUMNS = 256
+#: Columns per product of second moments on a CPU, and on one that multiplies bfloat16 in matrix units.
+BLOCK_COLUMNS, UNIT_COLUMNS = 256, 512
 #: Columns per product of second moments on a GPU.
 PANEL_COLUMNS = 2048
 INPUT_STATISTICS = frozenset({Statistic.SECOND_MOMENT, Statistic.SQUARE_SUMS, Statistic.RANGE, Statistic.SAMPLE})
@@ -108,7 +108,7 @@ class SecondMoment:
 
     def panels(self) -> Iterator[tuple[Tensor, int, int]]:
         """Each panel, and its first and last row."""
-        width = PANEL_COLUMNS if self.upper.is_cuda else BLOCK_COLUMNS
+        width = PANEL_COLUMNS if self.upper.is_cuda else UNIT_COLUMNS if has_matrix_units() else BLOCK_COLUMNS
         for start in range(0, len(self.upper), width):
             stop = min(start + width, len(self.upper))
             yield self.upper[start:stop, start:], start, stop
