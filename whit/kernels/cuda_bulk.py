@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 
-from whit.kernels.cuda_layout import BINARY_RESIDUAL, WHOLE_ROW, Layout
+from whit.kernels.cuda_layout import WHOLE_ROW, Layout
 from whit.kernels.driver import TensorMap, tensor_map
 
 BOX_ROWS = 16
@@ -21,7 +21,7 @@ WIDEST_BOX = 128
 class Maps(ctypes.Structure):
     """The argument of that name in `cuda/bulk.cuh`."""
 
-    _fields_ = (("codes", TensorMap * 2), ("scalars", TensorMap))
+    _fields_ = (("codes", TensorMap * 3), ("scalars", TensorMap))
 
 
 def _pitch(layout: Layout, item: int) -> int:
@@ -44,8 +44,7 @@ def bulk_stage_bytes(layout: Layout, rows: int, item: int) -> int | None:
     """
     if not layout.bitwise or layout.bits > 2 or layout.asymmetric or layout.width % 16:
         return None
-    planes = 2 if layout.kind == BINARY_RESIDUAL else 1
-    codes = planes * BOX_ROWS * item * layout.bits // 8
+    codes = layout.planes * BOX_ROWS * item * layout.bits // 8
     row = 2 * _item_scalars(layout, item)
     if layout.group == WHOLE_ROW:  # the scalars of 16 rows are one run of bytes
         if rows % BOX_ROWS or layout.piece(item) == 2:
@@ -60,7 +59,7 @@ def maps_of(layout: Layout, codes: Sequence[int], scalars: int, rows: int, item:
 
     Args:
         layout: of the weight.
-        codes: addresses of the packed codes, one or two tensors.
+        codes: addresses of the packed codes, one to three tensors.
         scalars: address of the scalars.
         rows: outputs.
         item: columns of an item.

@@ -12,6 +12,7 @@ from whit.formats.bits import packed_width
 from whit.formats.grouped_integer import GroupedInteger
 from whit.formats.level_table import LevelTable
 from whit.formats.nm_index import WIDEST_RANKED, index_bytes, word_of_groups
+from whit.formats.signed_levels import MAGNITUDES, SignedLevels
 from whit.formats.structured_binary import StructuredBinary
 from whit.formats.vector_codebook import VectorCodebook
 
@@ -25,6 +26,7 @@ BINARY_RESIDUAL = 0
 GROUPED_INTEGER = 2
 VECTOR_CODEBOOK = 3
 STRUCTURED_BINARY = 4
+SIGNED_LEVELS = 5
 NUMBERS = {VECTOR_CODEBOOK: ("CODES", "WIDTH", "TERNARY"), STRUCTURED_BINARY: ("KEPT", "OF", "WORD_GROUPS", "REGIONS")}
 """Names of `Layout.numbers` in the sources, by kind."""
 
@@ -57,9 +59,23 @@ class Layout:
     @property
     def multiplies(self) -> bool:
         """Whether `gemv` and `small` multiply it."""
-        supported_bits = {0: (1,), 1: (1, 2), 2: (1, 2, 3, 4, 8)}.get(self.kind, ())
+        supported_bits = {0: (1,), 1: (1, 2), 2: (1, 2, 3, 4, 8), 5: (1,)}.get(self.kind, ())
         narrow = self.width <= packed_width(WIDEST, self.bits)
         return self.bits in supported_bits and self.group % 64 == 0 and narrow
+
+    @property
+    def planes(self) -> int:
+        """Stored tensors that hold codes (PLANES)."""
+        return {BINARY_RESIDUAL: 2, SIGNED_LEVELS: 3}.get(self.kind, 1)
+
+    @property
+    def expands(self) -> bool:
+        """Whether `small` multiplies it."""
+        return self.multiplies and self.kind != SIGNED_LEVELS
+
+    def span(self, columns: int) -> int:
+        """Columns that one vector meets: signed levels have marked ones once more."""
+        return 8 * self.width if self.kind == SIGNED_LEVELS else columns
 
     @property
     def bitwise(self) -> bool:
@@ -85,8 +101,7 @@ class Layout:
         halves = self.item_groups(item) * self.scalars
         scalar_words = halves // 2 if self.piece(item) > 2 else (halves + (2 if self.scalars % 2 else 1)) // 2
         zero_words = (self.item_groups(item) * self.bits + 62) // 32 + 1 if self.asymmetric else 0
-        planes = 2 if self.kind == 0 else 1
-        return -(-(planes * 16 * row + 64 * (scalar_words + zero_words)) // 16) * 16
+        return -(-(self.planes * 16 * row + 64 * (scalar_words + zero_words)) // 16) * 16
 
     def defines(self) -> tuple[str, ...]:
         """Preprocessor options."""
@@ -146,12 +161,19 @@ def _structured_binary(form: StructuredBinary, columns: int) -> Layout | None:
     return Layout(STRUCTURED_BINARY, word_bytes, form.scalars, False, group, width, groups, names, numbers)
 
 
+def _signed_levels(form: SignedLevels, columns: int) -> Layout:
+    names = ("signs", "low", "salient", "scalars", "high")
+    width = form.specs(1, columns)["signs"].shape[1]
+    return Layout(SIGNED_LEVELS, 1, MAGNITUDES, False, WHOLE_ROW, width, 1, names)
+
+
 _READERS: dict[type[Format], Callable[[Any, int], Layout | None]] = {
     BinaryResidual: _binary_residual,
     LevelTable: _level_table,
     GroupedInteger: _grouped_integer,
     VectorCodebook: _vector_codebook,
     StructuredBinary: _structured_binary,
+    SignedLevels: _signed_levels,
 }
 
 

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from whit.formats.base import Packed
 from whit.kernels.calling import call
-from whit.kernels.cuda_layout import Layout, layout_of
+from whit.kernels.cuda_layout import SIGNED_LEVELS, Layout, layout_of
 from whit.kernels.cuda_ops import (
     FEW,
     build,
@@ -98,7 +98,7 @@ def _supports_one(x: Tensor, packed: Packed) -> bool:
 
 def _supports_few(x: Tensor, packed: Packed) -> bool:
     layout = usable(x, packed)
-    return layout is not None and layout.multiplies and 2 <= _vectors(x) <= FEW
+    return layout is not None and layout.expands and 2 <= _vectors(x) <= FEW
 
 
 def _supports_wide(x: Tensor, packed: Packed) -> bool:
@@ -153,7 +153,7 @@ def candidates(layout: Layout, rows: int, columns: int, tokens: int, index: int)
     found: list[Tuned] = []
     if tokens > 1 and has_warpgroups(index) and wide_supports(layout, columns):
         found += wide_shapes(layout, tokens, columns, memory)
-    if layout.multiplies and tokens <= FEW:
+    if tokens == 1 and layout.multiplies or tokens <= FEW and layout.expands:
         for shape in (
             gemv_shapes(layout, counts_bits(index), starts_early(index)) if tokens == 1 else small_shapes(layout)
         ):
@@ -162,7 +162,7 @@ def candidates(layout: Layout, rows: int, columns: int, tokens: int, index: int)
             except ValueError:
                 continue
             found.append(shape)
-    return [*found, Decode()] if found and tokens > FEW else found
+    return [*found, Decode()] if found and tokens > FEW and layout.kind != SIGNED_LEVELS else found
 
 
 def sources(layout: Layout, rows: int, columns: int, vectors: int, bfloat: bool, index: int) -> list[Source]:
@@ -232,6 +232,9 @@ def _tune_and_keep(x: Tensor, packed: Packed, seconds: Callable[[], float]) -> i
     return tried
 
 
+register_implementation("signed-levels", Implementation("cuda warpgroup product", _supports_wide, _product))
+register_implementation("signed-levels", Implementation("cuda bit-plane gemv", _supports_one, _product))
+register_tuner("signed-levels", Tuner(_tunes, _tune_and_keep))
 # The last one registered is asked first.
 for _format in ("binary-residual", "level-table", "grouped-integer", "vector-codebook", "structured-binary"):
     register_implementation(_format, Implementation("cuda decode + matmul", _supports_many, _decoded_product))

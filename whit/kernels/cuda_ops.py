@@ -93,7 +93,7 @@ def choice(layout: Layout, rows: int, columns: int, tokens: int, index: int) -> 
     wide = tokens > 1 and has_warpgroups(index) and wide_supports(layout, columns)
     if wide and isinstance(found, WideShape) and found in wide_shapes(layout, tokens, columns, memory):
         return found
-    if tokens <= FEW and layout.multiplies:
+    if tokens == 1 and layout.multiplies or tokens <= FEW and layout.expands:
         return choose(
             device,
             layout,
@@ -149,7 +149,8 @@ def operand_of(layout: Layout, shape: Shape, tensors: list[Tensor], rows: int, c
     weight = weight_of(layout, tensors, rows, columns)
     if not shape.bulk:
         return weight
-    codes = [address for address in (weight.codes, weight.second) if address]
+    third = weight.zeros if layout.planes > 2 else None
+    codes = [address for address in (weight.codes, weight.second, third) if address]
     return BulkWeight(weight, 0, maps_of(layout, codes, weight.scalars, rows, shape.item))
 
 

@@ -56,6 +56,7 @@ def place_gemv(layout: Layout, rows: int, columns: int, processors: int, memory:
     stage = bulk_stage_bytes(layout, rows, item) if shape.bulk else layout.stage_bytes(item)
     if stage is None:
         return None
+    whole, columns = columns % 32 == 0, layout.span(columns)
     tiles, across = -(-rows // 16), -(-columns // item)
     grid = min(tiles, processors) // shape.share * shape.share
     if grid == 0:
@@ -70,7 +71,7 @@ def place_gemv(layout: Layout, rows: int, columns: int, processors: int, memory:
         for depth in range(shape.depth, 1, -1):
             shared = chunk // 128 * block + per_round * across * 64 + shape.threads // 32 * depth * stage
             if shared <= room(memory, shape):
-                return Launch(grid, shape, depth, chunk, per_round, shared, columns % 32 == 0)
+                return Launch(grid, shape, depth, chunk, per_round, shared, whole)
     return None
 
 

@@ -233,5 +233,5 @@ def _tune(x: Tensor, weights: Sequence[Packed], seconds: Callable[[], float]) ->
     return len(times)
 
 
-for _format in ("binary-residual", "level-table", "grouped-integer"):
+for _format in ("binary-residual", "level-table", "grouped-integer", "signed-levels"):
     register_several(_format, SeveralProducts("cuda bit-plane gemv", _supports, _products, _tune))

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from whit.kernels.cuda_layout import (
     BINARY_RESIDUAL,
     GROUPED_INTEGER,
+    SIGNED_LEVELS,
     VECTOR_CODEBOOK,
     WHOLE_ROW,
     WIDEST_CODEBOOK,
@@ -18,7 +19,7 @@ BOX = 64
 WIDEST_TILE = 256
 EXPANSION = 85
 """Cycles in which a warpgroup expands the codes of a product of 64 x 16, measured on an H200 for two-bit levels."""
-DEARER = {(BINARY_RESIDUAL, 1): 1.2, (GROUPED_INTEGER, 3): 1.2, (GROUPED_INTEGER, 4): 1.2}
+DEARER = {(BINARY_RESIDUAL, 1): 1.2, (GROUPED_INTEGER, 3): 1.2, (GROUPED_INTEGER, 4): 1.2, (SIGNED_LEVELS, 1): 1.4}
 """How many times as long it takes for other codes, by kind and bits."""
 WAVE = 6000
 """Cycles that a thread block spends before its first product and after its last."""
@@ -123,7 +124,7 @@ def tile_bytes(layout: Layout, shape: WideShape) -> int:
 def shared_bytes(layout: Layout, shape: WideShape) -> int:
     """Bytes of shared memory of a thread block."""
     levels = 0
-    if layout.kind == BINARY_RESIDUAL:
+    if layout.kind in (BINARY_RESIDUAL, SIGNED_LEVELS):
         staged = 0 if layout.group == WHOLE_ROW else shape.threads * (68 if layout.scalars == 7 else 40)
         levels = 16 * shape.threads + staged + marks_bytes(layout, shape)
     words = words_bytes(layout, shape) if shape.staged else 0
@@ -135,7 +136,7 @@ def shared_bytes(layout: Layout, shape: WideShape) -> int:
 def words_bytes(layout: Layout, shape: WideShape) -> int:
     """Bytes of staged words of codes: two runs of blocks for each row and plane, RUN_PITCH apart."""
     run = (4 if layout.bits == 1 else 2) * shape.block * layout.bits // 8
-    return 2 * (2 if layout.kind == BINARY_RESIDUAL else 1) * 64 * shape.row_groups * (run + 16)
+    return 2 * layout.planes * 64 * shape.row_groups * (run + 16)
 
 
 def marks_bytes(layout: Layout, shape: WideShape) -> int:

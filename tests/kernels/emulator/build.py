@@ -137,8 +137,8 @@ OPERAND = """
 static Operand operand_of(const Weight& w) {
     Operand operand = {w};
 #if BULK
-    for (int i = 0; i < 2; i++)
-        operand.maps.codes[i] = {{(u64)w.codes[i], (u64)w.width / 2, (u64)w.rows, ROW_PITCH / 2, ROW_PITCH}};
+    for (int i = 0; i < PLANES; i++)
+        operand.maps.codes[i] = {{(u64)plane_codes(w, i), (u64)w.width / 2, (u64)w.rows, ROW_PITCH / 2, ROW_PITCH}};
     operand.maps.scalars = {{(u64)w.scalars, (u64)w.groups * NS, (u64)w.rows, GROUPS_IN_ITEM * NS, 0}};
 #endif
     return operand;

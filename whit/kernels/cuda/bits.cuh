@@ -49,7 +49,7 @@ __device__ __forceinline__ Powers powers_of(int lane) {
 }
 
 // The planes of the two rows of a lane in one block.
-__device__ __forceinline__ void planes_of(u32 (&plane)[2][3], const u8* stage, int block, int lane) {
+__device__ __forceinline__ void planes_of(u32 (&plane)[2][4], const u8* stage, int block, int lane) {
     const int r = lane >> 2, q = lane & 3;
     // row r + 8 is swizzled as row r is
     const u8* const from = stage + (CODE_BITS == 1 ? chunk_place(r, block) + q * 4 : chunk_place(r, block * 2 + (q >> 1)) + (q & 1) * 8);
@@ -57,7 +57,8 @@ __device__ __forceinline__ void planes_of(u32 (&plane)[2][3], const u8* stage, i
     for (int h = 0; h < 2; h++) {
         if (CODE_BITS == 1) {
             plane[h][0] = *(const u32*)(from + h * 8 * ROW_PITCH);
-            if (KIND == BINARY_RESIDUAL) plane[h][1] = *(const u32*)(from + PLANE_BYTES + h * 8 * ROW_PITCH);
+            if (PLANES > 1) plane[h][1] = *(const u32*)(from + PLANE_BYTES + h * 8 * ROW_PITCH);
+            if (PLANES > 2) plane[h][2] = *(const u32*)(from + 2 * PLANE_BYTES + h * 8 * ROW_PITCH), plane[h][3] = plane[h][0] ^ plane[h][1] ^ plane[h][2];
         } else {  // bits 2 j of a plane are those of column j of the 32, bits 2 j + 1 those of column 16 + j
             const uint2 pair = *(const uint2*)(from + h * 8 * ROW_PITCH);
             const u32 low = pair.y << 1, high = pair.x >> 1;
@@ -106,7 +107,7 @@ __device__ __forceinline__ void block_sums(float (&d)[ALL][4], const u8* stage, 
 #pragma unroll
             for (int o = 0; o < OCTETS; o++) count(c[0][o], a[0][i], a[1][i], b[i * 3 + o]);
     } else {
-        u32 plane[WIDTH][2][3], b[2 * KINDS][WIDTH];
+        u32 plane[WIDTH][2][4], b[2 * KINDS][WIDTH];
         bits_of(b, words, lane);
 #pragma unroll
         for (int i = 0; i < WIDTH; i++) planes_of(plane[i], stage, block + i, lane);
@@ -114,7 +115,7 @@ __device__ __forceinline__ void block_sums(float (&d)[ALL][4], const u8* stage, 
         for (int p = 0; p < ALL; p++)  // sums 3 and 4 are those of planes 0 and 1 over marked columns
 #pragma unroll
             for (int o = 0; o < 2; o++) {
-                const int from = p % 3, of = (p < 3 ? o : 2 + o) % (2 * KINDS);
+                const int from = KIND == SIGNED_LEVELS ? p : p % 3, of = (p < 3 || KINDS == 1 ? o : 2 + o) % (2 * KINDS);
                 if (WIDTH == 2)
                     count(c[p][o], plane[0][0][from], plane[0][1][from], plane[WIDTH - 1][0][from], plane[WIDTH - 1][1][from], b[of][0], b[of][WIDTH - 1]);
                 else
@@ -157,15 +158,15 @@ __device__ __forceinline__ void item_sums(float (&y)[2], const u8* stage, const 
     y[0] = y[1] = 0.0f;
 #pragma unroll UNROLL
     for (int set = 0; set < BLOCKS; set += 4 * WIDTH) {
-        if (!FULL && column0 + set * 128 >= w.columns) break;
+        if (!FULL && column0 + set * 128 >= SPAN(w)) break;
         float d[ALL][4] = {};
         constexpr int SLOTS = BLOCKS / WIDTH < 4 ? BLOCKS / WIDTH : 4;
 #pragma unroll
         for (int slot = 0; slot < SLOTS; slot++) {
             const int block = set + slot * WIDTH;
-            if (FULL || column0 + block * 128 < w.columns) block_sums<ALL>(d, stage, words + block * X_WORDS, block, slot, powers, lane);
+            if (FULL || column0 + block * 128 < SPAN(w)) block_sums<ALL>(d, stage, words + block * X_WORDS, block, slot, powers, lane);
         }
-        const bool there = (SLOTS == 4 || q < SLOTS) && (FULL || column0 + (set + q * WIDTH) * 128 < w.columns);
+        const bool there = (SLOTS == 4 || q < SLOTS) && (FULL || column0 + (set + q * WIDTH) * 128 < SPAN(w));
         const int block = there ? set + q * WIDTH : 0;
         float4 factor = *(const float4*)(factors + block * X_FACTORS);
         if (WIDTH == 2) {
@@ -173,6 +174,26 @@ __device__ __forceinline__ void item_sums(float (&y)[2], const u8* stage, const 
             factor.y += second.y, factor.z += second.z;
         }
         const float unit = there ? factor.x : 0.0f;
+        if (KIND == SIGNED_LEVELS) {
+            const bool again = column0 + block * 128 >= ORDINARY(w);
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                const uint4 eight = *((const uint4*)scalars + r + 8 * h);
+                const u32 pair = again ? eight.z : eight.x;
+                const float a = low_half(pair), b = high_half(pair);
+                float sum[3] = {};
+#pragma unroll
+                for (int half = 0; half < 2; half++) {  // exact sums: what cancels leaves nothing
+                    const float e = d[3 % ALL][2 * h + half] - d[0][2 * h + half], f = d[1 % ALL][2 * h + half] - d[2 % ALL][2 * h + half];
+                    const float third = d[1 % ALL][2 * h + half] + d[2 % ALL][2 * h + half] - (d[3 % ALL][2 * h + half] + d[0][2 * h + half]);
+                    const float weight = half ? HIGH : 1.0f;
+                    sum[0] += weight * (e + f), sum[1] += weight * (e - f), sum[2] += weight * third;
+                }
+                const float value = again ? (a - b) * sum[0] + (a + b) * sum[1] : a * sum[0] + (b * sum[1] + low_half(eight.y) * sum[2]);
+                y[h] += 0.5f * unit * value;
+            }
+            continue;
+        }
 #pragma unroll
         for (int h = 0; h < 2; h++) {
             float s[ALL];
@@ -188,7 +209,7 @@ __device__ __forceinline__ void item_sums(float (&y)[2], const u8* stage, const 
         item_total += unit * factor.y;
         item_marked += unit * factor.z;
     }
-    if (ONCE)
+    if (ONCE && KIND != SIGNED_LEVELS)
 #pragma unroll
         for (int h = 0; h < 2; h++) y[h] = scaled(item_sum[h], item_total, item_marked, h, 0);
     y[0] *= UNIT_LEFT, y[1] *= UNIT_LEFT;

@@ -7,7 +7,7 @@
 
 struct __align__(64) TensorMap { u64 words[16]; };
 struct Maps {
-    TensorMap codes[2], scalars;
+    TensorMap codes[3], scalars;
 };
 
 // A box of 16 rows; `column`, in 16-bit words, must be a multiple of 8. What lies beyond the matrix becomes zero.

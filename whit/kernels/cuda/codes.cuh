@@ -13,7 +13,8 @@
 #define TABLE (KIND != VECTOR_CODEBOOK && (KIND != GROUPED_INTEGER || BITS <= 2))
 #define CODE_WORDS (KIND == VECTOR_CODEBOOK ? 2 * BOXES : BLOCK * CODE_BITS / 32)  // 32-bit words of the codes of a row and plane
 #define KEPT_WORDS (STAGED_CODES ? 1 : CODE_BITS == 8 && KIND != VECTOR_CODEBOOK || KIND == VECTOR_CODEBOOK && BITS != 8 ? BLOCK / 8 : BYTE_CODES ? BYTE_WORDS : CODE_WORDS)  // the lane's own: a pair, or a code
-#define LEVEL_WORDS (KIND == LEVEL_TABLE ? NS / 2 : KIND == BINARY_RESIDUAL ? 5 : 1)
+#define EIGHT MARKED                             // levels by three bits, one of which is the mark of the column
+#define LEVEL_WORDS (KIND == LEVEL_TABLE ? NS / 2 : EIGHT ? 5 : 1)
 #define WHOLE_ROWS (GROUP >= (1 << 30))  // one group
 #define STAGED_SCALARS (KIND == BINARY_RESIDUAL && !WHOLE_ROWS)  // come to shared memory, four groups of a row at a time
 #define EPOCH (WHOLE_ROWS ? 1 << 20 : 4 * (GROUP / BLOCK))       // blocks of columns that these groups have
@@ -94,7 +95,7 @@ __device__ __forceinline__ void fetch_codes(Codes& codes, const Weight& w, const
     for (int h = 0; h < 2; h++)
 #pragma unroll
         for (int p = 0; p < PLANES && !STAGED_CODES; p++) {
-            const u8* from = w.codes[p] + (at.codes[h] + block * (BYTE_PER_CHUNK ? BLOCK / 8 : BLOCK / 8 * CODE_BITS));
+            const u8* from = plane_codes(w, p) + (at.codes[h] + block * (BYTE_PER_CHUNK ? BLOCK / 8 : BLOCK / 8 * CODE_BITS));
             u32* to = codes.word[h][p];
             if (CODE_BITS == 8 && !BYTE_PER_CHUNK) {
 #pragma unroll
@@ -121,7 +122,7 @@ __device__ __forceinline__ void copy_words(u8* shared, const Weight& w, const Pl
 #pragma unroll
         for (int p = 0; p < PLANES; p++) {
             u8* const to = shared + (p * 16 + (lane >> 2) + 8 * h) * RUN_PITCH + 16 * (lane & 3);
-            const u8* const from = w.codes[p] + (at.codes[h] + byte + 16 * (lane & 3));
+            const u8* const from = plane_codes(w, p) + (at.codes[h] + byte + 16 * (lane & 3));
 #pragma unroll
             for (int i = 0; i < RUN_BYTES; i += 64)
                 if (16 * (lane & 3) + i < min(RUN_BYTES, w.width - byte)) copy_whole<16>(to + i, from + i);
@@ -143,7 +144,9 @@ __device__ __forceinline__ void read_words(Codes& codes, const u8* shared, int b
 // two scales of marked ones.
 __device__ __forceinline__ void own_scalars(u32 (&s)[LEVEL_WORDS], const u8* from, int lane) {
     const u16* const cell = (const u16*)from;
-    if (NS == 7) {
+    if (KIND == SIGNED_LEVELS) {
+        s[0] = cell[lane % 2 ? 1 : 3], s[1] = cell[lane % 2 ? 2 : 0], s[2 % LEVEL_WORDS] = cell[4], s[3 % LEVEL_WORDS] = cell[5];
+    } else if (NS == 7) {
 #pragma unroll
         for (int i = 0; i < 5; i++) s[i] = cell[i < 2 ? lane % 2 * 2 + i : i + 2];
     } else {
@@ -154,7 +157,7 @@ __device__ __forceinline__ void own_scalars(u32 (&s)[LEVEL_WORDS], const u8* fro
 __device__ __forceinline__ void fetch_scalars(Codes& codes, const Weight& w, const Places& at, int block, int lane, bool first) {
     if (KIND == VECTOR_CODEBOOK || STAGED_SCALARS || !first && (WHOLE_ROWS || block % (GROUP / BLOCK) != 0)) return;
     const int group = GROUP_OF(block);
-    if (KIND == BINARY_RESIDUAL) {
+    if (EIGHT) {
         own_scalars(codes.scalar[0], w.scalars + (at.shared + group * (2 * NS)), lane);
         return;
     }
@@ -243,6 +246,14 @@ __device__ __forceinline__ void levels_of(Levels& levels, const Codes& codes, co
 // row of the warp's 16; their bytes meet in shared memory, 16 a row, the lower ones first. (No barrier here: one that only
 // some blocks of columns come to would cost the uniform registers of the whole loop.)
 __device__ __forceinline__ void make_levels(u8* shared, const u32 (&s)[LEVEL_WORDS], int lane) {
+    u32* const place = (u32*)(shared + lane / 2 * 16) + lane % 2;
+    if (KIND == SIGNED_LEVELS) {  // number u + 2 m + 4 v; the sign is put before what was chosen
+        const float a = float_of_half((u16)s[2]), b = float_of_half((u16)s[3]);
+        const u32 others = pair_of_floats(float_of_half((u16)s[0]), float_of_half((u16)s[1]));
+        const u32 marked = lane % 2 ? pair_of_floats(a + b, 0.0f) : pair_of_floats(0.0f, a - b);
+        place[0] = choose_bytes(others, marked, 0x6420u), place[2] = choose_bytes(others, marked, 0x7531u);
+        return;
+    }
     const u32 scale = s[NS == 7 ? 1 : 0], first = s[NS == 7 ? 3 : 1], second = s[NS == 7 ? 4 : 2] ^ (lane % 2 ? 0u : 0x8000u);
     const float mean = NS == 7 ? float_of_half((u16)s[2]) : 0.0f, size = float_of_half((u16)first), more = float_of_half((u16)second);
     const u32 marked = pair_of_floats((mean - size) + more, (mean + size) + more);
@@ -252,7 +263,6 @@ __device__ __forceinline__ void make_levels(u8* shared, const u32 (&s)[LEVEL_WOR
 #else
     const u32 others = fma_pairs(scale * 0x10001u, 0x3c00bc00u, NS == 7 ? s[0] * 0x10001u : 0u);  // exact sums, rounded once
 #endif
-    u32* const place = (u32*)(shared + lane / 2 * 16) + lane % 2;
     place[0] = choose_bytes(others, marked, 0x6420u), place[2] = choose_bytes(others, marked, 0x7531u);
 }
 __device__ __forceinline__ void take_levels(Levels (&levels)[2], const u8* shared, int lane) {
@@ -291,10 +301,12 @@ __device__ __forceinline__ Multipliers multipliers() {
 __device__ __forceinline__ void make_selectors(u32 (&selector)[2][2], const Codes& codes, const Multipliers& m, const u32 (&marks)[BLOCK / 32], int step, int q) {
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-        if (KIND == BINARY_RESIDUAL) {
-            const u32 first = codes.word[h][0][step / 2], second = codes.word[h][PLANES - 1][step / 2];
+        if (EIGHT) {
+            const u32 sign = KIND == SIGNED_LEVELS ? codes.word[h][0][step / 2] : 0u;
+            const u32 first = codes.word[h][PLANES > 1 ? PLANES - 2 : 0][step / 2] ^ sign, second = codes.word[h][PLANES - 1][step / 2] ^ sign;
             const u32 moved = funnel_right(second, second, 2 * q + 30), nibbles = ((first >> (2 * q) ^ moved) & m.low) ^ moved;  // s0 + 2 s1 + 4 t0 + 8 t1
             selector[h][0] = (nibbles & 0x05050505u) | (nibbles << 3 & 0x50505050u) | marks[step / 2];
+            if (KIND == SIGNED_LEVELS) selector[h][1] = funnel_right(sign, sign, 2 * q + 25);  // signs of even columns at the top of bytes
             continue;
         }
 #pragma unroll
@@ -309,9 +321,11 @@ __device__ __forceinline__ void expand(u32 (&a)[4], const Codes& codes, const u3
 #pragma unroll
     for (int h = 0; h < 2; h++) {
         const u32* word = codes.word[h][0];
-        if (KIND == BINARY_RESIDUAL) {
+        if (EIGHT) {
             const u32 chosen = selector[h][0] >> (16 * (step & 1));
-            const u32 low = choose_bytes(levels[h].table[0], levels[h].table[1], chosen), high = choose_bytes(levels[h].high[0], levels[h].high[1], chosen);
+            const u32 low = choose_bytes(levels[h].table[0], levels[h].table[1], chosen);
+            u32 high = choose_bytes(levels[h].high[0], levels[h].high[1], chosen);
+            if (KIND == SIGNED_LEVELS) high ^= choose_bytes(selector[h][1], funnel_right(selector[h][1], selector[h][1], 1), step & 1 ? 0x7362u : 0x5140u) & 0x80808080u;
             a[h] = choose_bytes(low, high, 0x5140u);
             a[2 + h] = choose_bytes(low, high, 0x7362u);
         } else if (TABLE) {

@@ -14,7 +14,9 @@ typedef unsigned long long u64;
 #define BINARY_RESIDUAL 0
 #define LEVEL_TABLE 1
 #define GROUPED_INTEGER 2
-#define PLANES (KIND == BINARY_RESIDUAL ? 2 : 1)   // packed tensors that hold codes
+#define SIGNED_LEVELS 5
+#define PLANES (KIND == SIGNED_LEVELS ? 3 : KIND == BINARY_RESIDUAL ? 2 : 1)  // packed tensors that hold codes
+#define MARKED (KIND == BINARY_RESIDUAL || KIND == SIGNED_LEVELS)             // some columns have other levels
 #define CODE_BITS (KIND == BINARY_RESIDUAL ? 1 : BITS)  // bits per weight in each of them
 
 #ifndef MARK  // of the time at which warps pass a place: benchmarks/timeline.py
@@ -176,6 +178,9 @@ struct Weight {
     const u8* zeros;
     int rows, columns, width, groups;  // width: bytes per packed row of one plane
 };
+__device__ __forceinline__ const u8* plane_codes(const Weight& w, int plane) { return plane == 2 ? w.zeros : w.codes[plane % 2]; }
+// Columns that one vector meets: signed levels have marked ones once more, behind all others.
+#define SPAN(w) (KIND == SIGNED_LEVELS ? 8 * (w).width : (w).columns)
 
 #if defined(BITWISE) && BITWISE && BITS == 2  // a quad reads two chunks at once
 #define SWIZZLE (BULK ? 1 : 2)
@@ -203,13 +208,13 @@ template <int BYTES> __device__ __forceinline__ void copy_whole(u8* shared, cons
 
 __device__ __forceinline__ void stage_item(u8* stage, const Weight& w, int row0, int column0, int lane) {
     const int byte0 = column0 / 8 * CODE_BITS;
-    const bool full = row0 + 16 <= w.rows && column0 + ICOLS <= w.columns;
+    const bool full = row0 + 16 <= w.rows && column0 + ICOLS <= SPAN(w);
     const int group0 = GROUP >= (1 << 30) ? 0 : column0 / GROUP;
     u32* scalars = (u32*)(stage + PLANES * PLANE_BYTES);
     const auto whole_codes = [&]() {
 #pragma unroll
         for (int plane = 0; plane < PLANES; plane++) {
-            const u8* from = w.codes[plane] + (u32)((row0 + lane / ROW_CHUNKS) * w.width + byte0 + lane % ROW_CHUNKS * 16);
+            const u8* from = plane_codes(w, plane) + (u32)((row0 + lane / ROW_CHUNKS) * w.width + byte0 + lane % ROW_CHUNKS * 16);
 #pragma unroll
             for (int i = 0; i < (16 * ROW_CHUNKS) / 32; i++) {
                 if (32 % ROW_CHUNKS == 0) {  // whole rows at a time
@@ -217,7 +222,7 @@ __device__ __forceinline__ void stage_item(u8* stage, const Weight& w, int row0,
                     from += (u32)(32 / ROW_CHUNKS * w.width);
                 } else {
                     int index = lane + 32 * i, row = index / ROW_CHUNKS, chunk = index % ROW_CHUNKS;
-                    copy_whole<16>(stage + plane * PLANE_BYTES + chunk_place(row, chunk), w.codes[plane] + (u32)((row0 + row) * w.width + byte0 + chunk * 16));
+                    copy_whole<16>(stage + plane * PLANE_BYTES + chunk_place(row, chunk), plane_codes(w, plane) + (u32)((row0 + row) * w.width + byte0 + chunk * 16));
                 }
             }
         }
@@ -246,7 +251,7 @@ __device__ __forceinline__ void stage_item(u8* stage, const Weight& w, int row0,
                     int index = lane + 32 * i, row = index / ROW_CHUNKS, chunk = index % ROW_CHUNKS;
                     int from = min(row0 + row, w.rows - 1), offset = byte0 + chunk * 16;
                     int valid = w.width - offset;
-                    copy16(stage + plane * PLANE_BYTES + chunk_place(row, chunk), w.codes[plane] + (size_t)from * w.width + (valid > 0 ? offset : 0), valid);
+                    copy16(stage + plane * PLANE_BYTES + chunk_place(row, chunk), plane_codes(w, plane) + (size_t)from * w.width + (valid > 0 ? offset : 0), valid);
                 }
         }
         if (PIECE > 2 && full) {

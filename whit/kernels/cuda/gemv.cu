@@ -90,7 +90,7 @@ gemv(INPUT_TYPE given, const __grid_constant__ Operand operand, const u16* bias,
     u8* ring = (u8*)(factors + chunk_blocks * (X_FACTORS)) + warp * (DEPTH * STAGE_BYTES);
     float* partial = (float*)((u8*)(factors + chunk_blocks * (X_FACTORS)) + WARPS * (DEPTH * STAGE_BYTES));
 #endif
-    const int tiles = (w.rows + 15) / 16, items_across = (w.columns + ICOLS - 1) / ICOLS, chunk_items = chunk_columns / ICOLS;
+    const int tiles = (w.rows + 15) / 16, items_across = (SPAN(w) + ICOLS - 1) / ICOLS, chunk_items = chunk_columns / ICOLS;
     bool waited = false;
 #if INPUT == 0
     const u16* const x = given;
@@ -140,7 +140,12 @@ gemv(INPUT_TYPE given, const __grid_constant__ Operand operand, const u16* bias,
 #endif
             };
 #if INPUT > 0
-            if (!waited) make_input<X_WORDS>(x_words, given, w.columns, []() { wait_for_previous_kernel(); });
+            if (!waited) {
+                make_input<X_WORDS>(x_words, given, w.columns, []() { wait_for_previous_kernel(); });
+#if KIND == SIGNED_LEVELS
+                gather_marked(x_words, w);
+#endif
+            }
             waited = true;
 #endif
             if (items_across > chunk_items || first == block) {  // weights are no kernel's result: only x has to be waited for
@@ -179,7 +184,7 @@ gemv(INPUT_TYPE given, const __grid_constant__ Operand operand, const u16* bias,
                 const u32* item_x_words = x_words + place.column * (BLOCKS * X_WORDS);
                 const float2* item_factors = factors + place.column * (BLOCKS * X_FACTORS);
                 float sums[2];
-                if (column0 + ICOLS <= w.columns)
+                if (column0 + ICOLS <= SPAN(w))
                     item_sums<true>(sums, stage, scalars, item_x_words, item_factors, w, row0, column0, lane);
                 else
                     item_sums<false>(sums, stage, scalars, item_x_words, item_factors, w, row0, column0, lane);

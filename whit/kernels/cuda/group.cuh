@@ -1,6 +1,6 @@
 // ---- The algebra of a group -----------------------------------------------------------------------------------------
 #define HIGH_PLANE (BITWISE ? 1.0f : 0.5f)  // limbs: the planes of the second bit stand at twice the weight of the first
-#define SUMS (KIND == BINARY_RESIDUAL || (KIND == LEVEL_TABLE && BITS == 2) ? 3 : 1)
+#define SUMS (KIND == SIGNED_LEVELS ? 4 : KIND == BINARY_RESIDUAL || (KIND == LEVEL_TABLE && BITS == 2) ? 3 : 1)
 constexpr int BLOCKS_AT_ONCE = UNROLL;  // blocks of an item whose instructions are interleaved
 
 // What one row and group adds, in the units of its arguments: sums s[p] of x over the ones of plane p (over HIGH_PLANE for p > 0 in tables), `total` the sum of

@@ -13,6 +13,7 @@
 #define SUM_UNIT (RAW ? 5.9604644775390625e-8f : 1.52587890625e-5f)
 #define UNIT_LEFT (RAW ? 32.0f : 2.0f)
 #define STAGERS (WARPS * STAGING_BLOCKS)
+#define ORDINARY(w) (((w).columns + 255) & ~255)  // signed levels: where the marked columns come once more
 
 // What a unit is worth, and how many units a value is.
 struct Unit {
@@ -124,11 +125,11 @@ __device__ __forceinline__ void keep_planes(u32* words, const u32 (&fixed)[8], u
     for (int i = 0; i < 4; i++) plane[i] = __byte_perm(plane[i], __shfl_xor_sync(0xffffffffu, plane[i], 1), by_one);
 #pragma unroll
     for (int i = 0; i < 4; i++) plane[i] = __byte_perm(plane[i], __shfl_xor_sync(0xffffffffu, plane[i], 2), by_two);
-    if (KIND == BINARY_RESIDUAL) {
+    if (MARKED) {
         marks |= __shfl_xor_sync(0xffffffffu, marks, 1);
         marks |= __shfl_xor_sync(0xffffffffu, marks, 2);
 #pragma unroll
-        for (int i = 0; i < 4; i++) marked += __popc(plane[i] & marks) * (i == 3 && k == 3 ? -32768 : 1 << (4 * i + k));
+        for (int i = 0; i < 4 && KIND == BINARY_RESIDUAL; i++) marked += __popc(plane[i] & marks) * (i == 3 && k == 3 ? -32768 : 1 << (4 * i + k));
     }
     if (!there) return;
 #pragma unroll
@@ -154,6 +155,38 @@ __device__ __forceinline__ int sum_of_sixteen(int value, int lane) {
     const int low = __reduce_add_sync(0xffffffffu, lane < 16 ? value : 0), high = __reduce_add_sync(0xffffffffu, lane < 16 ? 0 : value);
     return lane < 16 ? low : high;
 }
+// Of signed levels: which columns stand behind all others once more, eight for a lane, and then they themselves. With INPUT
+// all of x lies in shared memory, and these are brought to their place before the planes overwrite it.
+__device__ __forceinline__ void load_numbers(u32 (&eight)[4], const u8* salient, int at, int columns, int last) {
+    const int own = (columns + 255) & ~255;
+    if (at < own || at >= last) return;
+    const uint4 four = __ldg((const uint4*)(salient + own / 8 + 2 * (at - own)));
+    eight[0] = four.x, eight[1] = four.y, eight[2] = four.z, eight[3] = four.w;
+}
+__device__ __forceinline__ bool gather_eight(u32 (&eight)[4], const u16* x, int at, int columns, int last) {
+    if (at < ((columns + 255) & ~255) || at >= last) return false;
+    if (INPUT) {
+        const uint4 v = load_x<uint4>(X_AT(x, at));
+        eight[0] = v.x, eight[1] = v.y, eight[2] = v.z, eight[3] = v.w;
+        return true;
+    }
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        const int first = eight[i] & 0xffffu, second = eight[i] >> 16;
+        eight[i] = (first < columns ? (u32)load_x<u16>(X_AT(x, first)) : 0u) | (second < columns ? (u32)load_x<u16>(X_AT(x, second)) : 0u) << 16;
+    }
+    return true;
+}
+__device__ __forceinline__ void gather_marked(u32* shared, const Weight& w) {
+    const u16* const x = (const u16*)shared;
+    const int own = ORDINARY(w);
+    for (int at = own + 2 * threadIdx.x; at < SPAN(w); at += 2 * THREADS) {
+        const u32 numbers = __ldg((const u32*)(w.salient + own / 8 + 2 * (at - own)));
+        const int first = numbers & 0xffffu, second = numbers >> 16;
+        *(u32*)X_AT(x, at) = (first < w.columns ? (u32)load_x<u16>(X_AT(x, first)) : 0u) | (second < w.columns ? (u32)load_x<u16>(X_AT(x, second)) : 0u) << 16;
+    }
+    __syncthreads();
+}
 // Sixteen lanes bring a block of 128 columns into its planes, each a byte of every plane: eight columns are transposed in
 // registers. The half warps of the STAGING_BLOCKS thread blocks of a cluster take turns: a warp asks for its LOADS turns at
 // once and works on TURNS together (of which LOADS is a multiple), since one alone is mostly latency. X_WHOLE: the columns
@@ -166,22 +199,28 @@ __device__ __forceinline__ void stage_x(u32* words, float2* factors, const u16* 
     int both = 2 * (blockIdx.x % STAGING_BLOCKS * WARPS + warp);
     u32 next[LOADS][4], next_marks[LOADS] = {};
     int column = column0 + (both + (lane >> 4)) * 128 + 32 * q + (CODE_BITS == 2 ? 4 : 8) * k;  // of the turn to come
-    int end = min(columns, column0 + blocks * 128);
+    const int last = column0 + blocks * 128;
+    int end = min(columns, last);
     const u16* from = x + column;
     known(column, end, from);  // before the wait
     const auto load_marks = [&]() {
 #pragma unroll
         for (int turn = 0; turn < LOADS; turn++)
-            if (KIND == BINARY_RESIDUAL) next_marks[turn] = column + turn * STEP < end ? (u32)__ldg(salient + ((column + turn * STEP) >> 3)) << (8 * k) : 0u;
+            if (MARKED) next_marks[turn] = column + turn * STEP < end ? (u32)__ldg(salient + ((column + turn * STEP) >> 3)) << (8 * k) : 0u;
+#pragma unroll
+        for (int turn = 0; turn < LOADS; turn++)
+            if (KIND == SIGNED_LEVELS && INPUT == 0) load_numbers(next[turn], salient, column + turn * STEP, columns, last);
     };
     const auto load = [&]() {
 #pragma unroll
         for (int turn = 0; turn < LOADS; turn++) {
             const int at = column + turn * STEP;
 #if X_WHOLE
+            if (KIND == SIGNED_LEVELS && gather_eight(next[turn], x, at, columns, last)) continue;
             next[turn][0] = next[turn][1] = next[turn][2] = next[turn][3] = 0u;
             if (at < end) load_eight(next[turn], INPUT ? X_AT(x, at) : from + turn * STEP);
 #else
+            if (KIND == SIGNED_LEVELS && gather_eight(next[turn], x, at, columns, last)) continue;
             load_eight(next[turn], x, at, at < end ? columns : 0);
 #endif
         }

@@ -51,7 +51,7 @@ wide(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap code
     u64* const sent = empty + DEPTH;                                 // all sums of the cluster have come
     u8* const level_bytes = (u8*)(sent + 2) + threadIdx.x / 32 * 512;  // of two groups
     u8* const scalar_bytes = (u8*)(sent + 2 + 2 * THREADS) + threadIdx.x / 32 * (32 * SCALAR_PITCH);  // of two times four groups
-    float* const inbox = (float*)(sent + 2 + (KIND == BINARY_RESIDUAL ? 2 * THREADS : 0) + (STAGED_SCALARS ? WARPS * 4 * SCALAR_PITCH : 0));  // [SPLITS][TOKENS / SPLITS][SUM_STRIDE]
+    float* const inbox = (float*)(sent + 2 + (EIGHT ? 2 * THREADS : 0) + (STAGED_SCALARS ? WARPS * 4 * SCALAR_PITCH : 0));  // [SPLITS][TOKENS / SPLITS][SUM_STRIDE]
     u8* const word_bytes = (u8*)(inbox + INBOX_BYTES / 4) + threadIdx.x / 32 * STAGED_BYTES;
     u32* const marks = (u32*)(inbox + (INBOX_BYTES + (STAGED_WORDS ? WARPS * STAGED_BYTES : 0)) / 4);  // of the columns of this block, as the lanes take them
     if (threadIdx.x == 0) {
@@ -77,7 +77,7 @@ wide(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap code
     auto stage_scalars = [&](int epoch) { copy_scalars(scalar_bytes + epoch % 2 * (16 * SCALAR_PITCH), w, at, row0, first_group, epoch, lane); };
     if (STAGED_SCALARS) stage_scalars(0);
     if (STAGED_SCALARS || STAGED_WORDS) copies_commit();
-    if (KIND == BINARY_RESIDUAL && threadIdx.x >= 32) spread_marks(marks, w.salient, begin, end);
+    if (EIGHT && threadIdx.x >= 32) spread_marks(marks, w.salient, begin, end);
     auto load = [&](int block, int slot) {
         barrier_expect(full + slot, STAGE_BYTES);
         if (STAGED_CODES) copy_codes(memory + slot * STAGE_BYTES + X_BYTES, codes_map, full + slot, block * BLOCK / 2, row0);
@@ -96,7 +96,7 @@ wide(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap code
         copies_wait<0>();
         __syncwarp();
     }
-    if (KIND == BINARY_RESIDUAL) levels_ahead(begin, even.scalar[0]);
+    if (EIGHT) levels_ahead(begin, even.scalar[0]);
     __syncthreads();
 
     float sums[TOKENS / 2];
@@ -109,7 +109,7 @@ wide(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap code
     const Triples triples = triples_of(q);
     const u64 first_stage = descriptor_of(memory);
     auto find_levels = [&](const Codes& codes, int block) {
-        if (KIND == BINARY_RESIDUAL) {
+        if (EIGHT) {
             take_levels(levels, level_bytes + block % 2 * 256, lane);
         } else if (KIND != VECTOR_CODEBOOK) {
 #pragma unroll
@@ -121,7 +121,7 @@ wide(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap code
     auto multiply_block = [&](int block, Codes& codes, Codes& next, bool is_even) {  // from the first one on
         if (!WHOLE_ROWS && (block == begin || block % (GROUP / BLOCK) == 0)) find_levels(codes, block);
         u32 marked[BLOCK / 32] = {};
-        if (KIND == BINARY_RESIDUAL) {
+        if (EIGHT) {
 #pragma unroll
             for (int i = 0; i < BLOCK / 32; i += 2) {
                 const uint2 two = *(const uint2*)(own_marks + block * (BLOCK / 8) + i);

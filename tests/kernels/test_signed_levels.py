@@ -1,0 +1,63 @@
+"""Products with N:M sparse binary weights as signed levels: the CUDA sources on a CPU, against what is stored."""
+
+import pytest
+import torch
+
+from tests.kernels.emulator.build import COMPILER, compiled, run
+from tests.kernels.test_cuda_kernels import error_bound, inputs, random_packed
+from whit.formats.signed_levels import signed_levels
+from whit.formats.structured_binary import StructuredBinary
+from whit.kernels.cuda_layout import layout_of
+from whit.kernels.cuda_plan import Shape, place_gemv
+from whit.kernels.cuda_wide import WideShape
+
+pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs g++")
+
+ONE = [
+    (StructuredBinary(4, 8, 0), 33, 1000, Shape(64, 256, 1, True), torch.float16),
+    (StructuredBinary(5, 8, 0), 48, 640, Shape(64, 512, 1, True), torch.bfloat16),
+    (StructuredBinary(4, 8, 0), 64, 2560, Shape(64, 1024, 2, True, bulk=True, patient=True), torch.float16),
+    (StructuredBinary(2, 8, 0, regions=1), 20, 1024, Shape(64, 256, 2, True, patient=True), torch.float16),
+    (StructuredBinary(6, 8, 0, regions=2), 50, 4100, Shape(64, 1024, 1, True), torch.float16),
+]
+
+
+@pytest.mark.parametrize(("layout", "rows", "columns", "shape", "dtype"), ONE, ids=str)
+def test_one_vector(layout, rows, columns, shape, dtype, tmp_path):
+    packed = random_packed(layout, rows, columns)
+    form = signed_levels(packed)
+    described = layout_of(form.format, columns)
+    launch = place_gemv(described, rows, columns, 2, 200_000, shape)
+    program = compiled("gemv", described, launch, 1, dtype == torch.bfloat16, tmp_path)
+    x, bias = inputs(1, columns, dtype, "cpu"), torch.linspace(-1, 1, rows).to(dtype)
+    tensors = [form.tensors[name] for name in described.names if name]
+    actual = run(program, described, launch, tensors, (rows, columns), x, bias)
+    weight = packed.unpack().double()
+    expected = x.double() @ weight.T + bias.double()
+    assert ((actual.double() - expected).abs() <= error_bound(x, weight, expected, block=256)).all()
+    assert torch.equal(run(program, described, launch, tensors, (rows, columns), x, bias, descending=True), actual)
+
+
+WIDE = [
+    (StructuredBinary(4, 8, 0), WideShape(16, 1, 2, 4, 1, 128, 3), 11),
+    (StructuredBinary(4, 8, 0), WideShape(16, 1, 1, 3, 1), 16),
+    (StructuredBinary(5, 8, 0), WideShape(64, 3, 1, 2, 1, 128, 3), 70),
+    (StructuredBinary(6, 8, 0, regions=2), WideShape(16, 1, 2, 3, 1, 128, 1, sends=True, staged=True), 8),
+    (StructuredBinary(2, 8, 0, regions=1), WideShape(8, 1, 1, 3, 1, 128), 5),
+]
+
+
+@pytest.mark.parametrize(("layout", "shape", "tokens"), WIDE, ids=str)
+def test_many_vectors(layout, shape, tokens, tmp_path):
+    rows, columns, dtype = 83, 768 if shape.block == 128 else 704, torch.bfloat16 if tokens < 12 else torch.float16
+    packed = random_packed(layout, rows, columns)
+    form = signed_levels(packed)
+    described = layout_of(form.format, columns)
+    program = compiled("wide", described, shape, tokens, dtype == torch.bfloat16, tmp_path)
+    x, bias = inputs(tokens, columns, dtype, "cpu"), torch.linspace(-1, 1, rows).to(dtype)
+    tensors = [form.tensors[name] for name in described.names if name]
+    actual = run(program, described, shape, tensors, (rows, columns), x, bias)
+    weight = packed.unpack().double()
+    expected = x.double() @ weight.T + bias.double()
+    assert ((actual.double() - expected).abs() <= error_bound(x, weight, expected)).all()
+    assert torch.equal(run(program, described, shape, tensors, (rows, columns), x, bias, descending=True), actual)
