@@ -14,6 +14,8 @@ from whit.formats.base import Format
 from whit.formats.binary_residual import BinaryResidual
 from whit.formats.grouped_integer import GroupedInteger
 from whit.formats.level_table import LevelTable
+from whit.formats.signed_levels import signed_levels
+from whit.formats.structured_binary import StructuredBinary
 from whit.formats.vector_codebook import VectorCodebook
 from whit.kernels import decode_ops, packed_linear
 from whit.kernels.codebook_plan import codebook_options, codebook_source, place_codebook, place_codebooks
@@ -46,6 +48,7 @@ CASES: list[tuple[Format, bool, int]] = [
     (GroupedInteger(3, 128, False), True, 392),
     (BinaryResidual(128, False), False, 640),
     (GroupedInteger(8, 64, True), False, 328),
+    (StructuredBinary(4, 8, 0), True, 1096),
 ]
 
 
@@ -71,7 +74,9 @@ def test_sources(
     layout: Format, bitwise: bool, columns: int, add: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dtype = torch.bfloat16 if add else torch.float16
-    described = layout_of(layout, columns)
+    packed = random_packed(layout, 40, columns)
+    packed = signed_levels(packed) if isinstance(layout, StructuredBinary) else packed
+    described = layout_of(packed.format, columns)
     assert described is not None
     shape = Shape(64, 128 if described.bits == 8 else 256, 1, bitwise)
     launch = place_gemv(described, 40, columns, 2, 90_000, shape)
@@ -81,7 +86,6 @@ def test_sources(
     extra = input_options(add, columns, shape.threads)
     monkeypatch.setattr(build, "options_of", lambda *items, **named: (*plain(*items, **named), *extra))
     program = build.compiled("gemv", described, launch, 1, dtype == torch.bfloat16, tmp_path)
-    packed = random_packed(layout, 40, columns)
     x, second, norm, _, made = given(columns, dtype, add)
     others = torch.cat([second[0], norm, torch.zeros_like(norm)])
     tensors = [packed.tensors[name] for name in described.names if name]

@@ -342,12 +342,12 @@ def test_a_device_that_kernels_cannot_be_compiled_for_runs_plain_with_one_warnin
     monkeypatch.setattr(cuda_linear, "kernel", no_compiler)
     cuda_linear._compiles.cache_clear()
     with pytest.warns(UserWarning, match="plain version on CUDA device 3: no NVRTC library"):
-        assert not cuda_linear._device_works(3)
+        assert not cuda_linear.works(3)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert not cuda_linear._device_works(3)
+        assert not cuda_linear.works(3)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 5))
-    assert not cuda_linear._device_works(4)
+    assert not cuda_linear.works(4)
     cuda_linear._compiles.cache_clear()
 
 

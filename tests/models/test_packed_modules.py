@@ -5,6 +5,8 @@ import torch
 from torch import nn
 
 from whit.formats.grouped_integer import GroupedInteger
+from whit.formats.signed_levels import signed_levels
+from whit.formats.structured_binary import StructuredBinary
 from whit.methods import LayerStatistics, make_method
 from whit.models.packed import PackedEmbedding, PackedLinear, TiedPackedLinear, packed_modules, replace_module
 
@@ -152,3 +154,57 @@ def test_a_tied_head_stays_tied_in_a_copy_of_the_model():
     model = copy.deepcopy(nn.ModuleList([source, TiedPackedLinear(source, torch.float32)]))
     assert model[1].source is model[0]
     assert set(model[1].state_dict()) == {"bias"}
+
+
+def structured(form=None):
+    form = form or StructuredBinary(4, 8, 0)
+    generator = torch.Generator().manual_seed(0)
+    kept = torch.zeros(24, 12, 8, dtype=torch.bool)
+    kept.scatter_(2, torch.rand(24, 12, 8, generator=generator).topk(form.n, 2).indices, True)
+    marks = torch.rand(96, generator=generator) < 0.2
+    signs, low, high = (torch.rand(24, 96, generator=generator) < 0.5 for _ in range(3))
+    regions = torch.where(marks, low, low.int() + high) if form.regions == 3 else low
+    scalars = 0.1 * torch.rand(24, 1, form.scalars, generator=generator)
+    packed = form.pack(kept.flatten(1), signs, regions, marks, scalars)
+    module = PackedLinear(form, 24, 96, None)
+    module.set_packed(packed)
+    return module
+
+
+def prepared(module):
+    module.run_as(signed_levels(module.packed))
+    return module
+
+
+def test_another_form_computes_the_same_and_is_not_saved():
+    module, other = structured(), prepared(structured())
+    x = torch.randn(3, 96, generator=torch.Generator().manual_seed(2))
+    assert torch.equal(module(x), other(x)) and torch.equal(module.weight, other.weight)
+    assert other.running.format.name == "signed-levels" and other.packed.format == module.format
+    saved = other.state_dict()
+    assert saved.keys() == module.state_dict().keys()
+    assert all(torch.equal(tensor, saved[name]) for name, tensor in module.state_dict().items())
+    assert set(dict(other.named_buffers())) == {*saved, *(f"prepared_{name}" for name in other.running.tensors)}
+
+
+@pytest.mark.parametrize(
+    "change", [lambda m: m.half(), lambda m: m.to("cpu"), copy.deepcopy], ids=["cast", "move", "copy"]
+)
+def test_another_form_is_copied_and_given_up_where_tensors_move(change):
+    other = prepared(structured())
+    stored = {name: tensor.clone() for name, tensor in other.packed.tensors.items()}
+    changed = change(other)
+    assert (changed.running.format == changed.format) is (changed is other)
+    assert all(torch.equal(changed.packed.tensors[name], tensor) for name, tensor in stored.items())
+    assert torch.equal(changed.weight, structured().weight)
+
+
+def test_another_form_is_given_up_for_another_weight():
+    other, third = prepared(structured()), structured(StructuredBinary(4, 8, 0))
+    third.scalars.mul_(2)
+    other.load_state_dict(third.state_dict())
+    assert other.running.format == other.format and torch.equal(other.weight, third.weight)
+    prepared(other).set_packed(structured().packed)
+    assert other.running.format == other.format and torch.equal(other.weight, structured().weight)
+    with pytest.raises(ValueError, match="weight is 8 x 20"):
+        other.run_as(packed_weight())

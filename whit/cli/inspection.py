@@ -9,6 +9,7 @@ import torch
 from whit.errors import ModelError
 from whit.formats.base import Packed, format_from_json
 from whit.kernels import explain
+from whit.kernels.linear import preparation_of
 from whit.report.record import RESULT_FILE, LayerRecord, Result
 
 
@@ -35,4 +36,8 @@ def kernel_of(layer: LayerRecord, dtype: torch.dtype, device: torch.device) -> s
     specs = layout.specs(layer.rows, layer.columns)
     tensors = {name: torch.empty(spec.shape, dtype=spec.dtype, device=device) for name, spec in specs.items()}
     packed = Packed(layout, layer.rows, layer.columns, tensors)
-    return explain(torch.empty(1, layer.columns, dtype=dtype, device=device), packed)
+    name = explain(torch.empty(1, layer.columns, dtype=dtype, device=device), packed)
+    preparation = preparation_of([packed])
+    if preparation is None:
+        return name
+    return f"{name}; decoding: {preparation.name}, {preparation.bits(packed):.1f} bits resident"

@@ -246,10 +246,10 @@ def _block(module: nn.Module, size: int, join: bool, branches: bool) -> GatedBlo
     return GatedBlock(
         before=_norm(parts["input_layernorm"]),
         attention=Products([attention[name] for name in ("q_proj", "k_proj", "v_proj")], join=join, branches=branches),
-        output=Products([attention["o_proj"]], join=False, branches=branches),
+        output=Products([attention["o_proj"]], join=join, branches=branches),
         between=_norm(parts["post_attention_layernorm"]),
         gate_up=Products([feed["gate_proj"], feed["up_proj"]], join=join, branches=branches),
-        down=Products([feed["down_proj"]], join=False, branches=branches),
+        down=Products([feed["down_proj"]], join=join, branches=branches),
         scaling=float(getattr(own, "scaling", size**-0.5)),
     )
 

@@ -16,7 +16,7 @@ from whit.formats.base import Packed
 from whit.kernels import packed_linear
 from whit.kernels.cuda_inputs import Normed, products_of
 from whit.kernels.decode_ops import add_rms_norm
-from whit.kernels.linear import choose_several, several_products
+from whit.kernels.linear import choose_several, preparation_of, several_products
 from whit.models.packed import PackedLinear, TiedPackedLinear
 
 
@@ -69,7 +69,7 @@ class Products:
 
     Args:
         modules: linear layers of any kind; each maps (n, columns) to (n, rows).
-        join: hold equal layouts as one weight.
+        join: hold equal layouts as one weight, others in the form that products on their device read fastest.
         branches: others run in one launch where a kernel does that, or beside each other as branches of a CUDA graph.
     """
 
@@ -77,6 +77,8 @@ class Products:
         self.modules = list(modules)
         self._branches = branches
         with torch.inference_mode(False), torch.no_grad():  # the modules keep the tensors, and may be trained
+            if join:
+                self._prepare()
             self._joined = self._join() if join else None
         self._rows: list[int] = []
         self._packed = [module for module in self.modules if _plain_packed(module)]
@@ -149,7 +151,7 @@ class Products:
         return bool(self._packed) and self._branches
 
     def _weights(self) -> list[Packed]:
-        return [module.packed for module in self._packed]
+        return [module.running for module in self._packed]
 
     def _beside(self, inputs: Tensor) -> list[Tensor]:
         main = torch.cuda.current_stream(inputs.device)
@@ -164,6 +166,19 @@ class Products:
         for stream in self._streams:
             main.wait_stream(stream)
         return out
+
+    def _prepare(self) -> None:
+        """Let the modules run in the form that products on their device read fastest."""
+        packed = [module for module in self.modules if type(module) is PackedLinear]
+        if len(packed) < len(self.modules) or all(module.running.format != module.format for module in packed):
+            return
+        for module in packed:
+            module.run_as_stored()
+        weights = [module.packed for module in packed]
+        preparation = preparation_of(weights)
+        if preparation is not None:
+            for module, prepared in zip(packed, preparation.prepare(weights), strict=True):
+                module.run_as(prepared)
 
     def _join(self) -> tuple[Packed | Tensor, Tensor | None] | None:
         if len({type(module) for module in self.modules}) > 1 or len(self.modules) < 2:
@@ -194,17 +209,19 @@ def hooked(module: nn.Module) -> bool:
 
 
 def _join_packed(modules: list[PackedLinear]) -> Packed | None:
-    joined = join_rows([module.packed for module in modules])
+    joined = join_rows([module.running for module in modules])
     if joined is None:
         return None
     first = dict.fromkeys(joined.tensors, 0)
     for module in modules:
         own: dict[str, Tensor] = {}
+        running = module.running
         for name, whole in joined.tensors.items():
-            size = module.packed.tensors[name].shape[0]
+            size = running.tensors[name].shape[0]
             own[name] = whole if whole.shape[0] == size else whole[first[name] : first[name] + size]
             first[name] += size
-        module.set_packed(Packed(module.format, module.rows, module.columns, own))
+        view = Packed(running.format, module.rows, module.columns, own)
+        (module.set_packed if running.format == module.format else module.run_as)(view)
     return joined
 
 

@@ -18,7 +18,7 @@ def multiplied_weights(model: nn.Module) -> list[Packed]:
     """
     decoder = _decoder(model)
     tied = [item.source.packed for item in model.modules() if isinstance(item, TiedPackedLinear)]
-    alone = [item.packed for item in packed_modules(model).values() if isinstance(item, PackedLinear)]
+    alone = [item.running for item in packed_modules(model).values() if isinstance(item, PackedLinear)]
     return ([] if decoder is None else decoder.joined()) + alone + tied
 
 

@@ -143,7 +143,11 @@ def _prepared(call: Call, chosen: tuple[Chosen | None, Tuned | None]) -> _Prepar
     else:  # every block makes all of the input
         shape = replace(found.shape, share=1)
         launch = place_gemv(call.layout, call.rows[0], call.columns, processors, memory, shape)
-    if launch is None or launch.chunk < call.layout.span(call.columns) or call.columns > 8 * launch.shape.threads * MOST_EIGHTS:
+    if (
+        launch is None
+        or launch.chunk < call.layout.span(call.columns)
+        or call.columns > 8 * launch.shape.threads * MOST_EIGHTS
+    ):
         return None
     source, name, options, _ = build(call.layout, launch, 1, call.bfloat, early)
     run = kernel(source, name, (*options, *call.options(launch.shape.threads)), call.index)

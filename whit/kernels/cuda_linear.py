@@ -65,7 +65,7 @@ def _compiles(index: int) -> bool:
     return True
 
 
-def _device_works(index: int) -> bool:
+def works(index: int) -> bool:
     """Whether kernels can be compiled for a device and loaded; says once why not."""
     if torch.version.cuda is None or torch.cuda.get_device_capability(index) < (8, 0):
         return False
@@ -84,7 +84,7 @@ def usable(x: Tensor, packed: Packed) -> Layout | None:
         return None
     if any(tensor.numel() * tensor.element_size() >= _ADDRESSED for tensor in packed.tensors.values()):
         return None
-    return layout_of(packed.format, packed.columns) if _device_works(x.device.index) else None
+    return layout_of(packed.format, packed.columns) if works(x.device.index) else None
 
 
 def _vectors(x: Tensor) -> int:

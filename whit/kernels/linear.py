@@ -108,6 +108,35 @@ def choose_several(x: Tensor, weights: Sequence[Packed]) -> SeveralProducts | No
     return None
 
 
+@dataclass(frozen=True)
+class Preparation:
+    """Another form of the weights of a format, which products on a device read faster than what is stored.
+
+    `supports(packed)`: whether this weight has it where it lies. `prepare(weights)`: that of several weights which meet the
+    same input, alike in layout so that one launch may take them. `bits(packed)`: what it takes per weight, at least.
+    """
+
+    name: str
+    supports: Callable[[Packed], bool]
+    prepare: Callable[[Sequence[Packed]], list[Packed]]
+    bits: Callable[[Packed], float]
+
+
+_PREPARATIONS: dict[str, Preparation] = {}
+
+
+def register_preparation(format_name: str, preparation: Preparation) -> None:
+    """Offer another form for the weights of one format."""
+    _PREPARATIONS[format_name] = preparation
+
+
+def preparation_of(weights: Sequence[Packed]) -> Preparation | None:
+    """The form that these weights, which meet the same input, may be held in while they are multiplied, or None."""
+    names = {packed.format.name for packed in weights}
+    found = _PREPARATIONS.get(names.pop()) if len(names) == 1 else None
+    return found if found is not None and all(map(found.supports, weights)) else None
+
+
 LooksUp = Callable[[Tensor, Packed, torch.dtype], bool]
 LookUp = Callable[[Tensor, Packed, torch.dtype], Tensor]
 _LOOK_UPS: dict[str, list[tuple[LooksUp, LookUp]]] = {}

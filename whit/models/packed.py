@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Self, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +11,9 @@ from torch import Tensor, nn
 from whit.formats.base import Format, Packed
 from whit.kernels import packed_embedding, packed_linear
 from whit.models.convolution import Window
+
+
+_PREPARED = "prepared_"
 
 
 class PackedModule(nn.Module):
@@ -27,12 +30,13 @@ class PackedModule(nn.Module):
         self.columns = columns
         self._stored = tuple(layout.specs(rows, columns))
         self._packed: Packed | None = None
+        self._prepared: Packed | None = None
         for name, spec in layout.specs(rows, columns).items():
             self.register_buffer(name, torch.empty(spec.shape, dtype=spec.dtype))
 
     @property
     def packed(self) -> Packed:
-        """The compressed weight (tensors shared, not copied)."""
+        """The compressed weight as it is stored (tensors shared, not copied); in host memory while it is `prepared`."""
         tensors = {name: cast(Tensor, self._buffers[name]) for name in self._stored}
         known = self._packed
         if known is None or any(tensors[name] is not tensor for name, tensor in known.tensors.items()):
@@ -43,7 +47,47 @@ class PackedModule(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The weight, float32 (rows, columns), unpacked anew at each access: to look at, not for the forward."""
-        return self.packed.unpack()
+        return self.running.unpack()
+
+    @property
+    def running(self) -> Packed:
+        """The weight in the form in which it is multiplied: as stored, or as `run_as` has set it."""
+        return self._prepared if self._prepared is not None else self.packed
+
+    def run_as(self, prepared: Packed) -> None:
+        """Multiply by the same weight in another form from now on (`whit.kernels.linear.Preparation`).
+
+        Its tensors are buffers that no file gets. What is stored waits in host memory, so that a device holds one form
+        only and a saved model has the bytes that it was loaded from; whatever moves or replaces the module's tensors
+        brings it back first.
+
+        Raises:
+            ValueError: it has another shape.
+        """
+        if (prepared.rows, prepared.columns) != (self.rows, self.columns):
+            raise ValueError(f"layer is {self.extra_repr()}, weight is {prepared.rows} x {prepared.columns}")
+        if self._prepared is None:
+            for name in self._stored:
+                self._buffers[name] = cast(Tensor, self._buffers[name]).cpu()
+        self._forget()
+        for name, tensor in prepared.tensors.items():
+            self.register_buffer(_PREPARED + name, tensor, persistent=False)
+        self._prepared = prepared
+
+    def run_as_stored(self) -> None:
+        """Give up another form: multiply by the stored weight, on the device of that form."""
+        if self._prepared is None:
+            return
+        device = next(iter(self._prepared.tensors.values())).device
+        for name in self._stored:
+            self._buffers[name] = cast(Tensor, self._buffers[name]).to(device)
+        self._forget()
+
+    def _forget(self) -> None:
+        """Hold nothing but the buffers of what is stored."""
+        for name in self._prepared.tensors if self._prepared is not None else ():
+            delattr(self, _PREPARED + name)
+        self._packed = self._prepared = None
 
     def set_packed(self, packed: Packed) -> None:
         """Take over the tensors of a packed weight of the same layout and shape."""
@@ -51,6 +95,7 @@ class PackedModule(nn.Module):
             raise ValueError(
                 f"layer is {self.extra_repr()}, weight is {packed.format} {packed.rows} x {packed.columns}"
             )
+        self.run_as_stored()
         for name, tensor in packed.tensors.items():
             setattr(self, name, tensor)
         self._packed = None  # or the tensors before would stay in memory
@@ -60,6 +105,7 @@ class PackedModule(nn.Module):
         _take_place(self, module)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        self.run_as_stored()
         stored = set(self._stored)
 
         def keep_dtype(tensor: Tensor) -> Tensor:
@@ -71,6 +117,10 @@ class PackedModule(nn.Module):
         super()._apply(keep_dtype, recurse)  # type: ignore[no-untyped-call]
         self._packed = None  # or the tensors of another device would stay in memory
         return self
+
+    def _load_from_state_dict(self, *arguments: Any, **keywords: Any) -> None:
+        self.run_as_stored()
+        super()._load_from_state_dict(*arguments, **keywords)
 
     def extra_repr(self) -> str:
         """Shape, layout and honest bits."""
@@ -126,9 +176,9 @@ class PackedLinear(PackedModule):
         The argument is called what torch calls it, here and below, for callers that give it by keyword.
         """
         if input.is_nested:
-            parts = [packed_linear(part, self.packed, self.bias) for part in input.unbind()]
+            parts = [packed_linear(part, self.running, self.bias) for part in input.unbind()]
             return torch.nested.as_nested_tensor(parts)
-        return packed_linear(input, self.packed, self.bias)
+        return packed_linear(input, self.running, self.bias)
 
 
 class PackedConv2d(PackedModule):
