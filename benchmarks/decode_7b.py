@@ -6,10 +6,11 @@ Every model goes the same way (`whit.generation`): a prompt is read once, then o
 replayed per token. `milliseconds_per_token` is the median over rounds of 12 replayed steps, `prefill_milliseconds` that
 of a prompt of `--prefill` tokens (logits of the last token only), `spread_milliseconds` half the width of the middle
 half of the rounds. What spreads by more than one part in forty is measured once more, and the quieter result kept.
-`resident_bytes` is what the model's tensors take on the device, `peak_bytes` the most that was allocated while it
-answered, of the long prompt apart. Packed models have the embedding and head that `whit compress` makes, 8 bits. Bits
-are random: only time and memory mean anything. Six columns of every normalisation are twenty times louder than the
-others, as some are in trained models of this size, so that LLM.int8() has outliers to multiply in 16 bit; its last
+`resident_bytes` is what the model's tensors take on the device while it decodes (a weight may be held in
+another form than the stored one; `running_bits_per_weight` has its bits), `peak_bytes` the most that was allocated
+while it answered, of the long prompt apart. Packed models have the embedding and head that `whit compress` makes, 8
+bits. Bits are random: only time and memory mean anything. Six columns of every normalisation are twenty times louder
+than the others, as some are in trained models of this size, so that LLM.int8() has outliers to multiply in 16 bit; its last
 projections meet hundreds, because gates and halves of random weights multiply what is loud already.
 """
 
@@ -115,8 +116,8 @@ def inputs_for(packed: Packed, vectors: int) -> torch.Tensor:
 
 
 def tensor_bytes(model: nn.Module) -> int:
-    """Bytes of all tensors of the model, shared storage once."""
-    tensors = [*model.parameters(), *model.buffers()]
+    """Bytes of all tensors of the model on a device, shared storage once."""
+    tensors = [item for item in (*model.parameters(), *model.buffers()) if item.is_cuda]
     stores = {item.untyped_storage().data_ptr(): item.untyped_storage().nbytes() for item in tensors}
     return sum(stores.values())
 
@@ -255,13 +256,10 @@ def measure(
     model = random_model(arguments.shape, layout, arguments.seed, device)
     torch.cuda.synchronize()
     tell("weights drawn")
-    row["resident_bytes"] = tensor_bytes(model)
-    packed = {name: module.packed for name, module in packed_modules(model).items()}
-    stored = [item for name, item in packed.items() if ".layers." in f".{name}."]
-    if stored:
-        row["bits_per_weight"] = 8 * sum(map(Packed.stored_bytes, stored)) / sum(x.rows * x.columns for x in stored)
-        counts = (1, 16, arguments.prefill)
-        row["kernels"] = {str(m): sorted({explain(inputs_for(item, m), item) for item in stored}) for m in counts}
+    layers = [module for name, module in packed_modules(model).items() if ".layers." in f".{name}."]
+    if layers:
+        weights = sum(module.rows * module.columns for module in layers)
+        row["bits_per_weight"] = 8 * sum(module.packed.stored_bytes() for module in layers) / weights
     for batch in arguments.batches:
         row[f"batch {batch}"] = quieter(
             lambda batch=batch: measure_decode(model, batch, arguments.prompt, arguments.new, generator),  # type: ignore[misc]
@@ -269,6 +267,11 @@ def measure(
             "spread_milliseconds",
         )
         tell(f"batch {batch}: {row[f'batch {batch}']}")
+    row["resident_bytes"] = tensor_bytes(model)  # now that weights have the form in which they are multiplied
+    if layers:
+        running, counts = [module.running for module in layers], (1, 16, arguments.prefill)
+        row["running_bits_per_weight"] = 8 * sum(map(Packed.stored_bytes, running)) / weights
+        row["kernels"] = {str(m): sorted({explain(inputs_for(item, m), item) for item in running}) for m in counts}
     if arguments.prefill:
         row |= quieter(
             lambda: measure_prefill(model, arguments.prefill, generator),

@@ -22,6 +22,13 @@ def _measured(report: dict[str, Any]) -> dict[str, dict[str, Any]]:
     return {name: row for name, row in report["rows"].items() if "batch 1" in row}
 
 
+def _bits(row: dict[str, Any]) -> str:
+    """Stored bits per weight, and those of the form in which weights are held, if it is another."""
+    stored = row.get("bits_per_weight", 16)
+    held = row.get("running_bits_per_weight", stored)
+    return f"{stored:.3f}" if held == stored else f"{stored:.3f} (held: {held:.2f})"
+
+
 def _quiet(spread: float, found: float) -> bool:
     """Whether a measurement was left alone by what else runs on the machine."""
     return spread <= DISTURBED * found
@@ -73,7 +80,7 @@ def decode_table(report: dict[str, Any]) -> str:
         way = one["way"] + ("" if one["graph"] else ", no graph")
         cells = [
             name,
-            f"{row.get('bits_per_weight', 16):.3f}",
+            _bits(row),
             *_cell(row, dense, "batch 1"),
             *_cell(row, dense, "batch 16"),
             *_prefill(row, dense),

@@ -32,6 +32,7 @@ from whit.formats.binary_residual import BinaryResidual
 from whit.formats.grouped_integer import GroupedInteger
 from whit.formats.level_table import LevelTable
 from whit.formats.nm_index import encode_mask
+from whit.formats.signed_levels import SignedLevels, ordinary_columns, signed_levels
 from whit.formats.structured_binary import StructuredBinary
 from whit.formats.vector_codebook import VectorCodebook
 from whit.kernels import explain, packed_linear
@@ -63,6 +64,8 @@ FORMATS: dict[str, Format] = {
     "codebook-256x12": VectorCodebook(256, 12, False),
     "structured-4:8": StructuredBinary(4, 8, 0),
 }
+PREPARED = {"structured-4:8 prepared": "structured-4:8"}
+"""Weights in the form in which decoding holds them, by the format that is stored."""
 SHAPES = ((4096, 4096), (11008, 4096), (4096, 11008), (28672, 8192))
 """(rows, columns): outputs, inputs."""
 COUNTS = (1, 16, 64, 256, 2048)
@@ -89,6 +92,17 @@ def random_packed(layout: Format, rows: int, columns: int, generator: torch.Gene
             tensor = (0.02 * torch.randn(spec.shape, device="cuda", generator=generator)).to(spec.dtype)
         tensors[name] = tensor
     return Packed(layout, rows, columns, tensors)
+
+
+def prepared_layout(columns: int) -> Format:
+    """Of `PREPARED`: with room for one marked column in 16, twice as many as are marked."""
+    return SignedLevels(ordinary_columns(columns // 16))
+
+
+def weight_for(name: str, rows: int, columns: int, generator: torch.Generator) -> Packed:
+    """A random weight as the row `name` multiplies it."""
+    packed = random_packed(FORMATS[PREPARED.get(name, name)], rows, columns, generator)
+    return signed_levels(packed, columns // 16) if name in PREPARED else packed
 
 
 def ceilings() -> dict[str, float]:
@@ -156,9 +170,9 @@ def measure(
     add("dense " + str(dtype).removeprefix("torch."), "cuBLAS", dense_bytes, [lambda w=w: linear(x, w) for w in dense])
     del dense
     for name in names:
-        layout = FORMATS[name]
+        layout = prepared_layout(columns) if name in PREPARED else FORMATS[name]
         size = layout.bytes(rows, columns)
-        weights = [random_packed(layout, rows, columns, generator) for _ in range(copies_for(size, cache, moved))]
+        weights = [weight_for(name, rows, columns, generator) for _ in range(copies_for(size, cache, moved))]
         calls = [lambda w=w: packed_linear(x, w) for w in weights]
         if tuning and explain(x, weights[0]) not in NOT_TUNED:
             # Not by `packed_linear`, which takes another kernel where one does not compile.
@@ -191,7 +205,7 @@ def compile_candidates(names: list[str], shapes: list[str], counts: list[int], b
     jobs = set()
     for name, shape, count in itertools.product(names, shapes, counts):
         rows, columns = map(int, shape.split("x"))
-        layout = layout_of(FORMATS[name], columns)
+        layout = layout_of(prepared_layout(columns) if name in PREPARED else FORMATS[name], columns)
         assert layout is not None
         options = decode_options(layout, bfloat, starts_early(0))
         jobs.add((decode_source(layout, columns), device_options(capability, options)))
@@ -206,7 +220,7 @@ def main() -> None:
     """Measure what was asked for and write the report."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, help="JSON file to write")
-    parser.add_argument("--formats", nargs="+", choices=[*FORMATS], default=[*FORMATS])
+    parser.add_argument("--formats", nargs="+", choices=[*FORMATS, *PREPARED], default=[*FORMATS, *PREPARED])
     parser.add_argument("--counts", nargs="+", type=int, default=list(COUNTS))
     parser.add_argument("--shapes", nargs="+", default=[f"{rows}x{columns}" for rows, columns in SHAPES])
     parser.add_argument("--dtype", choices=["float16", "bfloat16"], default="float16")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -15,9 +16,13 @@ from whit.formats.grouped_integer import GroupedInteger
 from whit.formats.level_table import LevelTable
 from whit.formats.outlier_int8 import OutlierInt8
 from whit.formats.scaled_codes import ScaledCodes
+from whit.formats.signed_levels import convertible, signed_levels
+from whit.formats.structured_binary import StructuredBinary
 from whit.formats.vector_codebook import VectorCodebook
 from whit.generation.products import Products, join_rows
+from whit.kernels import linear
 from whit.kernels.decode_ops import add_rms_norm
+from whit.kernels.linear import Preparation
 from whit.models.packed import PackedLinear
 
 COLUMNS = 40
@@ -197,3 +202,58 @@ def test_inputs_that_are_made_first(join: bool) -> None:
     assert torch.equal(found[0], total)
     for mine, module in zip(found[1], modules, strict=True):
         assert torch.allclose(mine, module(normal), rtol=1e-5, atol=1e-5)
+
+
+def test_weights_are_held_in_the_form_that_products_read_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[int] = []
+
+    def prepare(weights: Sequence[Packed]) -> list[Packed]:
+        made.append(len(weights))
+        return [signed_levels(item, 300) for item in weights]
+
+    here = Preparation("signed levels", convertible, prepare, lambda item: 3.0)
+    monkeypatch.setitem(linear._PREPARATIONS, "structured-binary", here)
+    layout = StructuredBinary(4, 8, 0, regions=2)
+    parts = [packed(layout, rows, rows) for rows in (24, 8)]
+    parts[1].tensors["salient"].zero_()
+    modules = [PackedLinear(layout, item.rows, COLUMNS, None) for item in parts]
+    for module, item in zip(modules, parts, strict=True):
+        module.set_packed(item)
+    x = torch.randn(3, COLUMNS, generator=torch.Generator().manual_seed(0))
+    expected = [item.linear(x) for item in parts]
+    Products(modules, join=False)
+    assert not made and all(module.running.format == layout for module in modules)
+    for _ in range(2):  # what is so already stays
+        products = Products(modules, join=True)
+        assert made == [2] and products.joined is None
+        assert all(torch.equal(*pair) for pair in zip(products(x), expected, strict=True))
+        assert products.meeting == [module.running for module in modules]
+    assert len({module.running.format for module in modules}) == 1 and modules[0].running.format != layout
+    for module, item in zip(modules, parts, strict=True):
+        assert all(torch.equal(module.state_dict()[name], tensor) for name, tensor in item.tensors.items())
+    modules[1].set_packed(parts[1])
+    Products(modules[:1]), Products(modules)
+    assert made == [2, 2]
+
+
+def test_weights_in_another_form_are_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = Preparation(
+        "signed levels", convertible, lambda weights: list(map(signed_levels, weights)), lambda item: 3.0
+    )
+    monkeypatch.setitem(linear._PREPARATIONS, "structured-binary", here)
+    layout = StructuredBinary(2, 8, 0, regions=1)  # no marks in which they could differ
+    parts = [packed(layout, rows, rows) for rows in (24, 8)]
+    modules = [PackedLinear(layout, item.rows, COLUMNS, None) for item in parts]
+    for module, item in zip(modules, parts, strict=True):
+        module.set_packed(item)
+    products = Products(modules)
+    assert products.joined is not None and products.joined.format.name == "signed-levels"
+    x = torch.randn(3, COLUMNS, generator=torch.Generator().manual_seed(0))
+    for found, module, item in zip(products(x), modules, parts, strict=True):
+        assert torch.equal(found, item.linear(x)) and torch.equal(module(x), found)
+        assert module.running.tensors["signs"].data_ptr() in _within(products.joined.tensors["signs"])
+        assert torch.equal(module.state_dict()["index"], item.tensors["index"])
+
+
+def _within(tensor: torch.Tensor) -> range:
+    return range(tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes)

@@ -1,4 +1,4 @@
-"""Signs and four magnitudes as three bit planes: the form in which products with N:M sparse binary weights are computed.
+"""Signs and four magnitudes as three bit planes: the form in which N:M sparse binary weights are multiplied.
 
 Nothing is stored in this form: `whit.formats.structured_binary` is, at 2.1 bits for 4:8, and its masks and regions are
 digits of large numbers, which no product can read quickly. Here every weight, kept or not, has a sign bit s and a class
@@ -72,7 +72,7 @@ def ordinary_columns(columns: int) -> int:
 
 
 def magnitudes(scalars: Tensor) -> Tensor:
-    """What the sign is put before: (rows, 1, 8) scalars -> float32 (rows, 8), by class and, from the fourth on, marked."""
+    """What a sign is put before: (rows, 1, 8) scalars -> float32 (rows, 8), by class, then by class if marked."""
     a1, a2, a3, zero, first, second, _, _ = scalars.float()[:, 0].unbind(-1)
     return torch.stack([zero, a1, a2, a3, zero, first - second, first + second, zero], -1)
 
@@ -111,7 +111,7 @@ def signed_levels(packed: Packed, marked: int | None = None) -> Packed:
     index = torch.full((layout.panel,), columns, dtype=torch.int32, device=device)  # beyond the last: no column
     index[: len(places)] = places.int()
     halves = torch.stack([index & 255, index >> 8], -1).to(torch.uint8).flatten()
-    tensors = {name: [] for name in ("signs", "low", "high")}
+    tensors: dict[str, list[Tensor]] = {name: [] for name in ("signs", "low", "high")}
     for first in range(0, rows, _ROWS):
         part = {n: t if n == "salient" else t[first : first + _ROWS] for n, t in packed.tensors.items()}
         sign, number = _codes(form, part, columns)

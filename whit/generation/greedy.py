@@ -101,7 +101,8 @@ def continue_greedily(
             possible, else library.
         graph: record a CUDA graph; default: on a GPU.
         join: let the model's modules with equal layouts and inputs share tensors from now on, and others hold their
-            weight in the form that products read fastest (`Products`), which is faster and changes no value. branches: run others beside each other. Both for the fused way.
+            weight in the form that products read fastest (`Products`), which is faster and changes no value.
+            branches: run others beside each other. Both for the fused way.
 
     Raises:
         DataError: the prompt is empty or of another shape than its mask, or prompt and new tokens together are longer

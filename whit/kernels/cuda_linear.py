@@ -153,7 +153,7 @@ def candidates(layout: Layout, rows: int, columns: int, tokens: int, index: int)
     found: list[Tuned] = []
     if tokens > 1 and has_warpgroups(index) and wide_supports(layout, columns):
         found += wide_shapes(layout, tokens, columns, memory)
-    if tokens == 1 and layout.multiplies or tokens <= FEW and layout.expands:
+    if layout.multiplies if tokens == 1 else tokens <= FEW and layout.expands:
         for shape in (
             gemv_shapes(layout, counts_bits(index), starts_early(index)) if tokens == 1 else small_shapes(layout)
         ):

@@ -93,7 +93,7 @@ def choice(layout: Layout, rows: int, columns: int, tokens: int, index: int) -> 
     wide = tokens > 1 and has_warpgroups(index) and wide_supports(layout, columns)
     if wide and isinstance(found, WideShape) and found in wide_shapes(layout, tokens, columns, memory):
         return found
-    if tokens == 1 and layout.multiplies or tokens <= FEW and layout.expands:
+    if layout.multiplies if tokens == 1 else tokens <= FEW and layout.expands:
         return choose(
             device,
             layout,

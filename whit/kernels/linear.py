@@ -112,8 +112,9 @@ def choose_several(x: Tensor, weights: Sequence[Packed]) -> SeveralProducts | No
 class Preparation:
     """Another form of the weights of a format, which products on a device read faster than what is stored.
 
-    `supports(packed)`: whether this weight has it where it lies. `prepare(weights)`: that of several weights which meet the
-    same input, alike in layout so that one launch may take them. `bits(packed)`: what it takes per weight, at least.
+    `supports(packed)`: whether this weight has it where it lies. `prepare(weights)`: that of several weights which
+    meet the same input, alike in layout so that one launch may take them. `bits(packed)`: what it takes per weight, at
+    least.
     """
 
     name: str

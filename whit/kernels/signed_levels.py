@@ -1,4 +1,4 @@
-"""N:M sparse binary weights held as signed levels on Hopper, where `gemv` and `wide` read them (`whit.formats.signed_levels`).
+"""N:M sparse binary weights held as signed levels (`whit.formats.signed_levels`) on Hopper, for `gemv` and `wide`.
 
 The kernels that read what is stored have an instruction or more per weight to find it in: masks are digits of words of
 seven bytes. Three bit planes take 3 bits per weight instead of 2.1, and one column more for every marked one, but are

@@ -12,7 +12,6 @@ from whit.formats.base import Format, Packed
 from whit.kernels import packed_embedding, packed_linear
 from whit.models.convolution import Window
 
-
 _PREPARED = "prepared_"
 
 
