@@ -2,16 +2,17 @@
 
     python benchmarks/decode_7b.py --output benchmarks/results/decode_7b.json
 
-Every model goes the same way (`whit.generation`): a prompt is read once, then one step is recorded as a CUDA graph and
-replayed per token. `milliseconds_per_token` is the median over rounds of 12 replayed steps, `prefill_milliseconds` that
-of a prompt of `--prefill` tokens (logits of the last token only), `spread_milliseconds` half the width of the middle
-half of the rounds. What spreads by more than one part in forty is measured once more, and the quieter result kept.
-`resident_bytes` is what the model's tensors take on the device while it decodes (a weight may be held in
-another form than the stored one; `running_bits_per_weight` has its bits), `peak_bytes` the most that was allocated
-while it answered, of the long prompt apart. Packed models have the embedding and head that `whit compress` makes, 8
-bits. Bits are random: only time and memory mean anything. Six columns of every normalisation are twenty times louder
-than the others, as some are in trained models of this size, so that LLM.int8() has outliers to multiply in 16 bit; its last
-projections meet hundreds, because gates and halves of random weights multiply what is loud already.
+Every model goes the same way (`whit.generation`): a prompt is read once, then one step is recorded as a CUDA graph
+and replayed per token. `milliseconds_per_token` is the median over rounds of 12 replayed steps,
+`prefill_milliseconds` that of a prompt of `--prefill` tokens (logits of the last token only), `spread_milliseconds`
+half the width of the middle half of the rounds. What spreads by more than one part in forty is measured once more,
+and the quieter result kept. `resident_bytes` is what the model's tensors take on the device while it decodes (a
+weight may be held in another form than the stored one; `running_bits_per_weight` has its bits), `peak_bytes` the most
+that was allocated while it answered, of the long prompt apart. Packed models have the embedding and head that `whit
+compress` makes, 8 bits. Bits are random: only time and memory mean anything. Six columns of every normalisation are
+twenty times louder than the others, as some are in trained models of this size, so that LLM.int8() has outliers to
+multiply in 16 bit; its last projections meet hundreds, because gates and halves of random weights multiply what is
+loud already.
 """
 
 from __future__ import annotations
