@@ -20,6 +20,7 @@ from whit.formats.base import Packed
 from whit.formats.binary_residual import BinaryResidual
 from whit.formats.grouped_integer import GroupedInteger
 from whit.formats.level_table import LevelTable
+from whit.formats.signed_levels import signed_levels
 from whit.formats.structured_binary import StructuredBinary
 from whit.formats.vector_codebook import VectorCodebook
 from whit.kernels import explain, packed_embedding, packed_linear
@@ -78,6 +79,14 @@ def check_others() -> int:
     assert version is not None
     for mine, packed in zip(version.products(x, weights), weights, strict=True):
         torch.testing.assert_close(mine, packed_linear(x, packed), rtol=0, atol=0)
+    for rows, columns in SHAPES[1:]:
+        packed = random_packed(StructuredBinary(4, 8, 0), rows, columns, "cuda")
+        form, weight = moved(signed_levels(packed)), packed.unpack().double()
+        for tokens in COUNTS:
+            x = padded(inputs(tokens, columns, torch.float16, "cuda"))
+            expected = x.double() @ weight.T
+            bound = error_bound(x, weight, expected, explain(x, form), 256)
+            assert ((packed_linear(x, form).double() - expected).abs() <= bound).all()
     layout, x = StructuredBinary(4, 8, 0), padded(inputs(MANY, 1088, torch.float16, "cuda"))
     weights = [moved(random_packed(layout, rows, 1088, "cuda", seed=rows)) for rows in (48, 17, 33)]
     version = choose_several(x, weights)
@@ -101,8 +110,12 @@ def check_step() -> int:
         BinaryResidual(128, True),
         GroupedInteger(8, 64, True),
         VectorCodebook(256, 12, False),
+        StructuredBinary(4, 8, 0),
     ):
-        weights = [moved(random_packed(layout, rows, 1096, "cuda", seed=rows)) for rows in (100, 33)]
+        weights = [random_packed(layout, rows, 1096, "cuda", seed=rows) for rows in (100, 33)]
+        if isinstance(layout, StructuredBinary):
+            weights = [signed_levels(packed, 500) for packed in weights]
+        weights = [moved(packed) for packed in weights]
         states, update, norm = (padded(inputs(1, 1096, torch.float16, "cuda")) for _ in range(3))
         total, normal = add_rms_norm(states, update, norm[0], 1e-5)
         found = products_of(Normed(states, update, norm[0], 1e-5), weights)

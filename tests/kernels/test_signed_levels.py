@@ -4,15 +4,26 @@ import pytest
 import torch
 
 from tests.kernels.emulator.build import COMPILER, compiled, run
-from tests.kernels.test_cuda_kernels import error_bound, inputs, random_packed
+from tests.kernels.test_cuda_kernels import error_bound, inputs, needs_gpu, random_packed
 from whit.formats.signed_levels import signed_levels
 from whit.formats.structured_binary import StructuredBinary
+from whit.generation.products import Products
+from whit.kernels import explain, packed_linear
 from whit.kernels.cuda_layout import layout_of
+from whit.kernels.cuda_ops import has_warpgroups
 from whit.kernels.cuda_plan import Shape, place_gemv
 from whit.kernels.cuda_wide import WideShape
+from whit.kernels.linear import preparation_of
+from whit.models.packed import PackedLinear
 
-pytestmark = pytest.mark.skipif(COMPILER is None, reason="needs g++")
+needs_compiler = pytest.mark.skipif(COMPILER is None, reason="needs g++")
 
+FORMS = [
+    StructuredBinary(4, 8, 0),
+    StructuredBinary(5, 8, 0),
+    StructuredBinary(6, 8, 0, regions=2),
+    StructuredBinary(2, 8, 0, regions=1),
+]
 ONE = [
     (StructuredBinary(4, 8, 0), 33, 1000, Shape(64, 256, 1, True), torch.float16),
     (StructuredBinary(5, 8, 0), 48, 640, Shape(64, 512, 1, True), torch.bfloat16),
@@ -22,6 +33,7 @@ ONE = [
 ]
 
 
+@needs_compiler
 @pytest.mark.parametrize(("layout", "rows", "columns", "shape", "dtype"), ONE, ids=str)
 def test_one_vector(layout, rows, columns, shape, dtype, tmp_path):
     packed = random_packed(layout, rows, columns)
@@ -47,6 +59,7 @@ WIDE = [
 ]
 
 
+@needs_compiler
 @pytest.mark.parametrize(("layout", "shape", "tokens"), WIDE, ids=str)
 def test_many_vectors(layout, shape, tokens, tmp_path):
     rows, columns, dtype = 83, 768 if shape.block == 128 else 704, torch.bfloat16 if tokens < 12 else torch.float16
@@ -61,3 +74,51 @@ def test_many_vectors(layout, shape, tokens, tmp_path):
     expected = x.double() @ weight.T + bias.double()
     assert ((actual.double() - expected).abs() <= error_bound(x, weight, expected)).all()
     assert torch.equal(run(program, described, shape, tensors, (rows, columns), x, bias, descending=True), actual)
+
+
+@needs_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+@pytest.mark.parametrize("layout", FORMS, ids=str)
+def test_prepared_weights(layout, dtype):
+    if not has_warpgroups(0):
+        pytest.skip("weights are held as they are stored")
+    for rows, columns in ((33, 704), (300, 1088), (1000, 4096), (100, 11008)):
+        packed = random_packed(layout, rows, columns, "cuda")
+        (form,) = preparation_of([packed]).prepare([packed])
+        weight = packed.unpack().double()
+        assert torch.equal(form.unpack(), packed.unpack())
+        for tokens in (1, 2, 16, 70, 300):
+            x, bias = inputs(tokens, columns, dtype, "cuda"), torch.randn(rows, device="cuda").to(dtype)
+            expected = x.double() @ weight.T + bias.double()
+            version = explain(x, form)
+            assert version == ("cuda bit-plane gemv" if tokens == 1 else "cuda warpgroup product")
+            actual = packed_linear(x, form, bias)
+            bound = error_bound(x, weight, expected, version, 256)
+            assert ((actual.double() - expected).abs() <= bound).all()
+            assert torch.equal(packed_linear(x, form, bias), actual)
+
+
+@needs_gpu
+@pytest.mark.gpu
+def test_layers_that_meet_the_same_input_are_prepared_alike():
+    layout, generator = StructuredBinary(4, 8, 0), torch.Generator("cuda").manual_seed(0)
+    parts = [random_packed(layout, rows, 1088, "cuda", seed=rows) for rows in (512, 128, 130)]
+    modules = [PackedLinear(layout, part.rows, 1088, None) for part in parts]
+    for module, part in zip(modules, parts, strict=True):
+        module.set_packed(part)
+    products = Products(modules, join=True)
+    if not has_warpgroups(0):
+        pytest.skip("weights are held as they are stored")
+    assert all(module.running.format.name == "signed-levels" for module in modules)
+    assert not any(tensor.is_cuda for module in modules for tensor in module.packed.tensors.values())
+    for tokens in (1, 16):
+        x = torch.randn(tokens, 1088, device="cuda", generator=generator).bfloat16()
+        if tokens == 1:
+            assert products.explain(x) == "one launch"
+        for found, part in zip(products(x), parts, strict=True):
+            weight = part.unpack().double()
+            expected = x.double() @ weight.T
+            assert ((found.double() - expected).abs() <= error_bound(x, weight, expected, "", 256)).all()
+    for module, part in zip(modules, parts, strict=True):
+        assert torch.equal(module.to("cuda").packed.unpack(), part.unpack())

@@ -16,7 +16,7 @@ typedef unsigned long long u64;
 #define GROUPED_INTEGER 2
 #define SIGNED_LEVELS 5
 #define PLANES (KIND == SIGNED_LEVELS ? 3 : KIND == BINARY_RESIDUAL ? 2 : 1)  // packed tensors that hold codes
-#define MARKED (KIND == BINARY_RESIDUAL || KIND == SIGNED_LEVELS)             // some columns have other levels
+#define HAS_MARKS (KIND == BINARY_RESIDUAL || KIND == SIGNED_LEVELS)             // some columns have other levels
 #define CODE_BITS (KIND == BINARY_RESIDUAL ? 1 : BITS)  // bits per weight in each of them
 
 #ifndef MARK  // of the time at which warps pass a place: benchmarks/timeline.py

@@ -125,7 +125,7 @@ __device__ __forceinline__ void keep_planes(u32* words, const u32 (&fixed)[8], u
     for (int i = 0; i < 4; i++) plane[i] = __byte_perm(plane[i], __shfl_xor_sync(0xffffffffu, plane[i], 1), by_one);
 #pragma unroll
     for (int i = 0; i < 4; i++) plane[i] = __byte_perm(plane[i], __shfl_xor_sync(0xffffffffu, plane[i], 2), by_two);
-    if (MARKED) {
+    if (HAS_MARKS) {
         marks |= __shfl_xor_sync(0xffffffffu, marks, 1);
         marks |= __shfl_xor_sync(0xffffffffu, marks, 2);
 #pragma unroll
@@ -206,7 +206,7 @@ __device__ __forceinline__ void stage_x(u32* words, float2* factors, const u16* 
     const auto load_marks = [&]() {
 #pragma unroll
         for (int turn = 0; turn < LOADS; turn++)
-            if (MARKED) next_marks[turn] = column + turn * STEP < end ? (u32)__ldg(salient + ((column + turn * STEP) >> 3)) << (8 * k) : 0u;
+            if (HAS_MARKS) next_marks[turn] = column + turn * STEP < end ? (u32)__ldg(salient + ((column + turn * STEP) >> 3)) << (8 * k) : 0u;
 #pragma unroll
         for (int turn = 0; turn < LOADS; turn++)
             if (KIND == SIGNED_LEVELS && INPUT == 0) load_numbers(next[turn], salient, column + turn * STEP, columns, last);
