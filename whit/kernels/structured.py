@@ -1,10 +1,10 @@
 """N:M sparse binary weights times 1 to 16 vectors on CUDA, packed bytes read once.
 
 `cuda/structured_product.cu` takes groups of 8 columns of which 1 to 7 are kept, with scalars of the whole row; other
-layouts are decoded for every number of vectors. 4:8 on Hopper has kernels of its own, where they are faster:
-`structured_vector.py` (which has another bound) and `structured_few.py`. The bound is that of the other tensor-core
-products: with u the unit roundoff of the type of x, |error| <= u |y| + (u + 2^-20) sum_j |w_ij x_j|, where the u of the
-sum is the plain meaning's own rounding of w.
+layouts are decoded for every number of vectors. On Hopper decoding holds these weights in another form, which is faster
+and takes more memory (`signed_levels.py`); this is for one layer by itself, and for every other device. The bound is
+that of the other tensor-core products: with u the unit roundoff of the type of x, |error| <= u |y| + (u + 2^-20) sum_j
+|w_ij x_j|, where the u of the sum is the plain meaning's own rounding of w.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from whit.kernels.cuda_linear import product_arguments, usable
 from whit.kernels.cuda_ops import aligned, device_limits, layout_from, starts_early, weight_of
 from whit.kernels.linear import Implementation, register_implementation
 from whit.kernels.nvrtc import Argument, Kernel, kernel
-from whit.kernels.structured_few import FewLaunch, faster_than_units, few_launch, launch_few
 from whit.kernels.structured_plan import (
     MOST_VECTORS,
     StructuredLaunch,
@@ -31,22 +30,13 @@ from whit.kernels.structured_plan import (
     structured_source,
     unit_of,
 )
-from whit.kernels.structured_vector import MOST_AT_ONCE, VectorLaunch, launch_vector, vector_launch
 
 
 @lru_cache(maxsize=1024)
-def _launch(
-    layout: Layout, rows: int, columns: int, vectors: int, index: int
-) -> VectorLaunch | FewLaunch | StructuredLaunch | None:
+def _launch(layout: Layout, rows: int, columns: int, vectors: int, index: int) -> StructuredLaunch | None:
     _, processors, memory = device_limits(index)
     room = clusters_at_once(processors, starts_early(index))
-    units = structured_launch(layout, rows, columns, vectors, memory, room)
-    if not starts_early(index):  # the others use Hopper's copy engine
-        return units
-    if vectors <= MOST_AT_ONCE:
-        return vector_launch(layout, rows, columns, processors, memory, vectors) or units
-    few = few_launch(layout, rows, columns, vectors, memory, room)
-    return few if few is not None and (units is None or faster_than_units(few)) else units
+    return structured_launch(layout, rows, columns, vectors, memory, room)
 
 
 @lru_cache(maxsize=1024)
@@ -91,10 +81,6 @@ def structured_product(
     """x (m, columns), contiguous, m from 1 to 16, times the packed weight: (m, rows)."""
     described = layout_from(layout)
     launch = _launch(described, rows, columns, x.shape[0], x.device.index)
-    if isinstance(launch, VectorLaunch):
-        return launch_vector(x, tensors, bias, described, (rows, columns), launch)
-    if isinstance(launch, FewLaunch):
-        return launch_few(x, tensors, bias, described, (rows, columns), launch)
     assert launch is not None
     return launch_structured(x, tensors, bias, described, (rows, columns), launch)
 

@@ -102,11 +102,6 @@ MEANINGS = {
     " | (u32)to16(fmaxf(from16(most >> 16), fabsf(from16(pair >> 16)))) << 16; }",
     "u32 larger_integers(": "static u32 larger_integers(u32 a, u32 b)"
     " { return max(a & 0xffffu, b & 0xffffu) | max(a >> 16, b >> 16) << 16; }",
-    "void product_of_bytes(": "static void product_of_bytes(int (&c)[4], const u32 (&a)[4], u32 b0, u32 b1)"
-    " { u32 b[2] = {b0, b1}; tensor_product(c, 4, a, 2, b, signed_bytes_times_bytes); }",
-    "u32 next_digit(": "static u32 next_digit(u32& fraction, u32 base)"
-    " { u64 product = (u64)fraction * base; fraction = (u32)product; return (u32)(product >> 32); }",
-    "u32 place_of(": "static u32 place_of(u32 number, u32 size, u32 start) { return number * size + start; }",
     "u32 choose_bytes(": "static u32 choose_bytes(u32 low, u32 high, u32 selector)"
     " { return __byte_perm(low, high, selector); }",
     "u32 fma_pairs(": "static u32 fma_pairs(u32 a, u32 b, u32 c)"
@@ -125,9 +120,6 @@ CALLS = {
     "small": "small((const u16*)x, weight, (const u16*)bias, (u16*)y, tokens, chunk, tiles)",
     "decode": "decode(weight, (u16*)y)",
     "structured_product": "structured_product((const u16*)x, weight, (const u16*)bias, (u16*)y, tokens, chunk, tiles)",
-    "structured_vector": "structured_vector((const u16*)x, weight, (const u16*)bias, (u16*)y, chunk, tiles)",
-    "structured_few": "static float sums[1 << 20];"
-    " structured_few((const u16*)x, weight, (const u16*)bias, (u16*)y, sums, tokens, chunk, tiles)",
     "codebook_product": "codebook_product((const u16*)x, weight, (const u16*)bias, (u16*)y, chunk, tiles)",
     "wide": "wide({{(u64)x, (u64)weight.columns, (u64)tokens}},"
     " {{(u64)weight.codes[0], (u64)weight.width / 2, (u64)weight.rows}},"

@@ -215,11 +215,6 @@ static double bytes_times_bytes(uint32_t a, uint32_t b) {
     for (int j = 0; j < 32; j += 8) sum += (int)(a >> j & 255) * (int)(int8_t)(b >> j);
     return sum;
 }
-static double signed_bytes_times_bytes(uint32_t a, uint32_t b) {
-    int sum = 0;
-    for (int j = 0; j < 32; j += 8) sum += (int)(int8_t)(a >> j) * (int)(int8_t)(b >> j);
-    return sum;
-}
 static double ones_in_both(uint32_t a, uint32_t b) { return __builtin_popcount(a & b); }
 static double halves_times_halves(uint32_t a, uint32_t b) {
     return (double)from_half(a) * from_half(b) + (double)from_half(a >> 16) * from_half(b >> 16);
