@@ -16,6 +16,8 @@
 //
 // With SEVERAL > 1 as many weights of one layout meet the same x, each with thread blocks of its own.
 
+// Blocks of 128 columns of x: of signed levels not those beyond the last, whose columns have no number.
+#define STAGED_BLOCKS (KIND == SIGNED_LEVELS ? min(across * BLOCKS, SPAN(w) / 128 - begin * BLOCKS) : across * BLOCKS)
 #define AT_FIRST (PATIENT ? 1 : BULK ? DEPTH : DEPTH - 1)  // items of a warp that are asked for before x has come
 
 // Asks L2 for one vector; allowed before `wait_for_previous_kernel`, since L2 sees every later write.
@@ -150,7 +152,7 @@ gemv(INPUT_TYPE given, const __grid_constant__ Operand operand, const u16* bias,
 #endif
             if (items_across > chunk_items || first == block) {  // weights are no kernel's result: only x has to be waited for
                 if (items_across > chunk_items) __syncthreads();
-                stage_x(x_words, factors, x, w.salient, begin * ICOLS, across * BLOCKS, w.columns, warp, lane, !waited, x_has_come);
+                stage_x(x_words, factors, x, w.salient, begin * ICOLS, STAGED_BLOCKS, w.columns, warp, lane, !waited, x_has_come);
                 waited = true;
                 MARK(4, 0u);
 #if STAGING_BLOCKS > 1
