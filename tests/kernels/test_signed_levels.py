@@ -11,7 +11,8 @@ from whit.generation.products import Products
 from whit.kernels import explain, packed_linear
 from whit.kernels.cuda_layout import layout_of
 from whit.kernels.cuda_ops import has_warpgroups
-from whit.kernels.cuda_plan import Shape, place_gemv
+from whit.kernels.cuda_plan import place_gemv
+from whit.kernels.cuda_shapes import Shape
 from whit.kernels.cuda_wide import WideShape
 from whit.kernels.linear import preparation_of
 from whit.models.packed import PackedLinear
