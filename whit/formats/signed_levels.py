@@ -26,7 +26,7 @@ from torch import Tensor
 
 from whit.formats.base import Format, Packed, TensorSpec
 from whit.formats.bits import pack_codes, unpack_codes
-from whit.formats.nm_index import decode_mask, kept_columns
+from whit.formats.nm_index import decode_mask, kept_in_row
 from whit.formats.structured_binary import StructuredBinary
 from whit.formats.trits import unpack_trits
 
@@ -34,8 +34,8 @@ BLOCK = 256
 """Columns of which either part of a row has whole numbers."""
 MAGNITUDES = 8
 """Scalars of a row: a1, a2, a3, 0, a, b, 0, 0."""
-_ROWS = 1024
-"""Rows converted at a time: eight bytes and more per weight are held meanwhile."""
+_WEIGHTS = 1 << 23
+"""Weights converted at a time: some twenty bytes of each are held meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -112,9 +112,10 @@ def signed_levels(packed: Packed, marked: int | None = None) -> Packed:
     index[: len(places)] = places.int()
     halves = torch.stack([index & 255, index >> 8], -1).to(torch.uint8).flatten()
     tensors: dict[str, list[Tensor]] = {name: [] for name in ("signs", "low", "high")}
-    for first in range(0, rows, _ROWS):
-        part = {n: t if n == "salient" else t[first : first + _ROWS] for n, t in packed.tensors.items()}
-        sign, number = _codes(form, part, columns)
+    size = max(1, _WEIGHTS // columns)
+    for first in range(0, rows, size):
+        part = {n: t if n == "salient" else t[first : first + size] for n, t in packed.tensors.items()}
+        sign, number = _codes(form, part, marks[:columns])
         wide = torch.zeros(2, len(sign), own + layout.panel, dtype=torch.uint8, device=device)
         for whole, codes in zip(wide, (sign, number), strict=True):
             whole[:, :columns] = codes
@@ -127,23 +128,21 @@ def signed_levels(packed: Packed, marked: int | None = None) -> Packed:
     return Packed(layout, rows, columns, {**planes, "salient": salient, "scalars": _scalars(form, packed)})
 
 
-def _codes(form: StructuredBinary, tensors: Mapping[str, Tensor], columns: int) -> tuple[Tensor, Tensor]:
-    """Sign bits and classes of some rows, uint8 (rows, columns) each."""
+def _codes(form: StructuredBinary, tensors: Mapping[str, Tensor], marks: Tensor) -> tuple[Tensor, Tensor]:
+    """Sign bits and classes of some rows, uint8 (rows, columns) each, by marks bool (columns,)."""
+    columns = len(marks)
     mask = decode_mask(tensors["index"], columns, form.n, form.m)
-    places = kept_columns(mask)
-    count = places.shape[1]
-    positive = unpack_codes(tensors["signs"], 1, count)
-    number = torch.ones_like(positive)
+    count = kept_in_row(columns, form.n, form.m)
+    codes = unpack_codes(tensors["signs"], 1, count)
     if form.regions > 1:
         plane = tensors["regions"]
         region = unpack_codes(plane, 1, count) if form.regions == 2 else unpack_trits(plane, count).to(torch.uint8)
-        marked = unpack_codes(tensors["salient"], 1, columns).bool()[places]
-        both = torch.where(region == positive, 2, torch.where(region > 1, 3, 1))  # signs agree: the scales add up
-        number = torch.where(marked, both.to(torch.uint8), region + 1)
-    out = torch.zeros(2, *mask.shape, dtype=torch.uint8, device=mask.device)
-    out[0].scatter_(1, places, 1 - positive)
-    out[1].scatter_(1, places, number)
-    return out[0], out[1]
+        codes = codes | region << 1
+    codes = codes.gather(1, (mask.cumsum(1) - 1).clamp_(min=0))  # of a kept weight: its how manieth of the row it is
+    positive, region = codes & 1, codes >> 1
+    agree = 1 + (region == positive).to(torch.uint8)  # of signs: then the scales add up
+    number = torch.where(marks, torch.where(region > 1, 3, agree), region + 1)
+    return (1 - positive) * mask, number * mask
 
 
 def _scalars(form: StructuredBinary, packed: Packed) -> Tensor:
