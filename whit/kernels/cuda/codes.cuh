@@ -306,7 +306,7 @@ __device__ __forceinline__ void make_selectors(u32 (&selector)[2][2], const Code
             const u32 first = codes.word[h][PLANES > 1 ? PLANES - 2 : 0][step / 2] ^ sign, second = codes.word[h][PLANES - 1][step / 2] ^ sign;
             const u32 moved = funnel_right(second, second, 2 * q + 30), nibbles = ((first >> (2 * q) ^ moved) & m.low) ^ moved;  // s0 + 2 s1 + 4 t0 + 8 t1
             selector[h][0] = (nibbles & 0x05050505u) | (nibbles << 3 & 0x50505050u) | marks[step / 2];
-            if (KIND == SIGNED_LEVELS) selector[h][1] = funnel_right(sign, sign, 2 * q + 25);  // signs of even columns at the top of bytes
+            if (KIND == SIGNED_LEVELS) selector[h][1] = funnel_right(sign, sign, 2 * q + 26);  // signs of odd columns at the top of bytes
             continue;
         }
 #pragma unroll
@@ -325,7 +325,7 @@ __device__ __forceinline__ void expand(u32 (&a)[4], const Codes& codes, const u3
             const u32 chosen = selector[h][0] >> (16 * (step & 1));
             const u32 low = choose_bytes(levels[h].table[0], levels[h].table[1], chosen);
             u32 high = choose_bytes(levels[h].high[0], levels[h].high[1], chosen);
-            if (KIND == SIGNED_LEVELS) high ^= choose_bytes(selector[h][1], funnel_right(selector[h][1], selector[h][1], 1), step & 1 ? 0x7362u : 0x5140u) & 0x80808080u;
+            if (KIND == SIGNED_LEVELS) high ^= choose_bytes(selector[h][1] << 1, selector[h][1], step & 1 ? 0x7362u : 0x5140u) & 0x80808080u;
             a[h] = choose_bytes(low, high, 0x5140u);
             a[2 + h] = choose_bytes(low, high, 0x7362u);
         } else if (TABLE) {
