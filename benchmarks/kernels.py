@@ -32,7 +32,7 @@ from whit.formats.binary_residual import BinaryResidual
 from whit.formats.grouped_integer import GroupedInteger
 from whit.formats.level_table import LevelTable
 from whit.formats.nm_index import encode_mask
-from whit.formats.signed_levels import SignedLevels, ordinary_columns, signed_levels
+from whit.formats.signed_levels import SignedLevels, panel_columns, signed_levels
 from whit.formats.structured_binary import StructuredBinary
 from whit.formats.vector_codebook import VectorCodebook
 from whit.kernels import explain, packed_linear
@@ -96,7 +96,7 @@ def random_packed(layout: Format, rows: int, columns: int, generator: torch.Gene
 
 def prepared_layout(columns: int) -> Format:
     """Of `PREPARED`: with room for one marked column in 16, twice as many as are marked."""
-    return SignedLevels(ordinary_columns(columns // 16))
+    return SignedLevels(panel_columns(columns // 16))
 
 
 def weight_for(name: str, rows: int, columns: int, generator: torch.Generator) -> Packed:

@@ -31,8 +31,8 @@ def test_the_weight_is_the_same(form, rows, columns):
 def test_marked_columns_stand_behind_all_others_once_more():
     packed = random_packed(StructuredBinary(4, 8, 0), 16, 1000)
     count = marked_columns(packed)
-    assert 50 < count < 250
-    assert [signed_levels(packed, most).format.panel for most in (None, count, 256, 257)] == [256, 256, 256, 512]
+    assert 128 < count < 250
+    assert [signed_levels(packed, most).format.panel for most in (None, count, 256, 257)] == [256, 256, 256, 384]
     other = signed_levels(packed, 300)
     index = other.tensors["salient"][1024 // 8 :].view(torch.int16).int()
     assert index[:count].tolist() == sorted(index[:count].tolist()) and (index[count:] == 1000).all()

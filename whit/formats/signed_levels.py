@@ -30,8 +30,8 @@ from whit.formats.nm_index import decode_mask, kept_in_row
 from whit.formats.structured_binary import StructuredBinary
 from whit.formats.trits import unpack_trits
 
-BLOCK = 256
-"""Columns of which either part of a row has whole numbers."""
+PAIR, BLOCK = 256, 128
+"""Columns in multiples of which the marked ones begin, and in which they come."""
 MAGNITUDES = 8
 """Scalars of a row: a1, a2, a3, 0, a, b, 0, 0."""
 _WEIGHTS = 1 << 23
@@ -40,7 +40,7 @@ _WEIGHTS = 1 << 23
 
 @dataclass(frozen=True)
 class SignedLevels(Format):
-    """`panel` columns, a multiple of 256, hold the marked ones once more."""
+    """`panel` columns, a multiple of 128, hold the marked ones once more."""
 
     name: ClassVar[str] = "signed-levels"
     panel: int
@@ -53,7 +53,7 @@ class SignedLevels(Format):
             "signs": plane,
             "low": plane,
             "high": plane,
-            "salient": TensorSpec((own // 8 + 2 * self.panel,), torch.uint8),
+            "salient": TensorSpec((own // 8 + 2 * ordinary_columns(self.panel),), torch.uint8),
             "scalars": TensorSpec((rows, 1, MAGNITUDES), torch.float16),
         }
 
@@ -68,7 +68,12 @@ class SignedLevels(Format):
 
 def ordinary_columns(columns: int) -> int:
     """Columns up to where those begin that hold the marked ones once more."""
-    return -(-columns // BLOCK) * BLOCK
+    return -(-columns // PAIR) * PAIR
+
+
+def panel_columns(marked: int) -> int:
+    """Columns in which so many marked ones stand once more."""
+    return -(-marked // BLOCK) * BLOCK
 
 
 def magnitudes(scalars: Tensor) -> Tensor:
@@ -107,8 +112,8 @@ def signed_levels(packed: Packed, marked: int | None = None) -> Packed:
     if form.regions > 1:
         marks[:columns] = unpack_codes(packed.tensors["salient"], 1, columns).bool()
     places = torch.nonzero(marks)[:, 0]
-    layout = SignedLevels(ordinary_columns(max(len(places), marked or 0)))
-    index = torch.full((layout.panel,), columns, dtype=torch.int32, device=device)  # beyond the last: no column
+    layout = SignedLevels(panel_columns(max(len(places), marked or 0)))
+    index = torch.full((ordinary_columns(layout.panel),), columns, dtype=torch.int32, device=device)  # none
     index[: len(places)] = places.int()
     halves = torch.stack([index & 255, index >> 8], -1).to(torch.uint8).flatten()
     tensors: dict[str, list[Tensor]] = {name: [] for name in ("signs", "low", "high")}

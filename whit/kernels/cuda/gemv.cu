@@ -16,8 +16,8 @@
 //
 // With SEVERAL > 1 as many weights of one layout meet the same x, each with thread blocks of its own.
 
-// Blocks of 128 columns of x: of signed levels not those beyond the last, whose columns have no number.
-#define STAGED_BLOCKS (KIND == SIGNED_LEVELS ? min(across * BLOCKS, SPAN(w) / 128 - begin * BLOCKS) : across * BLOCKS)
+// Blocks of 128 columns of x, which share a unit by twos: of signed levels none beyond, whose columns have no number.
+#define STAGED_BLOCKS (KIND == SIGNED_LEVELS ? min(across * BLOCKS, (SPAN(w) / 128 - begin * BLOCKS + 1) & ~1) : across * BLOCKS)
 #define AT_FIRST (PATIENT ? 1 : BULK ? DEPTH : DEPTH - 1)  // items of a warp that are asked for before x has come
 
 // Asks L2 for one vector; allowed before `wait_for_previous_kernel`, since L2 sees every later write.
