@@ -55,6 +55,9 @@ def gemv_shapes(layout: Layout, binary: bool = True, clusters: bool = False) -> 
             shapes += [replace(pair, patient=True), replace(pair, eager=False, late=True)]
             shapes += [replace(pair, bulk=True, patient=patient) for patient in (False, True)]
             shapes.append(replace(pair, bulk=True, patient=True, eager=False, late=True))
+            if layout.planes > 2:  # items that leave room for all of x
+                narrow = replace(pair, item=narrowest, bulk=True, patient=True)
+                shapes += [narrow, replace(narrow, eager=False, late=True)]
         return shapes
     widest = 512 if layout.bits <= 2 else 256 if layout.bits <= 4 else 128
     narrowest = 256 if layout.bits <= 2 else 128 if layout.bits == 4 else widest
