@@ -181,6 +181,7 @@ def test_another_form_computes_the_same_and_is_not_saved():
     x = torch.randn(3, 96, generator=torch.Generator().manual_seed(2))
     assert torch.equal(module(x), other(x)) and torch.equal(module.weight, other.weight)
     assert other.running.format.name == "signed-levels" and other.packed.format == module.format
+    assert torch.equal(TiedPackedLinear(other, None)(x), module(x))
     saved = other.state_dict()
     assert saved.keys() == module.state_dict().keys()
     assert all(torch.equal(tensor, saved[name]) for name, tensor in module.state_dict().items())

@@ -17,7 +17,7 @@ def multiplied_weights(model: nn.Module) -> list[Packed]:
     The layers keep views of what is joined, as after `continue_greedily(join=True)`.
     """
     decoder = _decoder(model)
-    tied = [item.source.packed for item in model.modules() if isinstance(item, TiedPackedLinear)]
+    tied = [item.source.running for item in model.modules() if isinstance(item, TiedPackedLinear)]
     alone = [item.running for item in packed_modules(model).values() if isinstance(item, PackedLinear)]
     return ([] if decoder is None else decoder.joined()) + alone + tied
 

@@ -194,7 +194,7 @@ class PackedConv2d(PackedModule):
     @property
     def weight(self) -> Tensor:
         """The weight, float32 (out channels, in channels, *kernel), unpacked anew at each access."""
-        return self.packed.unpack().view(self.out_channels, self.in_channels, *self.window.kernel)
+        return self.running.unpack().view(self.out_channels, self.in_channels, *self.window.kernel)
 
     def forward(self, input: Tensor) -> Tensor:
         """(n, in channels, height, width), or one image without n -> the same of the output, in the input's dtype.
@@ -203,7 +203,7 @@ class PackedConv2d(PackedModule):
         one that does something to its inputs must be given them.
         """
         if self.format.changes_inputs or type(self.format).transform is not Format.transform:
-            return self.window.fold(packed_linear(self.window.unfold(input), self.packed, self.bias), input)
+            return self.window.fold(packed_linear(self.window.unfold(input), self.running, self.bias), input)
         bias = None if self.bias is None else self.bias.to(input.dtype)
         return self.window.convolve(input, self.weight.to(input.dtype), bias)
 
@@ -258,7 +258,7 @@ class TiedPackedLinear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., columns) -> (..., rows)."""
-        return packed_linear(input, self.source.packed, self.bias)
+        return packed_linear(input, self.source.running, self.bias)
 
 
 def replace_module(root: nn.Module, name: str, module: nn.Module) -> None:
