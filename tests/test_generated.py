@@ -14,6 +14,7 @@ SCRIPTS = {
     "int8_tables": {"int8-kernels-h200.md", "history-of-int8-kernels.md"},
     "speed_tables": {"speed-runs.md", "history-of-compression.md"},
     "decode_tables": {"decode-7b.md", "history-of-decoding.md"},
+    "prompt_tables": {"prompts-7b.md", "history-of-prompts.md"},
     "cpu_tables": {"cpu-layers.md", "history-of-cpu-decoding.md"},
 }
 """Script under benchmarks/ and some of the files it makes."""

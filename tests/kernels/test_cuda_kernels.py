@@ -14,8 +14,9 @@ from whit.formats.structured_binary import StructuredBinary
 from whit.formats.vector_codebook import VectorCodebook
 from whit.kernels import explain, packed_linear
 from whit.kernels.cuda_layout import layout_of
-from whit.kernels.cuda_ops import decoded_weight, layout_fields
+from whit.kernels.cuda_ops import layout_fields
 from whit.kernels.cuda_plan import plan
+from whit.kernels.cuda_products import decoded_weight
 from whit.kernels.cuda_shapes import gemv_shapes, small_shapes
 from whit.models.packed import PackedLinear
 

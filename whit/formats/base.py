@@ -12,6 +12,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from whit.discovery import Registry
 from whit.errors import ModelError, nearest
+from whit.formats.memory import Memory
 
 _FORMATS: Registry[Format] = Registry("formats", "whit.formats")
 FormatType = TypeVar("FormatType", bound="type[Format]")
@@ -152,6 +154,11 @@ class Packed:
                     f"packed tensor {name!r} of format {self.format.name!r} must be {spec.shape} {spec.dtype}, "
                     f"got {tuple(tensor.shape)} {tensor.dtype}"
                 )
+
+    @cached_property
+    def memory(self) -> Memory:
+        """What kernels have worked out for this weight; no part of it."""
+        return Memory()
 
     def unpack(self) -> Tensor:
         """The weight: float32 (rows, columns), exactly what the stored bits mean."""

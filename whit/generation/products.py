@@ -108,7 +108,7 @@ class Products:
 
     def __call__(self, inputs: Tensor) -> list[Tensor]:
         """(n, columns) -> (n, rows_i) for each module; the rows of a result may lie apart."""
-        found = self._of(inputs) if inputs.is_cuda else None
+        found = self._of(inputs) if inputs.is_cuda and inputs.shape[0] == 1 else None
         if found is not None:
             return found[1]
         if self._joined is not None:
@@ -118,13 +118,13 @@ class Products:
                 if isinstance(weight, Packed)
                 else torch.nn.functional.linear(inputs, weight, bias)
             )
-            return list(torch.split(out, self._rows, -1))
+            return list(torch.split_with_sizes(out, self._rows, -1))
         together = several_products(inputs, self._weights()) if self._meet else None
         if together is not None:
             return together
         if self._branches and inputs.is_cuda and torch.cuda.is_current_stream_capturing():
             return self._beside(inputs)
-        return [module(inputs) for module in self.modules]
+        return [_product(module, inputs) for module in self.modules]
 
     def normed(
         self, states: Tensor, update: Tensor | None, weight: Tensor, epsilon: float
@@ -141,14 +141,14 @@ class Products:
         if self._joined is not None:
             weight, bias = self._joined
             found = products_of(given, [weight], bias) if isinstance(weight, Packed) else None
-            return None if found is None else (found[0], list(torch.split(found[1][0], self._rows, -1)))
+            return None if found is None else (found[0], list(torch.split_with_sizes(found[1][0], self._rows, -1)))
         several = len(self._packed) > 1 and not self._branches
         return products_of(given, self._weights()) if self._packed and not several else None
 
     @property
     def _meet(self) -> bool:
-        """Whether one launch may take all of them."""
-        return bool(self._packed) and self._branches
+        """Whether one launch may take all of them, of which there are several."""
+        return len(self._packed) > 1 and self._branches
 
     def _weights(self) -> list[Packed]:
         return [module.running for module in self._packed]
@@ -197,15 +197,21 @@ class Products:
         return None if weight is None else (weight, bias)
 
 
+def _product(module: nn.Module, inputs: Tensor) -> Tensor:
+    """What the module gives; a packed layer's empty hook, which torch takes a while to call, is passed over."""
+    out: Tensor = (module.forward if type(module) is PackedLinear and not hooked(module) else module)(inputs)
+    return out
+
+
 def _plain_packed(module: nn.Module) -> TypeGuard[PackedLinear]:
     return type(module) is PackedLinear and module.bias is None and not hooked(module)
 
 
 def hooked(module: nn.Module) -> bool:
     """Whether someone wants to see the module called (packed layers carry one hook that does nothing)."""
-    return bool(module._forward_hooks) or len(module._forward_pre_hooks) > isinstance(
-        module, PackedLinear | TiedPackedLinear
-    )
+    if module._forward_hooks or "forward" in module.__dict__:  # replaced, as by those who move weights about
+        return True
+    return len(module._forward_pre_hooks) > isinstance(module, PackedLinear | TiedPackedLinear)
 
 
 def _join_packed(modules: list[PackedLinear]) -> Packed | None:

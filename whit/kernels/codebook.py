@@ -6,13 +6,13 @@ the type of x: |error| <= u |y| + 2^-18 sum_j |w_ij x_j|; neither weights nor pa
 
 from __future__ import annotations
 
-import ctypes
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from whit.formats.base import Packed
+from whit.kernels.calling import call
 from whit.kernels.codebook_plan import (
     CodebookLaunch,
     clusters_at_once,
@@ -22,10 +22,12 @@ from whit.kernels.codebook_plan import (
     place_codebook,
 )
 from whit.kernels.cuda_layout import Layout
-from whit.kernels.cuda_linear import product_arguments, usable
-from whit.kernels.cuda_ops import aligned, device_limits, layout_from, starts_early, waits_for_nothing, weight_of
-from whit.kernels.linear import Implementation, register_implementation
-from whit.kernels.nvrtc import Argument, Kernel, kernel
+from whit.kernels.cuda_linear import prepared, product_arguments, usable
+from whit.kernels.cuda_ops import device_limits, starts_early
+from whit.kernels.cuda_products import OneLaunch, Stored
+from whit.kernels.driver import on_device
+from whit.kernels.linear import Implementation, Run, register_implementation
+from whit.kernels.nvrtc import Kernel, kernel
 
 
 @lru_cache(maxsize=1024)
@@ -41,43 +43,25 @@ def _compiled(layout: Layout, launch: CodebookLaunch, bfloat: bool, index: int) 
     return kernel(codebook_source(), "codebook_product", options, index)
 
 
-def launch_codebook(
-    x: Tensor,
-    tensors: list[Tensor],
-    bias: Tensor | None,
-    layout: Layout,
-    shape: tuple[int, int],
-    launch: CodebookLaunch,
-) -> Tensor:
-    """x (1, columns) times the packed weight of `shape` (rows, columns) by a given launch."""
-    rows, columns = shape
-    given, tensors, index = tensors, aligned(tensors), x.device.index
-    x = x if x.data_ptr() % 16 == 0 else x.clone()
-    out = torch.empty(1, rows, dtype=x.dtype, device=x.device)
-    with torch.cuda.device(x.device):
-        run = _compiled(layout, launch, x.dtype == torch.bfloat16, index)
-        arguments: list[Argument] = [
-            ctypes.c_void_p(x.data_ptr()),
-            weight_of(layout, tensors, rows, columns),
-            ctypes.c_void_p(None if bias is None else bias.data_ptr()),
-            ctypes.c_void_p(out.data_ptr()),
-            ctypes.c_int(launch.passes),
-            ctypes.c_int(launch.rows_each),
-        ]
-        early = waits_for_nothing(index, given, tensors)
-        run.launch(launch.grid, launch.threads, launch.shared, arguments, early=early, cluster=launch.splits)
-    return out
+def product_by_table(stored: Stored, bfloat: bool) -> OneLaunch:
+    """What multiplies a weight by one vector."""
+    launch = codebook_launch(stored.layout, stored.rows, stored.index)
+    assert launch is not None
+    run, numbers = _compiled(stored.layout, launch, bfloat, stored.index), (launch.passes, launch.rows_each)
+    return OneLaunch(stored, run, launch.grid, launch.threads, launch.shared, numbers, cluster=launch.splits)
 
 
-@torch.library.custom_op("whit::codebook_product", mutates_args=(), device_types="cuda")
-def codebook_product(
+def multiply_by_table(
     x: Tensor, tensors: list[Tensor], bias: Tensor | None, layout: list[int], rows: int, columns: int
 ) -> Tensor:
     """x (1, columns), contiguous, times the packed weight: (1, rows)."""
-    described = layout_from(layout)
-    launch = codebook_launch(described, rows, x.device.index)
-    assert launch is not None
-    return launch_codebook(x, tensors, bias, described, (rows, columns), launch)
+    with on_device(x.device.index):
+        return product_by_table(Stored.given(layout, tensors, rows, columns), x.dtype == torch.bfloat16)(x, bias)
+
+
+codebook_product = torch.library.custom_op(
+    "whit::codebook_product", multiply_by_table, mutates_args=(), device_types="cuda"
+)
 
 
 @codebook_product.register_fake
@@ -93,8 +77,12 @@ def _supports(x: Tensor, packed: Packed) -> bool:
 
 
 def _product(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
-    out: Tensor = torch.ops.whit.codebook_product(*product_arguments(x, packed, bias))
+    out = call(x, multiply_by_table, codebook_product, *product_arguments(x, packed, bias))
     return out.reshape(*x.shape[:-1], packed.rows)
 
 
-register_implementation("vector-codebook", Implementation("cuda table product", _supports, _product))
+def _prepare(x: Tensor, packed: Packed) -> Run | None:
+    return prepared(x, packed, ("table",), lambda stored: product_by_table(stored, x.dtype == torch.bfloat16))
+
+
+register_implementation("vector-codebook", Implementation("cuda table product", _supports, _product, _prepare))

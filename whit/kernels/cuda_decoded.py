@@ -15,18 +15,12 @@ from torch import Tensor
 
 from whit.formats.base import Packed
 from whit.kernels.calling import call
-from whit.kernels.cuda_linear import op_arguments, usable
-from whit.kernels.cuda_ops import (
-    aligned,
-    choice,
-    decode_into,
-    layout_from,
-    size_class,
-    waits_for_nothing,
-    weight_of,
-)
+from whit.kernels.cuda_linear import op_arguments, stored_of, usable
+from whit.kernels.cuda_ops import choice, size_class
+from whit.kernels.cuda_products import Decoder, Stored
 from whit.kernels.cuda_wide import MANY, Decode
-from whit.kernels.linear import SeveralProducts, register_several
+from whit.kernels.driver import on_device
+from whit.kernels.linear import RunSeveral, SeveralProducts, register_several
 
 MOST = 4
 """Weights that are decoded into one matrix: it is held while their product runs."""
@@ -36,15 +30,13 @@ def decode_weights(
     tensors: list[Tensor], layout: list[int], rows: list[int], columns: int, dtype: torch.dtype
 ) -> Tensor:
     """Dense weights of one layout, whose tensors follow one another, as one: (sum of rows, columns)."""
-    described, given, tensors = layout_from(layout), tensors, aligned(tensors)
-    out = torch.empty(sum(rows), columns, dtype=dtype, device=tensors[0].device)
     each = len(tensors) // len(rows)
-    with torch.cuda.device(out.device):
-        early = waits_for_nothing(out.device.index, given, tensors)
-        for number, part in enumerate(torch.split(out, rows)):
-            weight = weight_of(described, tensors[number * each : (number + 1) * each], len(part), columns)
-            decode_into(part, described, weight, early)
-    return out
+    with on_device(tensors[0].device.index):
+        weights = [
+            Stored.given(layout, tensors[number * each : (number + 1) * each], count, columns)
+            for number, count in enumerate(rows)
+        ]
+        return Decoder(weights, dtype)()
 
 
 decoded_weights = torch.library.custom_op("whit::decoded_weights", decode_weights, mutates_args=(), device_types="cuda")
@@ -75,5 +67,22 @@ def _products(x: Tensor, weights: Sequence[Packed]) -> list[Tensor]:
     return list(torch.split(torch.nn.functional.linear(x, dense), rows, -1))
 
 
+def _prepare(x: Tensor, weights: Sequence[Packed]) -> RunSeveral | None:
+    layout = usable(x, weights[0])
+    stored = [] if layout is None else [stored_of(packed, layout) for packed in weights]
+    known = [one for one in stored if one is not None]
+    if len(known) < len(weights):
+        return None
+    index, rows = known[0].index, [packed.rows for packed in weights]
+    with on_device(index):
+        decode = Decoder(known, x.dtype)
+
+    def run(x: Tensor) -> list[Tensor]:
+        with on_device(index):
+            return list(torch.split_with_sizes(torch.nn.functional.linear(x, decode()), rows, -1))
+
+    return run
+
+
 for _format in ("binary-residual", "level-table", "grouped-integer", "vector-codebook", "structured-binary"):
-    register_several(_format, SeveralProducts("cuda decode + matmul", _supports, _products))
+    register_several(_format, SeveralProducts("cuda decode + matmul", _supports, _products, prepare=_prepare))

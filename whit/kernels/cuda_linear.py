@@ -19,35 +19,41 @@ Bounds, with u the unit roundoff of the type of x (2^-11, 2^-8), against the pro
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from whit.formats.base import Packed
-from whit.kernels.calling import call
+from whit.kernels.calling import call, unobserved
 from whit.kernels.cuda_layout import SIGNED_LEVELS, Layout, layout_of
 from whit.kernels.cuda_ops import (
     FEW,
     build,
     choice,
     counts_bits,
-    decode_weight,
-    decoded_weight,
     device_limits,
     has_warpgroups,
     layout_fields,
-    multiply_packed,
-    packed_product,
     size_class,
     starts_early,
 )
 from whit.kernels.cuda_plan import Launch, plan
+from whit.kernels.cuda_products import (
+    DecodedProduct,
+    Stored,
+    decode_weight,
+    decoded_weight,
+    multiply_packed,
+    packed_product,
+    product_of,
+)
 from whit.kernels.cuda_shapes import gemv_shapes, small_shapes
 from whit.kernels.cuda_tuned import Tuned, keep_tuned, tuned_shapes, tuning_key, use_shape
 from whit.kernels.cuda_wide import Decode, WideShape, wide_shapes, wide_supports
-from whit.kernels.linear import Implementation, register_implementation
+from whit.kernels.driver import on_device
+from whit.kernels.linear import Implementation, Run, register_implementation
 from whit.kernels.nvrtc import CompilationError, Source, compile_together, kernel
 from whit.kernels.tuning import Tuner, fastest, register_tuner
 
@@ -74,17 +80,29 @@ def works(index: int) -> bool:
 
 def usable(x: Tensor, packed: Packed) -> Layout | None:
     """The layout that a kernel reads the weight in, None where no kernel can take this call."""
-    if x.device.type != "cuda" or x.dtype not in (torch.float16, torch.bfloat16):
+    if not x.is_cuda or x.dtype not in (torch.float16, torch.bfloat16) or x.shape[-1:] != (packed.columns,):
         return None
-    if x.shape[-1:] != (packed.columns,) or min(packed.rows, packed.columns) == 0:
+    if x.requires_grad and torch.is_grad_enabled():  # the plain version has a derivative
         return None
-    if torch.is_grad_enabled() and x.requires_grad:  # the plain version has a derivative
+    if not unobserved(x):
+        return _readable(x.device, packed)
+    answers = packed.memory.of(packed.tensors)
+    question = ("layout", x.get_device())
+    if question not in answers:
+        answers[question] = _readable(x.device, packed)
+    found: Layout | None = answers[question]
+    return found
+
+
+def _readable(device: torch.device, packed: Packed) -> Layout | None:
+    """The layout of a weight that kernels on a device can read."""
+    if min(packed.rows, packed.columns) == 0:
         return None
-    if any(tensor.device != x.device or not tensor.is_contiguous() for tensor in packed.tensors.values()):
+    if any(tensor.device != device or not tensor.is_contiguous() for tensor in packed.tensors.values()):
         return None
     if any(tensor.numel() * tensor.element_size() >= _ADDRESSED for tensor in packed.tensors.values()):
         return None
-    return layout_of(packed.format, packed.columns) if works(x.device.index) else None
+    return layout_of(packed.format, packed.columns) if works(device.index) else None
 
 
 def _vectors(x: Tensor) -> int:
@@ -136,15 +154,62 @@ def product_arguments(x: Tensor, packed: Packed, bias: Tensor | None) -> Product
     return flat, tensors, bias, layout, packed.rows, packed.columns
 
 
+def stored_of(packed: Packed, layout: Layout) -> Stored | None:
+    """A weight that `usable` accepts as its kernels take it; None if a tensor must be copied for them at each call."""
+    tensors = [packed.tensors[name] for name in layout.names if name]
+    if any(tensor.data_ptr() % 16 for tensor in tensors):
+        return None
+    return Stored(layout, tensors, packed.rows, packed.columns, tensors[0].device.index)
+
+
+def prepared(
+    x: Tensor, packed: Packed, question: tuple[Hashable, ...], make: Callable[[Stored], Run | None]
+) -> Run | None:
+    """What `make` gives for a weight, run with its device as the current one.
+
+    Args:
+        x: inputs that `usable` accepts.
+        question: what `make` depends on beside the weight and the type of x; asked once.
+    """
+    layout = usable(x, packed)
+    stored = None if layout is None else stored_of(packed, layout)
+    if stored is None:
+        return None
+    answers, index = packed.memory.of(packed.tensors), stored.index
+    question = (*question, x.dtype)
+    if question not in answers:
+        with on_device(index):
+            answers[question] = make(stored)
+    product: Run | None = answers[question]
+    if product is None:
+        return None
+
+    def run(x: Tensor, bias: Tensor | None) -> Tensor:
+        with on_device(index):
+            return product(x, bias)
+
+    return run
+
+
 def _product(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
     out = call(x, multiply_packed, packed_product, *product_arguments(x, packed, bias))
     return out.reshape(*x.shape[:-1], packed.rows)
+
+
+def _prepare_product(x: Tensor, packed: Packed) -> Run | None:
+    vectors, layout = _vectors(x), usable(x, packed)
+    tokens = 0 if layout is None else size_class(layout, vectors)
+    return prepared(x, packed, ("product", tokens), lambda stored: product_of(stored, vectors, x.dtype))
 
 
 def _decoded_product(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
     tensors, layout = op_arguments(packed)
     weight = call(x, decode_weight, decoded_weight, tensors, layout, packed.rows, packed.columns, x.dtype)
     return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
+
+
+def _prepare_decoded(x: Tensor, packed: Packed) -> Run | None:
+    return prepared(x, packed, ("decoded",), lambda stored: DecodedProduct(stored, x.dtype))
 
 
 def candidates(layout: Layout, rows: int, columns: int, tokens: int, index: int) -> list[Tuned]:
@@ -232,13 +297,19 @@ def _tune_and_keep(x: Tensor, packed: Packed, seconds: Callable[[], float]) -> i
     return tried
 
 
-register_implementation("signed-levels", Implementation("cuda warpgroup product", _supports_wide, _product))
-register_implementation("signed-levels", Implementation("cuda bit-plane gemv", _supports_one, _product))
+for _name, _supports in (("cuda warpgroup product", _supports_wide), ("cuda bit-plane gemv", _supports_one)):
+    register_implementation("signed-levels", Implementation(_name, _supports, _product, _prepare_product))
 register_tuner("signed-levels", Tuner(_tunes, _tune_and_keep))
 # The last one registered is asked first.
 for _format in ("binary-residual", "level-table", "grouped-integer", "vector-codebook", "structured-binary"):
-    register_implementation(_format, Implementation("cuda decode + matmul", _supports_many, _decoded_product))
-    register_implementation(_format, Implementation("cuda tensor-core product", _supports_few, _product))
-    register_implementation(_format, Implementation("cuda warpgroup product", _supports_wide, _product))
-    register_implementation(_format, Implementation("cuda bit-plane gemv", _supports_one, _product))
+    register_implementation(
+        _format, Implementation("cuda decode + matmul", _supports_many, _decoded_product, _prepare_decoded)
+    )
+    register_implementation(
+        _format, Implementation("cuda tensor-core product", _supports_few, _product, _prepare_product)
+    )
+    register_implementation(
+        _format, Implementation("cuda warpgroup product", _supports_wide, _product, _prepare_product)
+    )
+    register_implementation(_format, Implementation("cuda bit-plane gemv", _supports_one, _product, _prepare_product))
     register_tuner(_format, Tuner(_tunes, _tune_and_keep))

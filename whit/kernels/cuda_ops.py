@@ -1,4 +1,4 @@
-"""The ops of packed products on CUDA, and which kernel each call takes, launched as `cuda_plan` and `cuda_wide` say."""
+"""Which kernel a product with a packed weight takes on CUDA, compiled, and the weight as the kernels take it."""
 
 from __future__ import annotations
 
@@ -10,26 +10,23 @@ import torch
 from torch import Tensor
 
 from whit.kernels.cuda_bulk import Maps, maps_of
-from whit.kernels.cuda_decode import SHAPE, decode_grid, decode_options, decode_shared, decode_source
+from whit.kernels.cuda_decode import decode_options, decode_source
 from whit.kernels.cuda_layout import Layout
 from whit.kernels.cuda_plan import Launch, choose
 from whit.kernels.cuda_shapes import Shape
 from whit.kernels.cuda_sources import options_of, parts_of, source_of, wide_source
 from whit.kernels.cuda_tuned import tuned_shapes, tuning_key
 from whit.kernels.cuda_wide import (
-    BOX,
     Decode,
     WideShape,
     bucket,
     decodes_first,
-    shared_bytes,
-    stages_codes,
     wide_options,
     wide_plan,
     wide_shapes,
     wide_supports,
 )
-from whit.kernels.nvrtc import Argument, Kernel, kernel, tensor_map
+from whit.kernels.nvrtc import Kernel, kernel
 
 FEW = 32
 """Most vectors that `small` multiplies."""
@@ -122,19 +119,22 @@ def build(
 
 
 @lru_cache(maxsize=4096)
-def _compiled(layout: Layout, launch: Launch | WideShape, tokens: int, bfloat: bool, index: int) -> Kernel:
+def compiled(layout: Layout, launch: Launch | WideShape, tokens: int, bfloat: bool, index: int) -> Kernel:
+    """The kernel of a launch."""
     source, name, options, specific = build(layout, launch, tokens, bfloat, starts_early(index))
     return kernel(source, name, options, index, specific=specific)
 
 
 @lru_cache(maxsize=256)
-def _decoder(layout: Layout, columns: int, bfloat: bool, index: int) -> Kernel:
+def decoder(layout: Layout, columns: int, bfloat: bool, index: int) -> Kernel:
+    """`decode` for weights of a layout and width."""
     options = decode_options(layout, bfloat, starts_early(index))
     return kernel(decode_source(layout, columns), "decode", options, index)
 
 
-def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
-    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+def address_of(tensor: Tensor | None) -> int:
+    """Where a tensor lies; 0 for none."""
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def weight_of(layout: Layout, tensors: list[Tensor], rows: int, columns: int) -> Weight:
@@ -180,77 +180,3 @@ def layout_from(fields: list[int]) -> Layout:
     present, kind, bits, scalars, asymmetric, group, width, groups, *numbers = fields
     names = tuple("?" if present >> i & 1 else "" for i in range(5))
     return Layout(kind, bits, scalars, bool(asymmetric), group, width, groups, names, tuple(numbers))  # type: ignore[arg-type]
-
-
-def decode_into(out: Tensor, layout: Layout, weight: Weight, early: bool) -> None:
-    """Decode a weight into `out` (rows, columns), contiguous; `early`: no kernel before this one writes the weight."""
-    rows, columns = out.shape
-    index = out.device.index
-    run = _decoder(layout, columns, out.dtype == torch.bfloat16, index)
-    grid = decode_grid(layout, rows, columns, device_limits(index)[1])
-    run.launch(grid, SHAPE.threads, decode_shared(layout, columns), [weight, _pointer(out)], early=early)
-
-
-def multiply_packed(
-    x: Tensor, tensors: list[Tensor], bias: Tensor | None, layout: list[int], rows: int, columns: int
-) -> Tensor:
-    """x (m, columns), contiguous, times the packed weight: (m, rows). See `whit/kernels/cuda_linear.py`."""
-    described, given, tensors = layout_from(layout), tensors, aligned(tensors)
-    m, bfloat, index = x.shape[0], x.dtype == torch.bfloat16, x.device.index
-    tokens = size_class(described, m)
-    with torch.cuda.device(x.device):
-        weight = weight_of(described, tensors, rows, columns)
-        launch = choice(described, rows, columns, tokens, index)
-        if isinstance(launch, Decode):
-            dense = torch.empty(rows, columns, dtype=x.dtype, device=x.device)
-            decode_into(dense, described, weight, waits_for_nothing(index, given, tensors))
-            return torch.nn.functional.linear(x, dense, bias)
-        out = torch.empty(m, rows, dtype=x.dtype, device=x.device)
-        if isinstance(launch, WideShape):
-            x = x if x.data_ptr() % 16 == 0 else x.clone()
-            boxes = tensor_map(x.data_ptr(), m, columns, launch.tokens, BOX)
-            codes = boxes
-            if stages_codes(described, launch):
-                codes = tensor_map(tensors[0].data_ptr(), rows, columns // 2, 64 * launch.row_groups, BOX)
-            early = waits_for_nothing(index, given, tensors)
-            for shape, first, tiles in launch.parts(rows, m, device_limits(index)[1]):
-                run, shared = _compiled(described, shape, tokens, bfloat, index), shared_bytes(described, shape)
-                numbers = (ctypes.c_int(m), ctypes.c_int(first))
-                arguments: list[Argument] = [boxes, codes, weight, _pointer(bias), _pointer(out), *numbers]
-                run.launch(tiles * shape.splits, shape.threads, shared, arguments, early=early, cluster=shape.splits)
-            return out
-        run = _compiled(described, launch, tokens, bfloat, index)
-        x = x if x.data_ptr() % 16 == 0 else x.clone()
-        operand = operand_of(described, launch.shape, tensors, rows, columns) if m == 1 else weight
-        arguments = [_pointer(x), operand, _pointer(bias), _pointer(out)]
-        arguments += [ctypes.c_int(m)] * (m > 1) + [ctypes.c_int(launch.chunk), ctypes.c_int(launch.tiles)]
-        threads, share = launch.shape.threads, launch.shape.share
-        early = waits_for_nothing(index, given, tensors)
-        run.launch(launch.grid, threads, launch.shared, arguments, early=early, cluster=share)
-    return out
-
-
-packed_product = torch.library.custom_op("whit::packed_product", multiply_packed, mutates_args=(), device_types="cuda")
-
-
-@packed_product.register_fake
-def _(x: Tensor, tensors: list[Tensor], bias: Tensor | None, layout: list[int], rows: int, columns: int) -> Tensor:
-    return x.new_empty(x.shape[0], rows)
-
-
-def decode_weight(tensors: list[Tensor], layout: list[int], rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    """The dense weight (rows, columns) in float16 or bfloat16: `unpack().to(dtype)`, value for value."""
-    described, given, tensors = layout_from(layout), tensors, aligned(tensors)
-    out = torch.empty(rows, columns, dtype=dtype, device=tensors[0].device)
-    with torch.cuda.device(out.device):
-        early = waits_for_nothing(out.device.index, given, tensors)
-        decode_into(out, described, weight_of(described, tensors, rows, columns), early)
-    return out
-
-
-decoded_weight = torch.library.custom_op("whit::decoded_weight", decode_weight, mutates_args=(), device_types="cuda")
-
-
-@decoded_weight.register_fake
-def _(tensors: list[Tensor], layout: list[int], rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-    return tensors[0].new_empty(rows, columns, dtype=dtype)

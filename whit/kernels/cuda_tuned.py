@@ -12,6 +12,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeAlias
 
+from whit.formats.memory import Memory
 from whit.kernels.cuda_layout import Layout
 from whit.kernels.cuda_shapes import Shape
 from whit.kernels.cuda_wide import Decode, WideShape
@@ -67,3 +68,4 @@ def use_shape(device: str, key: str, shape: Tuned | None) -> None:
         found.pop(key, None)
     else:
         found[key] = shape
+    Memory.forget_all()

@@ -24,6 +24,7 @@ from whit.formats.base import Packed
 from whit.formats.minifloat import number_system
 from whit.formats.quantised_inputs import QuantisedInputs
 from whit.formats.scaled_codes import WHOLE_TENSOR, ScaledCodes
+from whit.kernels.calling import call, unobserved
 from whit.kernels.cuda_ops import aligned
 from whit.kernels.eight_launch import decode, one_token, product, round_tokens
 from whit.kernels.launching import capability, processors, usable
@@ -41,8 +42,7 @@ FEW = 64
 """Most tokens for which widening codes on their way to the tensor cores beats decoding the weight first."""
 
 
-@torch.library.custom_op("whit::eight_bit_product", mutates_args=())
-def eight_bit_product(
+def multiply_codes(
     x: Tensor,
     codes: Tensor,
     scales: Tensor,
@@ -90,6 +90,9 @@ def eight_bit_product(
     return out
 
 
+eight_bit_product = torch.library.custom_op("whit::eight_bit_product", multiply_codes, mutates_args=())
+
+
 @eight_bit_product.register_fake
 def _(
     x: Tensor,
@@ -104,10 +107,7 @@ def _(
     return x.new_empty(x.shape[0], codes.shape[0])
 
 
-@torch.library.custom_op("whit::int8_product_wide", mutates_args=())
-def int8_product_wide(
-    x: Tensor, codes: Tensor, scales: Tensor, input_scale: Tensor | None, bias: Tensor | None
-) -> Tensor:
+def multiply_int8(x: Tensor, codes: Tensor, scales: Tensor, input_scale: Tensor | None, bias: Tensor | None) -> Tensor:
     """x (m, columns), contiguous and rounded to INT8, times INT8 codes by `whit.kernels.outlier_wide`: (m, rows).
 
     Args as of `eight_bit_product`, the bias of the type of x.
@@ -118,6 +118,9 @@ def int8_product_wide(
     with torch.cuda.device(out.device):
         wide_product(tile, Prepared(rounded, steps), codes.view(torch.int8), by_row, bias, out, levels=1, ahead=False)
     return out
+
+
+int8_product_wide = torch.library.custom_op("whit::int8_product_wide", multiply_int8, mutates_args=())
 
 
 @int8_product_wide.register_fake
@@ -131,14 +134,16 @@ def _library_multiplies(x: Tensor, codes: Tensor, inputs: torch.dtype | None, we
     return fits and (inputs, weight) == (E4M3, E4M3) and x.is_cuda and capability(x.device) >= (9, 0)
 
 
-@torch.library.custom_op("whit::decoded_codes", mutates_args=())
-def decoded_codes(
+def decode_codes(
     codes: Tensor, scales: Tensor, rows: int, columns: int, group: int, system: str, dtype: torch.dtype
 ) -> Tensor:
     """The dense weight (rows, columns) in float16 or bfloat16, from codes of 8 or 4 bits: `unpack().to(dtype)`."""
     out = torch.empty(rows, columns, dtype=dtype, device=codes.device)
     decode(codes, scales, group, number_system(system), out)
     return out
+
+
+decoded_codes = torch.library.custom_op("whit::decoded_codes", decode_codes, mutates_args=())
 
 
 @decoded_codes.register_fake
@@ -172,8 +177,21 @@ def _rounded(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
     assert isinstance(layout, QuantisedInputs) and isinstance(layout.weight, ScaledCodes)
     if bias is not None and bias.requires_grad and torch.is_grad_enabled():  # these have a derivative
         return (int8_linear if layout.numbers.native == torch.int8 else float8_linear)(x, packed, bias)
-    tensors = layout.inner(packed.tensors, packed.rows, packed.columns).tensors
+    tensors = _inner(x, packed).tensors
     return _call(x, packed, tensors["codes"], tensors["scales"], bias, layout.system, layout.weight.system, 0)
+
+
+def _inner(x: Tensor, packed: Packed) -> Packed:
+    """The weight within a layer that rounds its inputs."""
+    layout = packed.format
+    assert isinstance(layout, QuantisedInputs)
+    if not unobserved(x):
+        return layout.inner(packed.tensors, packed.rows, packed.columns)
+    answers = packed.memory.of(packed.tensors)
+    if "inner" not in answers:
+        answers["inner"] = layout.inner(packed.tensors, packed.rows, packed.columns)
+    found: Packed = answers["inner"]
+    return found
 
 
 def _supports_wide(x: Tensor, packed: Packed) -> bool:
@@ -181,7 +199,7 @@ def _supports_wide(x: Tensor, packed: Packed) -> bool:
     assert isinstance(layout, QuantisedInputs)
     if layout.numbers.native != torch.int8 or x.numel() < WIDE * packed.columns or not _supports_rounded(x, packed):
         return False
-    return fits(x, layout.inner(packed.tensors, packed.rows, packed.columns).tensors["codes"])
+    return fits(x, _inner(x, packed).tensors["codes"])
 
 
 def _wide(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
@@ -189,10 +207,10 @@ def _wide(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
     assert isinstance(layout, QuantisedInputs)
     if bias is not None and (bias.dtype != x.dtype or (bias.requires_grad and torch.is_grad_enabled())):
         return _rounded(x, packed, bias)
-    tensors = layout.inner(packed.tensors, packed.rows, packed.columns).tensors
+    tensors = _inner(x, packed).tensors
     flat = x.detach().reshape(-1, packed.columns).contiguous()
     given, stored = None if bias is None else bias.detach().contiguous(), packed.tensors.get("input_scales")
-    out: Tensor = torch.ops.whit.int8_product_wide(flat, tensors["codes"], tensors["scales"], stored, given)
+    out = call(flat, multiply_int8, int8_product_wide, flat, tensors["codes"], tensors["scales"], stored, given)
     return out.reshape(*x.shape[:-1], packed.rows)
 
 
@@ -202,7 +220,8 @@ def _call(
     flat = x.detach().reshape(-1, packed.columns).contiguous()
     given = None if bias is None else bias.detach().contiguous()
     stored = packed.tensors.get("input_scales") if inputs else None
-    out: Tensor = torch.ops.whit.eight_bit_product(flat, codes, scales, stored, given, inputs, weight, group)
+    arguments = (flat, codes, scales, stored, given, inputs, weight, group)
+    out = call(flat, multiply_codes, eight_bit_product, *arguments)
     return out.reshape(*x.shape[:-1], packed.rows)
 
 
@@ -238,9 +257,8 @@ def _supports_decoded(x: Tensor, packed: Packed) -> bool:
 def _decoded(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
     layout, tensors = packed.format, packed.tensors
     assert isinstance(layout, ScaledCodes)
-    weight = torch.ops.whit.decoded_codes(
-        tensors["codes"], tensors["scales"], packed.rows, packed.columns, layout.group_size, layout.system, x.dtype
-    )
+    shape = (packed.rows, packed.columns, layout.group_size, layout.system, x.dtype)
+    weight = call(x, decode_codes, decoded_codes, tensors["codes"], tensors["scales"], *shape)
     return torch.nn.functional.linear(x, weight, None if bias is None else bias.to(x.dtype))
 
 

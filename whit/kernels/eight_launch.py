@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from functools import lru_cache
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -21,9 +22,11 @@ from whit.kernels.launching import (
     starts_early,
 )
 from whit.kernels.quantised_inputs import E4M3
+from whit.kernels.repeated import Repeated
 
 DECODED_ROWS, DECODED_COLUMNS, SCALES = 16, 256, 1024
 """Of the tile that a program decodes; rows of which one program widens the scales."""
+Types: TypeAlias = tuple[torch.dtype, ...]
 
 
 def _kind(native: torch.dtype | None) -> int:
@@ -104,39 +107,40 @@ def one_token(
     )
 
 
+@lru_cache(maxsize=256)
+def _rounder(
+    sizes: tuple[int, int, int, int], numbers: NumberSystem, static: bool, types: Types, device: torch.device
+) -> Repeated:
+    from whit.kernels.triton import eight_many as kernels
+
+    tokens, rows, columns, _ = sizes
+    size, early = power_of_two(columns), starts_early(device)
+    constants = {
+        "KIND": _kind(numbers.native),
+        "STATIC": static,
+        "COLUMNS": size,
+        "ROWS": SCALES,
+        "RECIPROCAL": device.type == "cuda",
+        "EARLY": early,
+    }
+    options = {"num_warps": min(16, max(1, size // 512)), "enable_fp_fusion": False, "launch_pdl": early}
+    grid = (tokens + -(-rows // SCALES),)
+    return Repeated(kernels.round_tokens, grid, (*sizes, numbers.maximum), constants, options)
+
+
 def round_tokens(
     x: Tensor, input_scale: Tensor | None, numbers: NumberSystem, scales: Tensor, rows: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Codes (m, columns) in the native dtype, float32 scales (m,), and those of `rows` rows of the weight."""
-    from whit.kernels.triton import eight_many as kernels
-
     tokens, columns = x.shape
     rounded = torch.empty(tokens, columns, dtype=numbers.native, device=x.device)
     steps = torch.empty(tokens, dtype=torch.float32, device=x.device)
     by_row = torch.empty(rows, dtype=torch.float32, device=x.device)
-    size = power_of_two(columns)
-    kernels.round_tokens[(tokens + -(-rows // SCALES),)](
-        x,
-        rounded,
-        steps,
-        steps if input_scale is None else input_scale,
-        scales,
-        by_row,
-        tokens,
-        rows,
-        columns,
-        0 if len(scales) == 1 else 1,
-        numbers.maximum,
-        KIND=_kind(numbers.native),
-        STATIC=input_scale is not None,
-        COLUMNS=size,
-        ROWS=SCALES,
-        RECIPROCAL=x.is_cuda,
-        EARLY=starts_early(x.device),
-        num_warps=min(16, max(1, size // 512)),
-        enable_fp_fusion=False,
-        launch_pdl=starts_early(x.device),
-    )
+    given = steps if input_scale is None else input_scale
+    sizes = (tokens, rows, columns, 0 if scales.shape[0] == 1 else 1)
+    types = x.dtype, given.dtype, scales.dtype
+    launch = _rounder(sizes, numbers, input_scale is not None, types, x.device)
+    launch.launch(x, rounded, steps, given, scales, by_row)
     return rounded, steps, by_row
 
 
@@ -187,27 +191,34 @@ def product(
     )
 
 
-def decode(codes: Tensor, scales: Tensor, group: int, numbers: NumberSystem, out: Tensor) -> None:
-    """The dense weight into `out` (rows, columns)."""
+@lru_cache(maxsize=256)
+def _decoder(
+    shape: tuple[int, int],
+    stored: tuple[torch.Size, torch.Size],
+    group: int,
+    numbers: NumberSystem,
+    types: Types,
+    device: torch.device,
+) -> Repeated:
     from whit.kernels.triton import eight_decode as kernels
 
-    rows, columns = out.shape
+    (rows, columns), ((_, width), (scale_rows, groups)) = shape, stored
     mantissa, factor = _mantissa(numbers)
-    kernels.decode[(-(-rows // DECODED_ROWS), -(-columns // DECODED_COLUMNS))](
-        codes,
-        scales,
-        out,
-        rows,
-        columns,
-        codes.shape[1],
-        max(group, 1),
-        scales.shape[1],
-        0 if len(scales) == 1 else 1,
-        factor,
-        BITS=numbers.bits,
-        MANTISSA=mantissa,
-        GROUP=0 if group <= 0 else group if DECODED_COLUMNS % group == 0 else -1,
-        ROWS=DECODED_ROWS,
-        COLUMNS=DECODED_COLUMNS,
-        num_warps=4,
-    )
+    constants = {
+        "BITS": numbers.bits,
+        "MANTISSA": mantissa,
+        "GROUP": 0 if group <= 0 else group if DECODED_COLUMNS % group == 0 else -1,
+        "ROWS": DECODED_ROWS,
+        "COLUMNS": DECODED_COLUMNS,
+    }
+    grid = -(-rows // DECODED_ROWS), -(-columns // DECODED_COLUMNS)
+    sizes = (rows, columns, width, max(group, 1), groups, 0 if scale_rows == 1 else 1, factor)
+    return Repeated(kernels.decode, grid, sizes, constants, {"num_warps": 4})
+
+
+def decode(codes: Tensor, scales: Tensor, group: int, numbers: NumberSystem, out: Tensor) -> None:
+    """The dense weight into `out` (rows, columns)."""
+    rows, columns = out.shape
+    types = codes.dtype, scales.dtype, out.dtype
+    launch = _decoder((rows, columns), (codes.shape, scales.shape), group, numbers, types, out.device)
+    launch.launch(codes, scales, out)

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from whit.formats.base import Packed
+from whit.formats.memory import Memory
 from whit.kernels.found import keep_shapes, read_shapes, shape_from
 from whit.kernels.nvrtc import cache_folder
 
@@ -68,6 +69,7 @@ def _works(index: int) -> bool:
     return True
 
 
+@lru_cache(maxsize=16)
 def capability(device: torch.device) -> tuple[int, int]:
     """Compute capability of a CUDA device."""
     return torch.cuda.get_device_capability(device)
@@ -143,6 +145,7 @@ def use_tile(device: str, key: str, tile: Tile | None) -> None:
         tuned_tiles(device).pop(key, None)
     else:
         tuned_tiles(device)[key] = tile
+    Memory.forget_all()
 
 
 @lru_cache(maxsize=16)

@@ -8,13 +8,16 @@ its format, with one warning, and the next is used.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from whit.formats.base import Packed
+from whit.formats.memory import Memory
+from whit.kernels.calling import unobserved
 from whit.kernels.nvrtc import CompilationError, failed, give_up
 
 FEW_IDS = 64
@@ -22,15 +25,29 @@ FEW_IDS = 64
 
 Supports = Callable[[Tensor, Packed], bool]
 Linear = Callable[[Tensor, Packed, Tensor | None], Tensor]
+Run = Callable[[Tensor, Tensor | None], Tensor]
+"""(x (vectors, columns), bias), both contiguous and of one type -> (vectors, rows)."""
+Prepare = Callable[[Tensor, Packed], Run | None]
 
 
 @dataclass(frozen=True)
 class Implementation:
-    """A version of the op: `supports(x, packed)` must be cheap and must not synchronise with a device."""
+    """A version of the op.
+
+    Attributes:
+        supports: (x, packed); must not synchronise with a device. On a GPU its answer is kept with the weight for x of
+            the same type, device, width and `count_class`, without gradients: it must depend on nothing else of x, nor
+            on the values of the stored tensors.
+        linear: (x, packed, bias) -> y.
+        prepare: (x, packed) -> the same product for such x while the stored tensors stay where they are, with all that
+            does not change from call to call worked out before; None: there is only `linear`. It may hold the tensors
+            and must not hold `packed`, with which it is kept.
+    """
 
     name: str
     supports: Supports
     linear: Linear
+    prepare: Prepare | None = None
 
 
 _IMPLEMENTATIONS: dict[str, list[Implementation]] = {}
@@ -39,10 +56,11 @@ _IMPLEMENTATIONS: dict[str, list[Implementation]] = {}
 def register_implementation(format_name: str, implementation: Implementation) -> None:
     """Offer a faster version for one format; later registrations are asked first."""
     _IMPLEMENTATIONS.setdefault(format_name, []).insert(0, implementation)
+    Memory.forget_all()
 
 
 def choose(x: Tensor, packed: Packed) -> Implementation:
-    """The implementation `packed_linear` will use for this call."""
+    """The implementation that a call with these arguments uses, asked anew."""
     for candidate in _IMPLEMENTATIONS.get(packed.format.name, ()):
         if candidate.supports(x, packed) and not failed((candidate.name, packed.format)):
             return candidate
@@ -52,6 +70,53 @@ def choose(x: Tensor, packed: Packed) -> Implementation:
 def explain(x: Tensor, packed: Packed) -> str:
     """Name of the implementation that a call with these arguments uses."""
     return choose(x, packed).name
+
+
+@dataclass(slots=True)
+class _Decision:
+    """What multiplies a weight by x of one type, device and size, and what that has prepared, if it does."""
+
+    chosen: Implementation
+    prepared: bool = False
+    run: Run | None = None
+
+    def ready(self, x: Tensor, packed: Packed) -> Run | None:
+        if not self.prepared:
+            self.run = None if self.chosen.prepare is None else self.chosen.prepare(x, packed)
+            self.prepared = True
+        return self.run
+
+
+def remembers(x: Tensor) -> bool:
+    """Whether what is found out for a call is kept with the weight: one on a GPU that nobody traces or derives."""
+    return x.is_cuda and unobserved(x) and not (x.requires_grad and torch.is_grad_enabled())
+
+
+EXACT = 32
+"""Numbers of vectors up to which every one is a class of its own."""
+
+
+def count_class(vectors: int, rows: int, columns: int) -> tuple[int, int]:
+    """Numbers of vectors for which whatever supports one supports all: prompts of other lengths ask nothing anew.
+
+    Above `EXACT`, versions are chosen by powers of two, which are classes of their own, as are the numbers between two;
+    but where a matrix could have more numbers than 32 bits count, every number of vectors is one.
+    """
+    if vectors <= EXACT or vectors * max(rows, columns) >= 2**29:
+        return vectors, 0
+    return vectors.bit_length(), (vectors - 1).bit_length()
+
+
+def _remembered(x: Tensor, packed: Packed) -> _Decision | None:
+    columns = packed.columns
+    if columns == 0 or x.shape[-1:] != (columns,) or not remembers(x):
+        return None
+    answers = packed.memory.of(packed.tensors)
+    question = (x.dtype, x.get_device(), *count_class(x.numel() // columns, packed.rows, columns))
+    known: _Decision | None = answers.get(question)
+    if known is None:
+        known = answers[question] = _Decision(choose(x, packed))
+    return known
 
 
 def packed_linear(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tensor:
@@ -65,22 +130,34 @@ def packed_linear(x: Tensor, packed: Packed, bias: Tensor | None = None) -> Tens
     Returns:
         (..., rows) in the dtype of x.
     """
-    chosen = choose(x, packed)
+    decision = _remembered(x, packed)
+    chosen = choose(x, packed) if decision is None else decision.chosen
     if chosen is PLAIN:
         return packed.linear(x, bias)
     if bias is not None and bias.requires_grad and torch.is_grad_enabled():  # kernels have no derivative, a sum has
         return packed_linear(x, packed) + bias.to(x.dtype)
     try:
-        return chosen.linear(x, packed, bias)
+        run = None if decision is None else decision.ready(x, packed)
+        if run is None:
+            return chosen.linear(x, packed, bias)
+        if bias is not None and (bias.dtype != x.dtype or not bias.is_contiguous()):
+            bias = bias.to(x.dtype).contiguous()
+        if x.dim() == 2 and x.is_contiguous():
+            return run(x, bias)
+        return run(x.reshape(-1, packed.columns).contiguous(), bias).reshape(*x.shape[:-1], packed.rows)
     except CompilationError as error:
         give_up((chosen.name, packed.format), f"products of {packed.format} by {chosen.name!r}", error)
     return packed_linear(x, packed, bias)
+
+
+RunSeveral = Callable[[Tensor], list[Tensor]]
 
 
 @dataclass(frozen=True)
 class SeveralProducts:
     """A version of the op for several weights of one format and one x, without bias; `supports` as above.
 
+    `prepare`: as of `Implementation`, (x, weights) -> (x (vectors, columns)) -> products; may hold no weight either.
     `tune`: (x, weights, seconds) tries every launch, timed by `seconds`, uses and keeps the fastest; returns how many
     could be launched. None where there is nothing to choose.
     """
@@ -89,6 +166,7 @@ class SeveralProducts:
     supports: Callable[[Tensor, Sequence[Packed]], bool]
     products: Callable[[Tensor, Sequence[Packed]], list[Tensor]]
     tune: Callable[[Tensor, Sequence[Packed], Callable[[], float]], int] | None = None
+    prepare: Callable[[Tensor, Sequence[Packed]], RunSeveral | None] | None = None
 
 
 _SEVERAL: dict[str, list[SeveralProducts]] = {}
@@ -97,6 +175,7 @@ _SEVERAL: dict[str, list[SeveralProducts]] = {}
 def register_several(format_name: str, version: SeveralProducts) -> None:
     """Offer a faster version for one format; later registrations are asked first."""
     _SEVERAL.setdefault(format_name, []).insert(0, version)
+    Memory.forget_all()
 
 
 def choose_several(x: Tensor, weights: Sequence[Packed]) -> SeveralProducts | None:
@@ -148,13 +227,48 @@ def register_look_up(format_name: str, supports: LooksUp, look_up: LookUp) -> No
     _LOOK_UPS.setdefault(format_name, []).insert(0, (supports, look_up))
 
 
+@dataclass(slots=True)
+class _JointDecision:
+    """The same for several weights; the first remembers it, and the answers of the others are those that it saw."""
+
+    chosen: SeveralProducts | None
+    others: list[dict[Hashable, Any]]
+    prepared: bool = False
+    run: RunSeveral | None = None
+
+    def ready(self, x: Tensor, weights: Sequence[Packed]) -> RunSeveral | None:
+        if not self.prepared:
+            if self.chosen is not None and self.chosen.prepare is not None:
+                self.run = self.chosen.prepare(x, weights)
+            self.prepared = True
+        return self.run
+
+
+def _remembered_several(x: Tensor, weights: Sequence[Packed]) -> _JointDecision | None:
+    first, columns = weights[0], weights[0].columns
+    if columns == 0 or x.shape[-1:] != (columns,) or not remembers(x):
+        return None
+    answers = first.memory.of(first.tensors)
+    others = [packed.memory.of(packed.tensors) for packed in weights[1:]]
+    widest = max([packed.rows for packed in weights])
+    question = (len(weights), x.dtype, x.get_device(), *count_class(x.numel() // columns, widest, columns))
+    known: _JointDecision | None = answers.get(question)
+    if known is None or any(mine is not seen for mine, seen in zip(others, known.others, strict=True)):
+        known = answers[question] = _JointDecision(choose_several(x, weights), others)
+    return known
+
+
 def several_products(x: Tensor, weights: Sequence[Packed]) -> list[Tensor] | None:
     """x W_i^T for each weight, by the version for all at once; None where there is none, or it fails."""
-    chosen = choose_several(x, weights)
+    decision = _remembered_several(x, weights)
+    chosen = choose_several(x, weights) if decision is None else decision.chosen
     if chosen is None:
         return None
     try:
-        return chosen.products(x, weights)
+        run = None if decision is None else decision.ready(x, weights)
+        if run is None or x.dim() != 2 or not x.is_contiguous():
+            return chosen.products(x, weights)
+        return run(x)
     except CompilationError as error:
         layout = weights[0].format
         give_up((chosen.name, layout, "several"), f"joint products of {layout} by {chosen.name!r}", error)

@@ -21,6 +21,7 @@ from typing import TypeAlias
 import torch
 
 from whit.cache import cache_directory, whole_file
+from whit.formats.memory import Memory
 from whit.kernels.driver import Argument, CompilationError, DeviceError, Kernel, TensorMap, tensor_map
 
 __all__ = [
@@ -74,6 +75,7 @@ def give_up(kind: Hashable, name: str, error: CompilationError) -> None:
     """Remember that a kind has failed, and warn the first time."""
     if kind not in _FAILED:
         _FAILED.add(kind)
+        Memory.forget_all()
         warnings.warn(f"{name} run in a slower version: {error}", stacklevel=3)
 
 

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from whit.formats.base import Packed
 from whit.formats.outlier_int8 import OutlierInt8
+from whit.kernels.calling import call
 from whit.kernels.int8_product import int32_product
 from whit.kernels.launching import usable
 from whit.kernels.linear import Implementation, register_implementation
@@ -42,8 +43,7 @@ ADDRESSED = 2**31
 """Numbers of a matrix that 32-bit offsets reach."""
 
 
-@torch.library.custom_op("whit::outlier_int8", mutates_args=())
-def outlier_int8_product(
+def multiply_outliers(
     x: Tensor,
     codes: Tensor,
     absmax: Tensor,
@@ -72,8 +72,7 @@ def outlier_int8_product(
     return out
 
 
-@torch.library.custom_op("whit::outlier_int8_wide", mutates_args=())
-def outlier_int8_wide_product(
+def multiply_outliers_wide(
     x: Tensor,
     codes: Tensor,
     absmax: Tensor,
@@ -102,7 +101,9 @@ def _fake(
     return x.new_empty(x.shape[0], codes.shape[0])
 
 
+outlier_int8_product = torch.library.custom_op("whit::outlier_int8", multiply_outliers, mutates_args=())
 outlier_int8_product.register_fake(_fake)
+outlier_int8_wide_product = torch.library.custom_op("whit::outlier_int8_wide", multiply_outliers_wide, mutates_args=())
 outlier_int8_wide_product.register_fake(_fake)
 
 
@@ -121,13 +122,18 @@ def _supports_wide(x: Tensor, packed: Packed) -> bool:
     return stored is None or stored.dtype == x.dtype
 
 
-def _linear(product: Callable[..., Tensor], x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+def _linear(
+    product: Callable[..., Tensor], op: Callable[..., object], x: Tensor, packed: Packed, bias: Tensor | None
+) -> Tensor:
     layout, tensors = packed.format, packed.tensors
     assert isinstance(layout, OutlierInt8)
     if bias is not None and bias.requires_grad and torch.is_grad_enabled():  # the plain meaning has a derivative
         return layout.linear_with(int32_product, x, tensors, packed.rows, packed.columns, bias)
     flat = x.detach().reshape(-1, packed.columns).contiguous()
-    out = product(
+    out = call(
+        flat,
+        product,
+        op,
         flat,
         tensors["codes"],
         tensors["absmax"],
@@ -141,7 +147,7 @@ def _linear(product: Callable[..., Tensor], x: Tensor, packed: Packed, bias: Ten
 
 
 def _triton(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
-    return _linear(torch.ops.whit.outlier_int8, x, packed, bias)
+    return _linear(multiply_outliers, outlier_int8_product, x, packed, bias)
 
 
 def _cuda(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
@@ -149,7 +155,7 @@ def _cuda(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
         bias is not None and bias.dtype != x.dtype
     ):  # it would be rounded to the type of x, which the bound has no room for
         return _triton(x, packed, bias)
-    return _linear(torch.ops.whit.outlier_int8_wide, x, packed, bias)
+    return _linear(multiply_outliers_wide, outlier_int8_wide_product, x, packed, bias)
 
 
 # The last one registered is asked first.

@@ -9,19 +9,21 @@ that of the other tensor-core products: with u the unit roundoff of the type of 
 
 from __future__ import annotations
 
-import ctypes
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from whit.formats.base import Packed
+from whit.kernels.calling import call
 from whit.kernels.codebook_plan import clusters_at_once
 from whit.kernels.cuda_layout import Layout
-from whit.kernels.cuda_linear import product_arguments, usable
-from whit.kernels.cuda_ops import aligned, device_limits, layout_from, starts_early, weight_of
-from whit.kernels.linear import Implementation, register_implementation
-from whit.kernels.nvrtc import Argument, Kernel, kernel
+from whit.kernels.cuda_linear import prepared, product_arguments, usable
+from whit.kernels.cuda_ops import device_limits, starts_early
+from whit.kernels.cuda_products import OneLaunch, Stored
+from whit.kernels.driver import on_device
+from whit.kernels.linear import Implementation, Run, register_implementation
+from whit.kernels.nvrtc import Kernel, kernel
 from whit.kernels.structured_plan import (
     MOST_VECTORS,
     StructuredLaunch,
@@ -47,42 +49,28 @@ def _compiled(layout: Layout, threads: int, tokens: int, splits: int, bfloat: bo
     return kernel(structured_source(layout, "structured_product"), "structured_product", options, index)
 
 
-def launch_structured(
-    x: Tensor,
-    tensors: list[Tensor],
-    bias: Tensor | None,
-    layout: Layout,
-    shape: tuple[int, int],
-    launch: StructuredLaunch,
-) -> Tensor:
-    """x (m, columns) times the packed weight of `shape` (rows, columns) by a given launch."""
-    rows, columns = shape
-    tensors, index = aligned(tensors), x.device.index
-    x = x if x.data_ptr() % 16 == 0 else x.clone()
-    out = torch.empty(x.shape[0], rows, dtype=x.dtype, device=x.device)
-    with torch.cuda.device(x.device):
-        run = _compiled(layout, launch.threads, launch.tokens, launch.splits, x.dtype == torch.bfloat16, index)
-        arguments: list[Argument] = [
-            ctypes.c_void_p(x.data_ptr()),
-            weight_of(layout, tensors, rows, columns),
-            ctypes.c_void_p(None if bias is None else bias.data_ptr()),
-            ctypes.c_void_p(out.data_ptr()),
-            *(ctypes.c_int(number) for number in (x.shape[0], launch.parts, launch.tiles)),
-        ]
-        early = starts_early(index)
-        run.launch(launch.grid, launch.threads, launch.shared, arguments, early=early, cluster=launch.splits)
-    return out
+def product_of_structured(stored: Stored, vectors: int, bfloat: bool) -> OneLaunch:
+    """What multiplies a weight by `vectors` vectors."""
+    layout, index = stored.layout, stored.index
+    launch = _launch(layout, stored.rows, stored.columns, vectors, index)
+    assert launch is not None
+    run = _compiled(layout, launch.threads, launch.tokens, launch.splits, bfloat, index)
+    geometry, numbers = (launch.grid, launch.threads, launch.shared), (launch.parts, launch.tiles)
+    return OneLaunch(stored, run, *geometry, numbers, cluster=launch.splits, counted=True)
 
 
-@torch.library.custom_op("whit::structured_product", mutates_args=(), device_types="cuda")
-def structured_product(
+def multiply_structured(
     x: Tensor, tensors: list[Tensor], bias: Tensor | None, layout: list[int], rows: int, columns: int
 ) -> Tensor:
     """x (m, columns), contiguous, m from 1 to 16, times the packed weight: (m, rows)."""
-    described = layout_from(layout)
-    launch = _launch(described, rows, columns, x.shape[0], x.device.index)
-    assert launch is not None
-    return launch_structured(x, tensors, bias, described, (rows, columns), launch)
+    with on_device(x.device.index):
+        stored = Stored.given(layout, tensors, rows, columns)
+        return product_of_structured(stored, x.shape[0], x.dtype == torch.bfloat16)(x, bias)
+
+
+structured_product = torch.library.custom_op(
+    "whit::structured_product", multiply_structured, mutates_args=(), device_types="cuda"
+)
 
 
 @structured_product.register_fake
@@ -99,8 +87,13 @@ def _supports(x: Tensor, packed: Packed) -> bool:
 
 
 def _product(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
-    out: Tensor = torch.ops.whit.structured_product(*product_arguments(x, packed, bias))
+    out = call(x, multiply_structured, structured_product, *product_arguments(x, packed, bias))
     return out.reshape(*x.shape[:-1], packed.rows)
 
 
-register_implementation("structured-binary", Implementation("cuda structured product", _supports, _product))
+def _prepare(x: Tensor, packed: Packed) -> Run | None:
+    vectors, bfloat = x.numel() // packed.columns, x.dtype == torch.bfloat16
+    return prepared(x, packed, ("structured", vectors), lambda stored: product_of_structured(stored, vectors, bfloat))
+
+
+register_implementation("structured-binary", Implementation("cuda structured product", _supports, _product, _prepare))

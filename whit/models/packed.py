@@ -36,11 +36,16 @@ class PackedModule(nn.Module):
     @property
     def packed(self) -> Packed:
         """The compressed weight as it is stored (tensors shared, not copied); in host memory while it is `prepared`."""
-        tensors = {name: cast(Tensor, self._buffers[name]) for name in self._stored}
-        known = self._packed
-        if known is None or any(tensors[name] is not tensor for name, tensor in known.tensors.items()):
-            # Checking shapes and dtypes costs as much as a small layer: once for the same tensors.
-            known = self._packed = Packed(self.format, self.rows, self.columns, tensors)
+        known, buffers = self._packed, self._buffers
+        if known is not None:
+            for name, tensor in known.tensors.items():
+                if buffers[name] is not tensor:
+                    break
+            else:
+                return known
+        # Checking shapes and dtypes costs as much as a small layer: once for the same tensors.
+        tensors = {name: cast(Tensor, buffers[name]) for name in self._stored}
+        known = self._packed = Packed(self.format, self.rows, self.columns, tensors)
         return known
 
     @property
