@@ -10,11 +10,13 @@ transformers calls them is a candidate; no class is named. Whether it computes t
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from whit.formats.base import Packed
 from whit.generation.products import Products
@@ -30,6 +32,8 @@ SCALE, SPREAD = 0.01, 4
 """How far from one the scale between two such updates may be: in any case, and in standard deviations of rounding."""
 ROUNDINGS = 4
 """Roundings within a block, of its size each, that an element of its update is taken to differ by."""
+PLANNED = 4096
+"""Tokens of a prompt from which a faster attention is worth being planned."""
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
 
@@ -130,8 +134,9 @@ class GatedDecoder:
         """Integer ids (sequences, tokens) of the prompt -> logits (sequences, vocabulary) of its last token."""
         states: Tensor = self.embedding(ids.reshape(-1))
         update: Tensor | None = None
-        for block, cache in zip(self.blocks, caches, strict=True):
-            states, update = block.read(states, update, cache, place, mask)
+        with attention_of(ids):
+            for block, cache in zip(self.blocks, caches, strict=True):
+                states, update = block.read(states, update, cache, place, mask)
         last = torch.arange(1, len(ids) + 1, device=ids.device) * ids.shape[1] - 1
         return self.logits(states[last], None if update is None else update[last])
 
@@ -147,6 +152,17 @@ class GatedDecoder:
         """What stands after the last block."""
         _, (out,) = self.head.normed(states, update, self.last.weight, self.last.epsilon)
         return out
+
+
+def attention_of(ids: Tensor) -> AbstractContextManager[None]:
+    """The kernels of torch that may attend to a prompt (sequences, tokens) while this is entered.
+
+    On a GPU cuDNN's take 40 ms of the host to plan for every new length, as long as 2000 tokens of a 7B take to read; the
+    others need no plan.
+    """
+    if not ids.is_cuda or ids.shape[1] >= PLANNED:
+        return nullcontext()
+    return sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
 def gated_decoder(model: nn.Module, *, join: bool = True, branches: bool = True) -> GatedDecoder:

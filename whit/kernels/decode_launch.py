@@ -17,8 +17,8 @@ KEYS_AT_ONCE, MOST_AT_ONCE = 64, 128
 """Keys that one program of the attention kernel takes in a step: if there are many programs, and if there are few."""
 KEYS_PER_WARP = 16
 MANY_ROWS = 64
-"""Rows from which a thread of the gate takes sixteen bytes (H200, 11008 columns: 2048 rows in 33 µs instead of 55, but 16
-in 1.16 instead of 1.11)."""
+"""Rows from which a thread of the gate takes sixteen bytes (H200, 11008 columns: 2048 rows in 33 µs instead of 55, but
+16 in 1.16 instead of 1.11)."""
 PROGRAMS_PER_PROCESSOR = 4
 """How many programs the attention kernel is divided into, at most, for each multiprocessor."""
 
