@@ -23,7 +23,7 @@ from transformers import (
 
 from tests import tiny
 from whit.errors import DataError, KnobError
-from whit.generation import continue_greedily
+from whit.generation import blocks, continue_greedily
 from whit.generation.blocks import agrees
 
 SMALL: dict[str, Any] = {
@@ -226,3 +226,21 @@ def test_autocast_is_left_to_the_library() -> None:
         assert library(model).shape == (1, 13)
         with pytest.raises(KnobError, match="not fused: autocast"):
             fused(model)
+
+
+def test_a_short_prompt_is_attended_to_without_a_plan() -> None:
+    class Ids:
+        is_cuda = True
+        shape = (1, blocks.PLANNED - 1)
+
+    ids: Any = Ids()
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    with blocks.attention_of(ids):
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+        assert torch.backends.cuda.flash_sdp_enabled()
+    assert torch.backends.cuda.cudnn_sdp_enabled() == before
+    ids.shape = (1, blocks.PLANNED)
+    with blocks.attention_of(ids):
+        assert torch.backends.cuda.cudnn_sdp_enabled() == before
+    with blocks.attention_of(torch.zeros(1, 4, dtype=torch.int64)):
+        assert torch.backends.cuda.cudnn_sdp_enabled() == before

@@ -157,8 +157,8 @@ class GatedDecoder:
 def attention_of(ids: Tensor) -> AbstractContextManager[None]:
     """The kernels of torch that may attend to a prompt (sequences, tokens) while this is entered.
 
-    On a GPU cuDNN's take 40 ms of the host to plan for every new length, as long as 2000 tokens of a 7B take to read; the
-    others need no plan.
+    On a GPU cuDNN's take the host 40 ms to plan for every new length, as long as 2000 tokens of a 7B take in all; the others
+    need no plan.
     """
     if not ids.is_cuda or ids.shape[1] >= PLANNED:
         return nullcontext()
