@@ -228,18 +228,19 @@ def test_autocast_is_left_to_the_library() -> None:
             fused(model)
 
 
-def test_a_short_prompt_is_attended_to_without_a_plan() -> None:
+def test_a_short_prompt_is_attended_to_without_a_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     class Ids:
         is_cuda = True
-        shape = (1, blocks.PLANNED - 1)
+        shape = (1, 99)
 
     ids: Any = Ids()
+    monkeypatch.setattr(blocks, "PLANNED", 100)
     before = torch.backends.cuda.cudnn_sdp_enabled()
     with blocks.attention_of(ids):
         assert not torch.backends.cuda.cudnn_sdp_enabled()
         assert torch.backends.cuda.flash_sdp_enabled()
     assert torch.backends.cuda.cudnn_sdp_enabled() == before
-    ids.shape = (1, blocks.PLANNED)
+    ids.shape = (1, 100)
     with blocks.attention_of(ids):
         assert torch.backends.cuda.cudnn_sdp_enabled() == before
     with blocks.attention_of(torch.zeros(1, 4, dtype=torch.int64)):
