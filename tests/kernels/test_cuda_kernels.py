@@ -135,7 +135,7 @@ def error_bound(x, weight, expected, version="", block=128):
         return u * expected.abs() + (u + 2.0**-18) * size + 1e-7
     padded = torch.nn.functional.pad(x.double().abs(), (0, -x.shape[1] % block)).reshape(len(x), -1, block).amax(-1)
     blocks = torch.nn.functional.pad(weight.abs(), (0, -x.shape[1] % block)).reshape(len(weight), -1, block).sum(-1)
-    return u * expected.abs() + 2.0**-16 * (padded @ blocks.T) + 2.0**-18 * size + 1e-7
+    return u * expected.abs() + 2.0**-15.99 * (padded @ blocks.T) + 2.0**-18 * size + 1e-7
 
 
 @needs_gpu

@@ -165,13 +165,13 @@ def test_the_copy_engine_brings_what_lies_at_multiples_of_sixteen_bytes(layout, 
 
 @pytest.mark.parametrize(
     ("columns", "threads", "turns"),
-    [(4096, 512, (1, 1)), (4096, 256, (2, 2)), (8192, 256, (2, 4)), (11008, 256, (2, 6)), (28672, 256, (2, 6))],
+    [(8192, 512, (1, 1)), (4096, 256, (1, 1)), (8192, 256, (2, 2)), (11008, 256, (2, 4)), (28672, 256, (2, 4))],
 )
 def test_a_warp_asks_at_once_for_all_of_x_that_fits_its_registers(columns, threads, turns):
     launch = place_gemv(layout_of(LevelTable(1, 0), columns), 4096, columns, *H200, Shape(threads, 512, 1, True))
     assert launch.turns() == turns and launch.chunk >= columns
     blocks = launch.chunk // 128
-    assert turns[1] == 6 or turns[1] * 2 * (threads // 32) >= blocks
+    assert turns[1] == 4 or turns[1] * 4 * (threads // 32) >= blocks
 
 
 def test_rings_have_no_more_stages_than_the_shape_allows():
@@ -322,6 +322,16 @@ def test_what_tuning_tries_is_compiled_beforehand(hopper, monkeypatch, tmp_path)
     assert 0 < len(kept) == len(list((tmp_path / "kernels").glob("*.cubin"))) < len(wanted)
     for tokens in (16, 256):
         assert len(cuda_linear.sources(layout, 512, 4096, tokens, True, 0)) >= tokens // 16
+
+
+@pytest.mark.parametrize("layout", [GroupedInteger(2, 64, False), GroupedInteger(4, 64, False), LevelTable(2, 64)])
+def test_groups_of_64_are_offered_as_bit_planes(layout):
+    described = layout_of(layout, 4096)
+    shapes = gemv_shapes(described, clusters=True)
+    launches = [place_gemv(described, 4096, 4096, *H200, shape) for shape in shapes if shape.bitwise]
+    assert sum(launch is not None and launch.chunk == 4096 for launch in launches) >= 2
+    assert len(set(shapes)) == len(shapes) and not gemv_shapes(described, binary=False)[0].bitwise
+    assert not layout_of(BinaryResidual(64, True), 4096).bitwise
 
 
 def test_devices_without_binary_tensor_cores_get_limbs():

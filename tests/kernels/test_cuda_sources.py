@@ -41,6 +41,12 @@ ONE = [
     (GroupedInteger(3, 64, True), False),
     (GroupedInteger(4, 128, False), False),
     (GroupedInteger(8, 0, True), False),
+    (GroupedInteger(2, 64, False), True),
+    (GroupedInteger(3, 64, False), True),
+    (GroupedInteger(4, 64, True), True),
+    (GroupedInteger(4, 128, False), True),
+    (LevelTable(1, 64), True),
+    (LevelTable(2, 64), True),
 ]
 FEW = [
     BinaryResidual(128, True),

@@ -80,7 +80,24 @@ class Layout:
     @property
     def bitwise(self) -> bool:
         """Whether one vector is multiplied as bit planes (`bits.cuh`), not as limbs (`limbs.cuh`)."""
-        return self.bits <= 3 and self.group % 128 == 0
+        return self.bits <= 4 and self.group % (128 if self.kind == BINARY_RESIDUAL else 64) == 0
+
+    @property
+    def raw_pairs(self) -> bool:
+        """Whether codes of two bits meet one vector unparted: integers in groups of 64."""
+        return self.kind == GROUPED_INTEGER and self.bits == 2 and self.group % 128 != 0
+
+    @property
+    def crowded(self) -> bool:
+        """Whether two sets of blocks at once need more registers than 256 threads have in half a multiprocessor."""
+        return self.raw_pairs or (self.kind == BINARY_RESIDUAL and self.group % 256 != 0)
+
+    @property
+    def operand_bytes(self) -> int:
+        """Bytes that 128 columns of one vector take as bit planes (X_WORDS)."""
+        if self.kind == GROUPED_INTEGER and (self.bits > 2 or self.raw_pairs):
+            return 1216 if self.bits == 3 and self.group % 128 == 0 else 832 if self.bits == 2 else 1680
+        return 512 if self.kind == BINARY_RESIDUAL else 256
 
     def item_groups(self, item: int) -> int:
         """Groups that an item of `item` columns can touch (GROUPS_IN_ITEM in the sources)."""

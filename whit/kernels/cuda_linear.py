@@ -10,7 +10,7 @@ implementations (torch.compile) and neither synchronise nor allocate anything bu
 decoded, that weight for the time of the product.
 
 Bounds, with u the unit roundoff of the type of x (2^-11, 2^-8), against the product in exact arithmetic:
-    gemv           |error| <= u |y| + 2^-16 sum_blocks max|x_b| sum_j |w_ij| + 2^-18 sum_j |w_ij x_j|
+    gemv           |error| <= u |y| + 2^-15.99 sum_blocks max|x_b| sum_j |w_ij| + 2^-18 sum_j |w_ij x_j|
                    (blocks of 128 columns, or of 256 where the group is a multiple of them or the whole row)
     otherwise      |error| <= u |y| + (u + 2^-18) sum_j |w_ij x_j|      (the u is the plain meaning's own rounding of w)
     after decoding, one u more of the same sum: the library's product may round parts of it

@@ -30,15 +30,15 @@ class Launch:
     whole: bool = False
 
     def turns(self) -> tuple[int, int]:
-        """Pairs of blocks of 128 columns that a warp brings into bit planes together, and those it asks for at once."""
-        each = 2 * (self.shape.threads // 32) * self.shape.share
+        """Fours of blocks of 128 columns that a warp brings into bit planes together, and those it asks for at once."""
+        each = 4 * (self.shape.threads // 32) * self.shape.share
         turns = -(-(self.chunk // 128) // each)
         together = min(turns, 2)
         return together, min(-(-turns // together) * together, _MOST_TURNS)
 
 
-_MOST_TURNS = 6
-"""Pairs of blocks of 128 columns of which a warp keeps x in registers."""
+_MOST_TURNS = 4
+"""Fours of blocks of 128 columns of which a warp keeps x in registers."""
 
 
 def room(memory: int, shape: Shape) -> int:
@@ -62,9 +62,9 @@ def place_gemv(layout: Layout, rows: int, columns: int, processors: int, memory:
     if grid == 0:
         return None
     per_round = max(1, min(-(-tiles // grid), memory // 512 // across))
-    kinds, flushes = (2 if layout.kind == 0 else 1), (1 if layout.group % 128 == 0 else 2)
+    flushes = 1 if layout.group % 128 == 0 else 2
     # of x, per block of 128 columns: operand words and pairs of floats
-    block = (1152 if layout.bits == 3 else 256 * kinds) + 16 if shape.bitwise else 1024 + 32 * flushes
+    block = layout.operand_bytes + 16 if shape.bitwise else 1024 + 32 * flushes
     most = across if shape.share == 1 else 1  # blocks that share must stage at the same time, once
     for chunks in range(1, most + 1):
         chunk = -(-across // chunks) * item

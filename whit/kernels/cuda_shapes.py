@@ -42,6 +42,8 @@ def gemv_shapes(layout: Layout, binary: bool = True, clusters: bool = False) -> 
         binary: the device has binary tensor cores.
         clusters: blocks can read each other's shared memory.
     """
+    if layout.bitwise and binary and layout.bits == 4:  # as fast as limbs, and faster in groups of 64
+        return [*_limb_shapes(layout, clusters), *(Shape(512, item, 1, True) for item in (512, 256))]
     if layout.bitwise and binary:
         widest, narrowest = (1024, 512) if layout.bits <= 2 else (512, 256)
         shapes = [Shape(512, widest, 1, True), Shape(512, narrowest, 1, True), Shape(256, narrowest, 1, True, 2)]
@@ -50,7 +52,8 @@ def gemv_shapes(layout: Layout, binary: bool = True, clusters: bool = False) -> 
             shapes += [replace(shapes[1], share=share) for share in (2, 4)]
             shapes += [replace(shape, eager=True) for shape in shapes if shape.resident == 2]
             shapes += [Shape(256, widest, 1, True, 2, eager=True), replace(shapes[1], depth=4)]
-            pair = Shape(256, widest, 2, True, 2, eager=True, depth=4)
+            unroll = 1 if layout.crowded else 2
+            pair = Shape(256, widest, unroll, True, 2, eager=True, depth=4)
             shapes += [pair, replace(pair, item=narrowest), Shape(512, widest, 2, True, depth=4)]
             shapes += [replace(pair, patient=True), replace(pair, eager=False, late=True)]
             shapes += [replace(pair, bulk=True, patient=patient) for patient in (False, True)]
@@ -59,6 +62,10 @@ def gemv_shapes(layout: Layout, binary: bool = True, clusters: bool = False) -> 
                 narrow = replace(pair, item=narrowest, bulk=True, patient=True)
                 shapes += [narrow, replace(narrow, eager=False, late=True)]
         return shapes
+    return _limb_shapes(layout, clusters)
+
+
+def _limb_shapes(layout: Layout, clusters: bool) -> list[Shape]:
     widest = 512 if layout.bits <= 2 else 256 if layout.bits <= 4 else 128
     narrowest = 256 if layout.bits <= 2 else 128 if layout.bits == 4 else widest
     shapes = [Shape(768, widest, 4), Shape(512, widest, 4), Shape(1024, widest, 2), Shape(512, widest, 2, resident=2)]
@@ -78,7 +85,7 @@ _BUSY = 0.7
 
 def beside(shape: Shape) -> bool:
     """The shape in which the kernels of a stream overlap most simply."""
-    return shape == Shape(256, shape.item, 2, True, 2, eager=True, depth=4)
+    return shape == Shape(256, shape.item, shape.unroll, True, 2, eager=True, depth=4)
 
 
 def likeliest(shapes: Sequence[Shape], rows: int, columns: int, processors: int) -> list[Shape]:

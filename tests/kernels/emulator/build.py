@@ -53,6 +53,10 @@ MEANINGS = {
     " { u32 a[2] = {a0, a1}; tensor_product(c, 2, a, 1, &b, ones_in_both); }",
     "u32 even_and_odd(": "static u32 even_and_odd(u32 even, u32 odd)"
     " { return (even & 0x55555555u) | (odd & 0xaaaaaaaau); }",
+    "void weigh_bytes(": "static void weigh_bytes(int (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1)"
+    " { u32 a[4] = {a0, a1, a2, a3}, b[2] = {b0, b1}; tensor_product(d, 4, a, 2, b, bytes_times_bytes); }",
+    "u32 counts_before(": "static u32 counts_before(int low, int high, u32 rest)"
+    " { return (u32)min(low, 255) | (u32)min(high, 255) << 8 | rest << 16; }",
     "void weigh(": "static void weigh(float (&d)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1)"
     " { u32 a[4] = {a0, a1, a2, a3}, b[2] = {b0, b1}; tensor_product(d, 4, a, 2, b, halves_times_halves); }",
     "void barrier_init(": "",

@@ -182,7 +182,7 @@ __device__ __forceinline__ const u8* plane_codes(const Weight& w, int plane) { r
 // Columns that one vector meets: signed levels have marked ones once more, behind all others.
 #define SPAN(w) (KIND == SIGNED_LEVELS ? 8 * (w).width : (w).columns)
 
-#if defined(BITWISE) && BITWISE && BITS == 2  // a quad reads two chunks at once
+#if defined(BITWISE) && BITWISE && BITS == 2 && !(KIND == 2 && GROUP % 128)  // a quad reads two chunks at once
 #define SWIZZLE (BULK ? 1 : 2)
 #else
 #define SWIZZLE 1
@@ -302,7 +302,10 @@ __device__ __forceinline__ float high_half(u32 word) { return float_of_half((u16
 __device__ __forceinline__ float staged_zero(const u8* scalars, const Weight& w, int row, int row0, int group0, int group) {
 #if ASYM
     const u32* zeros = (const u32*)scalars + 16 * SCALAR_WORDS + row * ZERO_WORDS;
-    u32 start = ((u32)(min(row0 + row, w.rows - 1) * w.groups + group0) * BITS & 31) + group * BITS;
+    u32 start = (u32)(min(row0 + row, w.rows - 1) * w.groups + group0) * BITS & 31;
+    if (GROUPS_IN_ITEM * BITS <= 32)  // those of a row, found once
+        return (float)(funnel_right(zeros[0], zeros[1], start) >> (group * BITS) & ((1u << BITS) - 1));
+    start += group * BITS;
     u32 word = start >> 5;
     return (float)(funnel_right(zeros[word], zeros[word + 1], start & 31) & ((1u << BITS) - 1));
 #else

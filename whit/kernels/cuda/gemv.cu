@@ -218,8 +218,12 @@ gemv(INPUT_TYPE given, const __grid_constant__ Operand operand, const u16* bias,
             const int tile = index / 16, row = (first + tile * blocks) * 16 + index % 16;
             if (row < w.rows) {
                 float total = bias ? float_of_x(bias[row]) : 0.0f;
-#pragma unroll 8
-                for (int i = 0; i < items_across; i++) total += partial[(tile * items_across + i) * 16 + index % 16];
+                for (int i = 0; i < items_across; i += 4) {  // four at a time: each alone is mostly latency
+                    float part[4];
+#pragma unroll
+                    for (int j = 0; j < 4; j++) part[j] = i + j < items_across ? partial[(tile * items_across + i + j) * 16 + index % 16] : 0.0f;
+                    total += part[0] + part[1] + (part[2] + part[3]);
+                }
                 y[row] = x_of_float(total);
             }
         }
