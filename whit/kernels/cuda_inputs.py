@@ -42,7 +42,7 @@ from whit.kernels.cuda_ops import (
     weight_of,
 )
 from whit.kernels.cuda_plan import Launch, place_gemv
-from whit.kernels.cuda_several import MOST, BulkTask, Chosen, Task, own_shape, place_several, tasks_of
+from whit.kernels.cuda_several import MOST, BulkTask, Chosen, Task, own_shape, place_several, placed_several, tasks_of
 from whit.kernels.cuda_tuned import Tuned
 from whit.kernels.linear import SeveralProducts, register_several
 from whit.kernels.nvrtc import Argument, CompilationError, Kernel, failed, give_up, kernel
@@ -135,19 +135,22 @@ def _prepared(call: Call, chosen: tuple[Chosen | None, Tuned | None]) -> _Prepar
     if not isinstance(found, Launch):
         return None
     device, processors, memory = device_limits(call.index)
-    early, parts = starts_early(call.index), list[int]()
+    early, parts, span = starts_early(call.index), list[int](), call.layout.span(call.columns)
+    sizes = (call.columns, processors, memory)
     launch: Launch | None
     if len(call.rows) > 1:
-        limits = (processors, memory, counts_bits(call.index), early)
-        launch, parts = place_several(device, call.layout, call.rows, call.columns, *limits)
+        launch, parts = place_several(
+            device, call.layout, call.rows, *sizes, binary=counts_bits(call.index), early=early
+        )
+        if launch.chunk < span:  # a block has its multiprocessor for itself, whatever its shape says
+            wider = placed_several(call.layout, call.rows, *sizes, replace(launch.shape, resident=1))
+            launch = None if wider is None else replace(wider, grid=launch.grid)
     else:  # every block makes all of the input
         shape = replace(found.shape, share=1)
-        launch = place_gemv(call.layout, call.rows[0], call.columns, processors, memory, shape)
-    if (
-        launch is None
-        or launch.chunk < call.layout.span(call.columns)
-        or call.columns > 8 * launch.shape.threads * MOST_EIGHTS
-    ):
+        launch = place_gemv(call.layout, call.rows[0], *sizes, shape)
+        if launch is not None and launch.chunk < span:
+            launch = place_gemv(call.layout, call.rows[0], *sizes, replace(shape, resident=1))
+    if launch is None or launch.chunk < span or call.columns > 8 * launch.shape.threads * MOST_EIGHTS:
         return None
     source, name, options, _ = build(call.layout, launch, 1, call.bfloat, early)
     run = kernel(source, name, (*options, *call.options(launch.shape.threads)), call.index)

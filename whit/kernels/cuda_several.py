@@ -96,7 +96,7 @@ def _brought(layout: Layout, rows: Sequence[int], shape: Shape) -> bool:
     return not shape.bulk or all(bulk_stage_bytes(layout, count, shape.item) is not None for count in rows)
 
 
-def _placed(
+def placed_several(
     layout: Layout, rows: Sequence[int], columns: int, processors: int, memory: int, shape: Shape
 ) -> Launch | None:
     """The launch of one weight with as many tiles for each block as the slowest has, so that one round does."""
@@ -126,12 +126,12 @@ def place_several(
     own = tuned_shapes(name).get(several_key(layout, rows, columns))
     launch = None
     if isinstance(own, Shape) and own in several_shapes(layout, binary, early):
-        launch = _placed(layout, rows, columns, processors, memory, own)
+        launch = placed_several(layout, rows, columns, processors, memory, own)
     if launch is None:
         found = choose(name, layout, sum(rows), columns, 1, processors, memory, binary=binary, clusters=early)
         if found.shape.share > 1 or not _brought(layout, rows, found.shape):
             found = choose(name, layout, sum(rows), columns, 1, processors, memory, binary=binary, clusters=False)
-        launch = _placed(layout, rows, columns, processors, memory, found.shape) or found
+        launch = placed_several(layout, rows, columns, processors, memory, found.shape) or found
     return replace(launch, grid=sum(blocks)), blocks
 
 
@@ -221,7 +221,7 @@ def _tune(x: Tensor, weights: Sequence[Packed], seconds: Callable[[], float]) ->
 
     early = starts_early(index)
     known = several_shapes(layout, counts_bits(index), early)
-    placed = {shape: _placed(layout, rows, columns, processors, memory, shape) for shape in known}
+    placed = {shape: placed_several(layout, rows, columns, processors, memory, shape) for shape in known}
     launches = {shape: launch for shape, launch in placed.items() if launch is not None}
     built = [_built(layout, item, len(rows), x.dtype == torch.bfloat16, early) for item in launches.values()]
     compile_together([(source, options, False) for source, _, options in built], index)
