@@ -209,7 +209,7 @@ __device__ __forceinline__ bool gather_eight(u32* eight, const u16* x, int at, i
 __device__ __forceinline__ void gather_marked(u32* shared, const Weight& w) {
     const u16* const x = (const u16*)shared;
     const int own = ORDINARY(w);
-    for (int at = own + 2 * threadIdx.x; at < SPAN(w); at += 2 * THREADS) {
+    for (int at = own + 2 * threadIdx.x; at < ((SPAN(w) + 255) & ~255); at += 2 * THREADS) {  // whole pairs of blocks
         const u32 numbers = __ldg((const u32*)(w.salient + own / 8 + 2 * (at - own)));
         const int first = numbers & 0xffffu, second = numbers >> 16;
         *(u32*)X_AT(x, at) = (first < w.columns ? (u32)load_x<u16>(X_AT(x, first)) : 0u) | (second < w.columns ? (u32)load_x<u16>(X_AT(x, second)) : 0u) << 16;
