@@ -30,6 +30,13 @@ ONE = [
     (StructuredBinary(5, 8, 0), 48, 640, Shape(64, 512, 1, True), torch.bfloat16),
     (StructuredBinary(4, 8, 0), 64, 832, Shape(64, 1024, 2, True, bulk=True, patient=True), torch.float16),
     (StructuredBinary(2, 8, 0, regions=1), 20, 1024, Shape(64, 256, 2, True, patient=True), torch.float16),
+    (
+        StructuredBinary(4, 8, 0),
+        112,
+        2304,
+        Shape(384, 1024, 2, True, 1, eager=True, depth=4, patient=True, bulk=True),
+        torch.bfloat16,
+    ),
     (StructuredBinary(6, 8, 0, regions=2), 50, 4100, Shape(64, 1024, 1, True), torch.float16),
 ]
 

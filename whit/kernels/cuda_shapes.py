@@ -60,9 +60,8 @@ def gemv_shapes(layout: Layout, binary: bool = True, clusters: bool = False) -> 
             shapes.append(replace(pair, bulk=True, patient=True, eager=False, late=True))
             if layout.planes > 2:  # items that leave room for all of x
                 narrow = replace(pair, item=narrowest, bulk=True, patient=True)
-                shapes += [narrow, replace(narrow, eager=False, late=True), replace(narrow, resident=1, depth=6)]
-                shapes += [replace(narrow, threads=threads, resident=1) for threads in (384, 512)]
-                shapes.append(replace(narrow, item=widest, resident=1))
+                shapes += [narrow, replace(narrow, eager=False, late=True)]
+                shapes += [replace(narrow, threads=384, item=item, resident=1) for item in (widest, narrowest)]
         return shapes
     return _limb_shapes(layout, clusters)
 
