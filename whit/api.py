@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -16,6 +17,7 @@ from whit.evaluation.measure import evaluate_model
 from whit.evaluation.sample import sample_record, sample_text
 from whit.evaluation.tasks import TaskRun
 from whit.exporters import export
+from whit.generation.step_tuning import tuned_steps
 from whit.generation.weights import meeting_weights, multiplied_weights
 from whit.kernels.tuning import TunedProduct, tune_products
 from whit.methods.base import Method
@@ -239,6 +241,7 @@ def tune(
     """Find the fastest launch of every product of a compressed model on this GPU, and keep it for all later runs.
 
     Results come one at a time, as they are found, and hold for every model with layers of the same format and shape.
+    Products with one vector are tuned twice: by themselves, and then where they stand in a step of decoding.
 
     Args:
         vectors: numbers of input vectors: 1 for decoding one text, 16 for sixteen, more for reading prompts.
@@ -260,7 +263,8 @@ def tune(
     if dtype.itemsize != 2:
         raise KnobError(f"launches are chosen for 16-bit inputs, not for {dtype}: give --dtype bfloat16 or float16")
     model = load_directory(directory, dtype=dtype, device=place)
-    return tune_products(multiplied_weights(model), vectors, dtype, meeting_weights(model))
+    products = tune_products(multiplied_weights(model), vectors, dtype, meeting_weights(model))
+    return chain(products, tuned_steps(model)) if 1 in vectors else products
 
 
 def _open(

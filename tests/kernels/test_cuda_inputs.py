@@ -19,10 +19,12 @@ from whit.formats.structured_binary import StructuredBinary
 from whit.formats.vector_codebook import VectorCodebook
 from whit.kernels import decode_ops, packed_linear
 from whit.kernels.codebook_plan import codebook_options, codebook_source, place_codebook, place_codebooks
-from whit.kernels.cuda_inputs import Normed, alone, input_options, products_of
+from whit.kernels.cuda_inputs import Normed, alone, input_options, place_step, products_of, step_key
 from whit.kernels.cuda_layout import layout_of
+from whit.kernels.cuda_ops import device_limits
 from whit.kernels.cuda_plan import place_gemv
-from whit.kernels.cuda_shapes import Shape
+from whit.kernels.cuda_shapes import Shape, step_sizes, step_timings
+from whit.kernels.cuda_tuned import use_shape
 
 EPSILON = 1e-5
 INPUT = (
@@ -189,3 +191,34 @@ def test_kernels(layout: Format) -> None:
             assert ((mine.double() - expected).abs() <= bound).all()
             assert torch.equal(mine, twice)
             assert ((packed_linear(made, packed).double() - expected).abs() <= bound).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("layout", [BinaryResidual(128, True), LevelTable(2, 0), GroupedInteger(1, 128, True)], ids=str)
+def test_kernels_in_the_shapes_of_a_step(layout: Format) -> None:
+    rows, columns, dtype = (1008, 1008), 2048, torch.bfloat16
+    weights = [random_packed(layout, count, columns).to("cuda") for count in rows]
+    x, second, norm = (inputs(1, columns, dtype, "cuda") for _ in range(3))
+    norm = norm[0].contiguous()
+    total, made = decode_ops.add_rms_norm(x, second, norm, EPSILON)
+    described = layout_of(layout, columns)
+    assert described is not None
+    device, *limits = device_limits(0)
+    key, tried = step_key(described, rows, columns), 0
+    try:
+        for shape in (step_timings(size)[0] for size in step_sizes(described)):
+            if place_step(described, rows, columns, *limits, shape) is None:
+                continue
+            use_shape(device, key, shape)
+            found = products_of(Normed(x, second, norm, EPSILON), weights)
+            assert found is not None and torch.equal(found[0], total)
+            for mine, packed in zip(found[1], weights, strict=True):
+                weight = packed.unpack().double()
+                expected = made.double() @ weight.T
+                bound = error_bound(made, weight, expected, block=unit_columns(layout, columns)) + slack(made, weight)
+                assert ((mine.double() - expected).abs() <= bound).all()
+            tried += 1
+    finally:
+        use_shape(device, key, None)
+    assert tried > 4

@@ -98,6 +98,13 @@ class Products:
         """The packed weights that one launch may multiply at once, if they were not joined."""
         return self._weights() if self._joined is None and self._meet else []
 
+    @property
+    def launched(self) -> list[Packed]:
+        """The packed weights of the one launch that multiplies one vector by all of them, if there is such a launch."""
+        if self.joined is not None:
+            return [self.joined]
+        return self._weights() if len(self._packed) == 1 or self._meet else []
+
     def explain(self, inputs: Tensor) -> str:
         """How the products run, for reports: "joined", "one launch", "branches" or "in turn"."""
         if self._joined is not None:

@@ -16,7 +16,7 @@ def multiplied_weights(model: nn.Module) -> list[Packed]:
 
     The layers keep views of what is joined, as after `continue_greedily(join=True)`.
     """
-    decoder = _decoder(model)
+    decoder = decoder_of(model)
     tied = [item.source.running for item in model.modules() if isinstance(item, TiedPackedLinear)]
     alone = [item.running for item in packed_modules(model).values() if isinstance(item, PackedLinear)]
     return ([] if decoder is None else decoder.joined()) + alone + tied
@@ -24,12 +24,12 @@ def multiplied_weights(model: nn.Module) -> list[Packed]:
 
 def meeting_weights(model: nn.Module) -> list[list[Packed]]:
     """Packed weights that decoding does not join and may multiply by the same vector in one launch, as q, k and v."""
-    decoder = _decoder(model)
+    decoder = decoder_of(model)
     return [] if decoder is None else decoder.meeting()
 
 
-def _decoder(model: nn.Module) -> GatedDecoder | None:
-    """None for a model of no gated blocks: there each layer is multiplied by itself."""
+def decoder_of(model: nn.Module) -> GatedDecoder | None:
+    """The parts of a model as decoding runs them; None if it has no gated blocks: then layers are multiplied alone."""
     with contextlib.suppress(UnsuitedError):
         return gated_decoder(model, join=True)
     return None

@@ -42,10 +42,22 @@ from whit.kernels.cuda_ops import (
     weight_of,
 )
 from whit.kernels.cuda_plan import Launch, place_gemv
-from whit.kernels.cuda_several import MOST, BulkTask, Chosen, Task, own_shape, place_several, placed_several, tasks_of
-from whit.kernels.cuda_tuned import Tuned
+from whit.kernels.cuda_several import (
+    MOST,
+    BulkTask,
+    Chosen,
+    Task,
+    own_shape,
+    place_several,
+    placed_several,
+    several_key,
+    shares,
+    tasks_of,
+)
+from whit.kernels.cuda_shapes import Shape, step_sizes, step_timings
+from whit.kernels.cuda_tuned import Tuned, tuned_shapes, tuning_key
 from whit.kernels.linear import SeveralProducts, register_several
-from whit.kernels.nvrtc import Argument, CompilationError, Kernel, failed, give_up, kernel
+from whit.kernels.nvrtc import Argument, CompilationError, Kernel, Source, failed, give_up, kernel
 
 MOST_EIGHTS = 8
 """Eights of columns that a thread makes, at most: it keeps them in registers."""
@@ -123,22 +135,25 @@ class _Prepared:
 
 
 @lru_cache(maxsize=1024)
-def _prepared(call: Call, chosen: tuple[Chosen | None, Tuned | None]) -> _Prepared | None:
+def _prepared(call: Call, chosen: tuple[Chosen | None, Tuned | None, Tuned | None]) -> _Prepared | None:
     """The kernel of a call; None where no launch makes its input.
 
     Args:
-        chosen: what one weight of as many rows takes, and what tuning found for several: with others all is made anew.
+        chosen: what one weight of as many rows takes, what tuning found for several, and what it found for a step of
+            decoding: with others all is made anew.
     """
     if has_codebook_product(call.layout):
         return _prepared_codebooks(call)
-    found, _ = chosen
+    found, _, step = chosen
     if not isinstance(found, Launch):
         return None
     device, processors, memory = device_limits(call.index)
     early, parts, span = starts_early(call.index), list[int](), call.layout.span(call.columns)
     sizes = (call.columns, processors, memory)
-    launch: Launch | None
-    if len(call.rows) > 1:
+    launch = place_step(call.layout, call.rows, *sizes, step)
+    if launch is not None:
+        parts = shares(call.rows, processors) if len(call.rows) > 1 else []
+    elif len(call.rows) > 1:
         launch, parts = place_several(
             device, call.layout, call.rows, *sizes, binary=counts_bits(call.index), early=early
         )
@@ -150,10 +165,10 @@ def _prepared(call: Call, chosen: tuple[Chosen | None, Tuned | None]) -> _Prepar
         launch = place_gemv(call.layout, call.rows[0], *sizes, shape)
         if launch is not None and launch.chunk < span:
             launch = place_gemv(call.layout, call.rows[0], *sizes, replace(shape, resident=1))
-    if launch is None or launch.chunk < span or call.columns > 8 * launch.shape.threads * MOST_EIGHTS:
+    if launch is None or not _holds(call.layout, launch, call.columns):
         return None
-    source, name, options, _ = build(call.layout, launch, 1, call.bfloat, early)
-    run = kernel(source, name, (*options, *call.options(launch.shape.threads)), call.index)
+    source, options, _ = call_source(call, launch)
+    run = kernel(source, "gemv", options, call.index)
     return _Prepared(run, replace(launch, shared=max(launch.shared, alone(memory))), tuple(parts))
 
 
@@ -166,11 +181,44 @@ def alone(memory: int) -> int:
     return memory // 2
 
 
-def _chosen(call: Call) -> tuple[Chosen | None, Tuned | None]:
+def call_source(call: Call, launch: Launch) -> Source:
+    """What the kernel of a call is compiled from."""
+    source, _, options, specific = build(call.layout, launch, 1, call.bfloat, starts_early(call.index))
+    return source, (*options, *call.options(launch.shape.threads)), specific
+
+
+def _holds(layout: Layout, launch: Launch, columns: int) -> bool:
+    """Whether a block makes all of an input at once."""
+    return launch.chunk >= layout.span(columns) and columns <= 8 * launch.shape.threads * MOST_EIGHTS
+
+
+def place_step(
+    layout: Layout, rows: Sequence[int], columns: int, processors: int, memory: int, shape: Tuned | None
+) -> Launch | None:
+    """The launch of one or several weights in one of the shapes for a step of decoding; None where it cannot be."""
+    if not isinstance(shape, Shape) or all(shape not in step_timings(size) for size in step_sizes(layout)):
+        return None
+    if len(rows) > 1:
+        launch = placed_several(layout, rows, columns, processors, memory, shape)
+        launch = None if launch is None else replace(launch, grid=sum(shares(rows, processors)))
+    else:
+        launch = place_gemv(layout, rows[0], columns, processors, memory, shape)
+    return launch if launch is not None and _holds(layout, launch, columns) else None
+
+
+def step_key(layout: Layout, rows: Sequence[int], columns: int) -> str:
+    """What a shape found within a step of decoding is filed under."""
+    outside = several_key(layout, rows, columns) if len(rows) > 1 else tuning_key(layout, rows[0], columns, 1)
+    return f"{outside}/step"
+
+
+def _chosen(call: Call) -> tuple[Chosen | None, Tuned | None, Tuned | None]:
     if has_codebook_product(call.layout):
-        return None, None
+        return None, None, None
     found = choice(call.layout, sum(call.rows), call.columns, 1, call.index)
-    return found, own_shape(call.layout, call.rows, call.columns, call.index) if len(call.rows) > 1 else None
+    own = own_shape(call.layout, call.rows, call.columns, call.index) if len(call.rows) > 1 else None
+    step = tuned_shapes(device_limits(call.index)[0]).get(step_key(call.layout, call.rows, call.columns))
+    return found, own, step if counts_bits(call.index) else None
 
 
 def _prepared_codebooks(call: Call) -> _Prepared | None:

@@ -78,6 +78,33 @@ def _limb_shapes(layout: Layout, clusters: bool) -> list[Shape]:
     return shapes
 
 
+_DEPTHS = (2, 4)
+"""Most stages of a ring that may take all the shared memory of a multiprocessor."""
+
+
+def step_sizes(layout: Layout) -> list[Shape]:
+    """Shapes for one vector where a thread block has a multiprocessor for itself, as in a step of decoding."""
+    if not layout.bitwise or layout.bits > 3:
+        return []
+    widest, narrowest = (1024, 512) if layout.bits <= 2 else (512, 256)
+    sizes = [(256, widest, 2), (384, widest, 2), (512, widest, 2), (512, narrowest, 1)]
+    common = Shape(256, widest, 2, True, depth=_DEPTHS[0], late=True, patient=True)
+    return [
+        replace(common, threads=threads, item=item, unroll=unroll, bulk=bulk)
+        for threads, item, unroll in sizes
+        for bulk in (False, True)
+    ]
+
+
+def step_timings(size: Shape) -> list[Shape]:
+    """One of `step_sizes` with other rings, asking for its weights and starting the next kernel at other times."""
+    return [
+        replace(size, depth=depth, patient=patient, eager=not late, late=late)
+        for depth in _DEPTHS
+        for patient, late in ((True, True), (True, False), (False, False))
+    ]
+
+
 _SMALL = 24
 """Items of 512 columns of a multiprocessor up to which a product is mostly start and end."""
 _BUSY = 0.7

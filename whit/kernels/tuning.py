@@ -44,7 +44,8 @@ class TunedProduct:
     """What tuning found for one kind of weight and number of vectors; times are seconds per product, from memory.
 
     `format` is that of the weight as JSON, `tried` the number of launch shapes that were timed. Of several weights in
-    one launch, `parts` holds the rows of each and `rows` their sum.
+    one launch, `parts` holds the rows of each and `rows` their sum. Where `kernel` is a step of decoding, the times are
+    of a block of it (with its share of what else a short step takes).
     """
 
     format: dict[str, Any]
