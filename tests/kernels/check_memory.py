@@ -27,7 +27,7 @@ from whit.kernels import explain, packed_embedding, packed_linear
 from whit.kernels.cuda_attend import AttendLaunch, launch_attend
 from whit.kernels.cuda_inputs import Normed, products_of
 from whit.kernels.cuda_ops import starts_early
-from whit.kernels.cuda_wide import MANY
+from whit.kernels.cuda_wide_plan import MANY
 from whit.kernels.decode_ops import add_rms_norm
 from whit.kernels.linear import choose_several
 

@@ -14,10 +14,13 @@ from whit.formats.structured_binary import StructuredBinary
 from whit.formats.vector_codebook import VectorCodebook
 from whit.kernels import explain, packed_linear
 from whit.kernels.cuda_layout import layout_of
-from whit.kernels.cuda_ops import layout_fields
+from whit.kernels.cuda_ops import choice, device_limits, has_warpgroups, layout_fields
 from whit.kernels.cuda_plan import plan
 from whit.kernels.cuda_products import decoded_weight
 from whit.kernels.cuda_shapes import gemv_shapes, small_shapes
+from whit.kernels.cuda_tuned import tuning_key, use_shape
+from whit.kernels.cuda_wide import bucket
+from whit.kernels.cuda_wide_plan import likely_shapes, wide_shapes
 from whit.models.packed import PackedLinear
 
 needs_gpu = pytest.mark.skipif(
@@ -173,6 +176,44 @@ def test_decoded_weight_is_the_unpacked_weight(layout, dtype):
         tensors = [packed.tensors[name] for name in described.names if name]
         fields = layout_fields(described)
         assert torch.equal(decoded_weight(tensors, fields, rows, columns, dtype), packed.unpack().to(dtype))
+
+
+LIKELY = [
+    BinaryResidual(128, True),
+    LevelTable(2, 64),
+    GroupedInteger(3, 128, False),
+    GroupedInteger(4, 64, True),
+    VectorCodebook(256, 12, False),
+    VectorCodebook(256, 8, True),
+]
+
+
+@needs_gpu
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available() or not has_warpgroups(0), reason="needs compute capability 9.0")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+@pytest.mark.parametrize("layout", LIKELY, ids=name_of)
+def test_every_likely_launch_of_several_vectors(layout, dtype):
+    rows, columns = 333, 1408
+    packed, described = random_packed(layout, rows, columns, "cuda"), layout_of(layout, columns)
+    device, _, memory = device_limits(0)
+    weight = packed.unpack().double()
+    for tokens in (11, 50, 300):
+        x, key = inputs(tokens, columns, dtype, "cuda"), tuning_key(described, rows, columns, bucket(tokens))
+        bound = error_bound(x, weight, x.double() @ weight.T, "warpgroup")
+        offered = wide_shapes(described, bucket(tokens), columns, memory)
+        shapes = [shape for shape in likely_shapes(described, bucket(tokens), columns) if shape in offered]
+        assert shapes
+        for shape in shapes:
+            use_shape(device, key, shape)
+            choice.cache_clear()
+            try:
+                actual, again = packed_linear(x, packed), packed_linear(x, packed)
+            finally:
+                use_shape(device, key, None)
+                choice.cache_clear()
+            assert ((actual.double() - x.double() @ weight.T).abs() <= bound).all(), (tokens, shape)
+            assert torch.equal(actual, again), (tokens, shape)
 
 
 @needs_gpu

@@ -20,17 +20,8 @@ from whit.kernels.cuda_layout import WIDEST, layout_of
 from whit.kernels.cuda_plan import choose, place_gemv, plan, room
 from whit.kernels.cuda_shapes import Shape, gemv_shapes
 from whit.kernels.cuda_tuned import keep_tuned, tuned_shapes, tuning_file, tuning_key
-from whit.kernels.cuda_wide import (
-    MANY,
-    Decode,
-    WideShape,
-    bucket,
-    decodes_first,
-    shared_bytes,
-    wide_plan,
-    wide_shapes,
-    wide_supports,
-)
+from whit.kernels.cuda_wide import Decode, WideShape, bucket, holds_groups, shared_bytes, wide_supports
+from whit.kernels.cuda_wide_plan import MANY, decodes_first, wide_plan, wide_shapes
 
 H200 = (132, 232448)
 
@@ -213,8 +204,8 @@ def test_every_shape_fits_and_covers_the_product(layout):
             assert chosen in wide_shapes(described, tokens, columns, H200[1])
             for shape in wide_shapes(described, tokens, columns, H200[1]):
                 assert shape.resident * (shared_bytes(described, shape) + 1024) <= H200[1] + 1024
-                assert columns % shape.block == 0 and described.group % shape.block == 0
-                assert shape.splits <= 8 and shape.ahead < shape.block // 16
+                assert columns % shape.held == 0 and holds_groups(described, shape)
+                assert shape.splits <= 8 and shape.ahead < shape.held // 16
                 assert shape.grid(1000, tokens) * 64 * shape.row_groups * shape.tokens >= 1000 * tokens * shape.splits
     with pytest.raises(ValueError, match="no launch of 16 x 512 fits 1024 bytes"):
         wide_plan(layout_of(layout, 512), 16, 512, 16, 1, 1024)
@@ -230,9 +221,9 @@ def test_tiles_that_do_not_fill_the_device_are_cut_finer():
     assert whole.parts(11008, 2048, 132) == [(whole, 0, 688)]
     layout = layout_of(LevelTable(2, 128), 4096)
     assert wide_plan(layout, 11008, 4096, 2048, *H200).rest == 4
-    tiles = WideShape(128, 3, 1, 4, 1, 128, 3)
-    assert wide_plan(layout, 11008, 4096, 256, *H200) == tiles
-    assert wide_plan(layout_of(BinaryResidual(128, True), 4096), 11008, 4096, 256, *H200).tokens == 256
+    for other in (layout, layout_of(BinaryResidual(128, True), 4096)):
+        assert wide_plan(other, 11008, 4096, 256, *H200) == WideShape(128, 3, 1, 2, 1, 256, 3, staged=True)
+        assert wide_plan(other, 4096, 4096, 256, *H200) == WideShape(128, 2, 2, 2, 1, 256, 3, staged=True)
 
 
 def test_two_resident_blocks_share_the_memory():
@@ -411,12 +402,12 @@ def test_tuning_passes_over_launches_that_cannot_be_compiled(hopper, monkeypatch
 
 
 def test_what_is_dear_to_expand_is_decoded_first_for_many_vectors() -> None:
-    """Integers of three bits and more in groups that are no multiple of 128, and bytes; not for few vectors."""
+    """Bytes, not integers of fewer bits in groups of 64 any more; not for few vectors."""
     layouts = {
         (bits, group): layout_of(GroupedInteger(bits, group, False), 4096)
         for bits in (2, 3, 4, 8)
         for group in (64, 128)
     }
     found = {key for key, layout in layouts.items() if layout is not None and decodes_first(layout, MANY)}
-    assert found == {(3, 64), (4, 64), (8, 64), (8, 128)}
+    assert found == {(8, 64), (8, 128)}
     assert not any(layout is not None and decodes_first(layout, MANY // 2) for layout in layouts.values())

@@ -23,7 +23,8 @@ from whit.kernels.cuda_plan import Launch
 from whit.kernels.cuda_several import place_several, several_key, shares
 from whit.kernels.cuda_shapes import Shape, gemv_shapes
 from whit.kernels.cuda_tuned import tuned_shapes, tuning_key
-from whit.kernels.cuda_wide import MANY, WideShape
+from whit.kernels.cuda_wide import WideShape
+from whit.kernels.cuda_wide_plan import MANY
 from whit.kernels.linear import choose_several
 from whit.models.packed import PackedLinear
 

@@ -193,6 +193,18 @@ WIDE = [
     (LevelTable(2, 128), WideShape(16, 2, 3, 2, 1, 128, 1, staged=True), 8),
     (GroupedInteger(3, 128, False), WideShape(64, 1, 1, 2, 1, 128, 3, staged=True), 50),
     (GroupedInteger(4, 128, True), WideShape(16, 1, 2, 3, 1, 128, 3, staged=True), 16),
+    (GroupedInteger(4, 64, False), WideShape(16, 1, 2, 3, 1, 128, 3), 16),
+    (GroupedInteger(3, 64, True), WideShape(16, 2, 3, 3, 1, 128, 1, staged=True), 11),
+    (GroupedInteger(2, 64, False), WideShape(64, 1, 1, 2, 1, 128, 3), 50),
+    (LevelTable(2, 64), WideShape(16, 1, 1, 3, 1, 128, 1, staged=True), 16),
+    (GroupedInteger(8, 64, False), WideShape(8, 1, 1, 3, 1, 128, 3), 7),
+    (VectorCodebook(256, 12, False), WideShape(16, 1, 2, 3, 1, 128, 3, copies=8), 13),
+    (VectorCodebook(256, 12, True), WideShape(8, 1, 1, 3, 1, 128, 1, copies=4), 8),
+    (VectorCodebook(256, 8, False), WideShape(16, 1, 2, 3, 1, 128, 3, copies=8), 11),
+    (GroupedInteger(4, 128, False), WideShape(16, 1, 2, 2, 1, 256, 3), 16),
+    (BinaryResidual(128, True), WideShape(16, 2, 2, 2, 1, 256, 3, staged=True), 14),
+    (GroupedInteger(4, 64, False), WideShape(16, 2, 2, 2, 1, 256, 3, staged=True), 16),
+    (GroupedInteger(3, 128, True), WideShape(16, 1, 1, 3, 1, 256, 3, staged=True), 12),
     (VectorCodebook(256, 12, False), WideShape(8, 1, 2, 3, 1), 1),
     (VectorCodebook(256, 8, True), WideShape(8, 1, 1, 3, 1, 128), 5),
     (VectorCodebook(64, 4, True), WideShape(16, 2, 1, 3, 1, 128), 11),
@@ -203,7 +215,7 @@ WIDE = [
 def test_many_vectors(layout, shape, tokens, tmp_path):
     rows, columns, dtype = (
         83,
-        768 if shape.block == 128 else 704,
+        768 if shape.held == 128 else 704,
         torch.bfloat16 if tokens in (8, 11) else torch.float16,
     )
     described = layout_of(layout, columns)

@@ -16,7 +16,8 @@ from whit.kernels.cuda_layout import WHOLE_ROW, Layout, layout_of
 from whit.kernels.cuda_plan import choose
 from whit.kernels.cuda_shapes import Shape, gemv_shapes
 from whit.kernels.cuda_tuned import tuned_shapes, tuning_key
-from whit.kernels.cuda_wide import Decode, WideShape, wide_shapes
+from whit.kernels.cuda_wide import Decode, WideShape
+from whit.kernels.cuda_wide_plan import wide_shapes
 from whit.kernels.found import keep_shapes
 from whit.kernels.launching import Tile, choose_tile, tile_key, tuned_tiles
 

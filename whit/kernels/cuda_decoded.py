@@ -18,7 +18,8 @@ from whit.kernels.calling import call
 from whit.kernels.cuda_linear import op_arguments, stored_of, usable
 from whit.kernels.cuda_ops import choice, size_class
 from whit.kernels.cuda_products import Decoder, Stored
-from whit.kernels.cuda_wide import MANY, Decode
+from whit.kernels.cuda_wide import Decode
+from whit.kernels.cuda_wide_plan import MANY
 from whit.kernels.driver import on_device
 from whit.kernels.linear import RunSeveral, SeveralProducts, register_several
 

@@ -51,7 +51,8 @@ from whit.kernels.cuda_products import (
 )
 from whit.kernels.cuda_shapes import gemv_shapes, small_shapes
 from whit.kernels.cuda_tuned import Tuned, keep_tuned, tuned_shapes, tuning_key, use_shape
-from whit.kernels.cuda_wide import Decode, WideShape, wide_shapes, wide_supports
+from whit.kernels.cuda_wide import Decode, WideShape, wide_supports
+from whit.kernels.cuda_wide_plan import wide_shapes
 from whit.kernels.driver import on_device
 from whit.kernels.linear import Implementation, Run, register_implementation
 from whit.kernels.nvrtc import CompilationError, Source, compile_together, kernel

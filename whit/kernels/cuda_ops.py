@@ -16,16 +16,8 @@ from whit.kernels.cuda_plan import Launch, choose
 from whit.kernels.cuda_shapes import Shape
 from whit.kernels.cuda_sources import options_of, parts_of, source_of, wide_source
 from whit.kernels.cuda_tuned import tuned_shapes, tuning_key
-from whit.kernels.cuda_wide import (
-    Decode,
-    WideShape,
-    bucket,
-    decodes_first,
-    wide_options,
-    wide_plan,
-    wide_shapes,
-    wide_supports,
-)
+from whit.kernels.cuda_wide import Decode, WideShape, bucket, wide_options, wide_supports
+from whit.kernels.cuda_wide_plan import decodes_first, wide_plan, wide_shapes
 from whit.kernels.nvrtc import Kernel, kernel
 
 FEW = 32
@@ -90,7 +82,8 @@ def choice(layout: Layout, rows: int, columns: int, tokens: int, index: int) -> 
     wide = tokens > 1 and has_warpgroups(index) and wide_supports(layout, columns)
     if wide and isinstance(found, WideShape) and found in wide_shapes(layout, tokens, columns, memory):
         return found
-    if layout.multiplies if tokens == 1 else tokens <= FEW and layout.expands:
+    few = layout.multiplies if tokens == 1 else tokens <= FEW and layout.expands
+    if few and (isinstance(found, Shape) or not wide):
         return choose(
             device,
             layout,

@@ -133,7 +133,7 @@ class WideProduct:
         self._codes: TensorMap | None = None
         if stages_codes(stored.layout, launch):
             lines = 64 * launch.row_groups
-            self._codes = tensor_map(stored.tensors[0].data_ptr(), stored.rows, stored.columns // 2, lines, BOX)
+            self._codes = tensor_map(stored.tensors[0].data_ptr(), stored.rows, stored.layout.width // 2, lines, BOX)
         self._launches: dict[WideShape, PreparedLaunch] = {}
         self._parts: dict[int, list[tuple[PreparedLaunch, int, int]]] = {}
 

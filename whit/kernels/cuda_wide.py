@@ -15,16 +15,8 @@ from whit.kernels.cuda_layout import (
 )
 
 BOX = 64
-"""Columns that one copy of x brings; a stage has one or two of them, a split whole stages."""
+"""Columns that one copy of x brings; a stage has one, two or four of them."""
 WIDEST_TILE = 256
-EXPANSION = 85
-"""Cycles in which a warpgroup expands the codes of a product of 64 x 16, measured on an H200 for two-bit levels."""
-DEARER = {(BINARY_RESIDUAL, 1): 1.2, (GROUPED_INTEGER, 3): 1.2, (GROUPED_INTEGER, 4): 1.2, (SIGNED_LEVELS, 1): 1.4}
-"""How many times as long it takes for other codes, by kind and bits."""
-WAVE = 6000
-"""Cycles that a thread block spends before its first product and after its last."""
-MANY = 1024
-"""Vectors from which bytes are decoded first."""
 
 
 @dataclass(frozen=True)
@@ -35,8 +27,9 @@ class WideShape:
     a tile, stages of x, how many thread blocks a multiprocessor must have room for, the columns of a stage, how many
     products are in flight while the operand of the next is made (1 or 3), by how many blocks the columns of those tiles
     are shared that would not fill the device (0: as the others), whether blocks of a cluster send their sums to the
-    one that adds them instead of fetching them, and whether codes come to shared memory well before their turn instead
-    of to registers just before it.
+    one that adds them instead of fetching them, whether codes come to shared memory well before their turn instead
+    of to registers just before it, and in how many copies the words of a codebook lie in shared memory, each in banks
+    of its own (0: one, packed).
     """
 
     tokens: int
@@ -49,11 +42,17 @@ class WideShape:
     rest: int = 0
     sends: bool = False
     staged: bool = False
+    copies: int = 0
 
     @property
     def threads(self) -> int:
         """Threads of a block."""
         return 128 * self.row_groups
+
+    @property
+    def held(self) -> int:
+        """Columns whose codes a thread holds at a time; a part of the columns has whole such blocks."""
+        return min(self.block, 2 * BOX)
 
     @property
     def inbox_bytes(self) -> int:
@@ -96,21 +95,43 @@ def wide_supports(layout: Layout, columns: int) -> bool:
     return layout.multiplies and columns % BOX == 0
 
 
-def codebook_bytes(layout: Layout) -> int:
-    """Bytes of the 16-bit codewords in shared memory, in whole KiB; 0 for other formats."""
+def codebook_bytes(layout: Layout, copies: int = 0) -> int:
+    """Bytes of the 16-bit codewords in shared memory, in whole KiB; 0 for other formats.
+
+    Args:
+        layout: of the weight.
+        copies: as in `WideShape`: each has 16 bytes for 8 columns of a codeword.
+    """
     if layout.kind != VECTOR_CODEBOOK:
         return 0
-    return -(-2 * layout.numbers[0] * layout.numbers[1] // 1024) * 1024
+    codes, width = layout.numbers[:2]
+    return -(-(16 * copies * -(-width // 8) if copies else 2 * width) * codes // 1024) * 1024
+
+
+def spreads_codebook(layout: Layout) -> bool:
+    """Whether the words of a codebook may lie in several copies."""
+    return layout.kind == VECTOR_CODEBOOK and layout.bits == 8 and layout.numbers[1] in (8, 12)
 
 
 def stages_codes(layout: Layout, shape: WideShape) -> bool:
-    """Whether codes come to shared memory with x: bytes, of which a lane needs pairs here and there."""
-    return layout.kind == GROUPED_INTEGER and layout.bits == 8 and shape.block == 2 * BOX
+    """Whether codes come to shared memory with x, 128 bytes of a row a stage.
+
+    Bytes, of which a lane needs pairs here and there, and if asked for integers of three and four bits.
+    """
+    if layout.kind != GROUPED_INTEGER:
+        return False
+    return shape.block == (2 * BOX if layout.bits == 8 else 4 * BOX if layout.bits in (3, 4) and shape.staged else 0)
 
 
 def stages_words(layout: Layout, shape: WideShape) -> bool:
     """Whether codes may come to shared memory ahead: words of a row of whole stages of 128 columns."""
-    return layout.kind != VECTOR_CODEBOOK and layout.bits < 8 and shape.block == 2 * BOX
+    return layout.kind != VECTOR_CODEBOOK and layout.bits < 8 and shape.held == 2 * BOX
+
+
+def holds_groups(layout: Layout, shape: WideShape) -> bool:
+    """Whether a block has part of a group, or two; eight levels are made for one group at a time."""
+    eight = layout.kind in (BINARY_RESIDUAL, SIGNED_LEVELS)
+    return layout.group % shape.held == 0 or (not eight and shape.held == 2 * layout.group)
 
 
 def tile_bytes(layout: Layout, shape: WideShape) -> int:
@@ -127,102 +148,33 @@ def shared_bytes(layout: Layout, shape: WideShape) -> int:
     if layout.kind in (BINARY_RESIDUAL, SIGNED_LEVELS):
         staged = 0 if layout.group == WHOLE_ROW else shape.threads * (68 if layout.scalars == 7 else 40)
         levels = 16 * shape.threads + staged + marks_bytes(layout, shape)
-    words = words_bytes(layout, shape) if shape.staged else 0
+    words = words_bytes(layout, shape) if shape.staged and not stages_codes(layout, shape) else 0
     return (
-        tile_bytes(layout, shape) + codebook_bytes(layout) + 16 * shape.depth + 16 + levels + words + shape.inbox_bytes
+        tile_bytes(layout, shape)
+        + codebook_bytes(layout, shape.copies)
+        + 16 * shape.depth
+        + 16
+        + levels
+        + words
+        + shape.inbox_bytes
     )
 
 
 def words_bytes(layout: Layout, shape: WideShape) -> int:
     """Bytes of staged words of codes: two runs of blocks for each row and plane, RUN_PITCH apart."""
-    run = (4 if layout.bits == 1 else 2) * shape.block * layout.bits // 8
+    run = (4 if layout.bits == 1 else 2) * shape.held * layout.bits // 8
     return 2 * layout.planes * 64 * shape.row_groups * (run + 16)
 
 
 def marks_bytes(layout: Layout, shape: WideShape) -> int:
     """Bytes of the marks of the columns of a thread block: a word for 32 columns and lane of four."""
-    blocks = 8 * layout.width // shape.block
-    return -(-blocks // shape.splits) * (shape.block // 2)
+    blocks = 8 * layout.width // shape.held
+    return -(-blocks // shape.splits) * (shape.held // 2)
 
 
 def bucket(tokens: int) -> int:
     """Number of vectors that a launch is chosen for: the next power of two, 8 to 2048."""
     return next((size for size in (8, 16, 32, 64, 128, 256, 512, 1024) if tokens <= size), 2048)
-
-
-def wide_shapes(layout: Layout, tokens: int, columns: int, memory: int) -> list[WideShape]:
-    """Shapes worth trying for `tokens` vectors, in no order."""
-    tile = min(bucket(tokens), WIDEST_TILE)
-    splits = [s for s in (1, 2, 4, 8) if s <= columns // BOX]
-    if tile <= 32:
-        shapes = [WideShape(tile, 1, s, 4, 4, 128, ahead) for s in splits for ahead in (1, 3)]
-        shapes += [WideShape(tile, 2, s, 4, 2, 128, ahead) for s in splits for ahead in (1, 3)]
-        shapes += [WideShape(tile, 1, splits[-1] // 4 or 1, 4, 5, 128)]
-        sending = ((2, 4, 2, 1), (1, 4, 4, 3), (2, 3, 3, 1), (1, 4, 6, 1))
-        shapes += [WideShape(tile, g, s, d, r, 128, a, sends=True) for g, d, r, a in sending for s in splits[1:]]
-        staging = ((1, 3, 4), (2, 3, 2))
-        shapes += [WideShape(tile, g, s, d, r, 128, 3, 0, True, True) for g, d, r in staging for s in splits[1:]]
-    elif tile == 64:
-        shapes = [WideShape(tile, 2, s, 4, 2, 128, ahead) for s in splits[:3] for ahead in (1, 3)]
-        shapes += [WideShape(tile, 3, s, 4, 1, 128, 3) for s in splits[:3]]
-        shapes += [WideShape(tile, 3, s, 4, 1, 128, 3, sends=True) for s in splits[1:3]]
-        shapes += [WideShape(tile, 3, s, 4, 1, 128, 3, staged=True) for s in splits[:3]]
-    else:
-        shapes = [WideShape(128, groups, s, 4, 1, 128, 3) for groups in (2, 3, 4) for s in splits[:2]]
-        shapes += [WideShape(128, 2, s, 4, 2, 64, 3) for s in splits[:2]]
-        shapes += [WideShape(128, 3, s, 4, 1, 128, 3, staged=True) for s in splits[:2]]
-        if tile > 128:
-            shapes += [WideShape(256, 2, s, 3, 1, 128, ahead) for s in splits[:2] for ahead in (1, 3)]
-            finer = ((2, 1), (4, 1), (8, 1), (4, 3))
-            shapes += [WideShape(256, 2, 1, 3, 1, 128, ahead, rest) for rest, ahead in finer if rest in splits]
-    shapes += [WideShape(tile, 2, s, 4, 1, 64) for s in splits[:2]]  # for any columns and groups
-    fits = [shape for shape in shapes if shape.resident * (shared_bytes(layout, shape) + 1024) <= memory + 1024]
-    return [
-        shape
-        for shape in fits
-        if columns % shape.block == 0
-        and columns // shape.block >= shape.splits
-        and layout.group % shape.block == 0
-        and (not shape.staged or stages_words(layout, shape))
-    ]
-
-
-def wide_plan(layout: Layout, rows: int, columns: int, tokens: int, processors: int, memory: int) -> WideShape:
-    """The shape of the least estimated time; tuning replaces the estimate.
-
-    A product of 64 rows, 16 columns and n vectors takes the tensor cores n / 2 cycles, and expanding its codes about
-    `EXPANSION`; the work of a multiprocessor is the larger, times its products, plus what every wave of blocks costs.
-
-    Raises:
-        ValueError: nothing fits.
-    """
-    shapes = wide_shapes(layout, tokens, columns, memory)
-    if not shapes:
-        raise ValueError(f"no launch of {rows} x {columns} fits {memory} bytes of shared memory")
-
-    def cycles(shape: WideShape) -> float:
-        parts = shape.parts(rows, tokens, processors)
-        return sum(part_cycles(part, tiles * part.splits) for part, _, tiles in parts)
-
-    def part_cycles(shape: WideShape, blocks: int) -> float:
-        waves = -(-blocks // (processors * shape.resident))
-        stage = 1.3 if shape.block == BOX else 1.0  # what a stage costs is shared by fewer products
-        expansion = EXPANSION * DEARER.get((layout.kind, layout.bits), 1.0) * stage
-        step = shape.resident * shape.row_groups * max(shape.tokens / 2, expansion)
-        ends = WAVE if shape.splits == 1 else WAVE * (1.5 if shape.sends else 2)
-        return waves * (columns / 16 / shape.splits * step + ends)
-
-    return min(shapes, key=cycles)
-
-
-def decodes_first(layout: Layout, tokens: int) -> bool:
-    """Whether, where nothing was tuned, a library over the decoded weight is the faster way.
-
-    With many vectors every tile expands the weight anew, which hides behind the products but for wider integers where
-    groups leave room for stages of 64 columns only, and for bytes, whose stages leave no room for tiles of 256 vectors.
-    """
-    fine = layout.bits > 2 and layout.group % (2 * BOX) != 0
-    return tokens >= MANY and layout.kind == GROUPED_INTEGER and (layout.bits == 8 or fine)
 
 
 def wide_options(layout: Layout, shape: WideShape, bfloat: bool, early: bool) -> tuple[str, ...]:
@@ -238,12 +190,15 @@ def wide_options(layout: Layout, shape: WideShape, bfloat: bool, early: bool) ->
         "SPLITS": shape.splits,
         "DEPTH": shape.depth,
         "RESIDENT": shape.resident,
-        "BLOCK": shape.block,
+        "BLOCK": shape.held,
+        "STAGE_BLOCKS": shape.block // shape.held,
         "AHEAD": shape.ahead,
         "TILE_BYTES": tile_bytes(layout, shape),
-        "CODEBOOK_BYTES": codebook_bytes(layout),
+        "CODEBOOK_BYTES": codebook_bytes(layout, shape.copies),
+        "COPIES": shape.copies,
         "INBOX_BYTES": shape.inbox_bytes,
-        "STAGED_WORDS": shape.staged,
+        "STAGED_WORDS": shape.staged and not stages_codes(layout, shape),
+        "STAGED_CODES": stages_codes(layout, shape),
     }
     return (*layout.defines(), *(f"-D{key}={int(value)}" for key, value in values.items()))
 

@@ -26,7 +26,8 @@ MEANINGS = {
     "float float_of_half(": "static float float_of_half(u16 h) { return from_half(h); }",
     "u16 half_of_float(": "static u16 half_of_float(float f) { return to_half(f); }",
     "u16 x_of_float(": "static u16 x_of_float(float f) { return to16(f); }",
-    "u32 shared_address(": "",
+    "u32 shared_address(": "static u32 shared_address(const void* p) { return (uint8_t*)p - shared_memory; }",
+    "u32 shared_word(": "static u32 shared_word(u32 address) { return *(const u32*)(shared_memory + address); }",
     "void copy16(": "static void copy16(u8* to, const u8* from, int valid)"
     " { if (ALIGN == 16) copy_later<16>(to, from, valid);"
     " else if (ALIGN == 4)"

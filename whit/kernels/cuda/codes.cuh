@@ -9,27 +9,61 @@
 #define BYTE_PER_CHUNK (KIND == VECTOR_CODEBOOK && BITS == 8 && WIDTH == 8)  // a code for each eight columns
 #define BYTE_CODES (KIND == VECTOR_CODEBOOK && BITS == 8 && WIDTH != 8)      // codes that are bytes, begun anywhere in a word
 #define BYTE_WORDS (((BLOCK - 2) / WIDTH + 2 + 3 + 3) / 4)                   // words that hold those of a block
-#define STAGED_CODES (KIND == GROUPED_INTEGER && BITS == 8 && BLOCK == 128)  // come with x: 128 bytes of a row, swizzled alike
+// STAGED_CODES: they come with x, 128 bytes of a row for a stage, swizzled alike: bytes, or words of narrower codes
+#define STAGED_BYTE_CODES (STAGED_CODES && BITS == 8)
 #define TABLE (KIND != VECTOR_CODEBOOK && (KIND != GROUPED_INTEGER || BITS <= 2))
 #define CODE_WORDS (KIND == VECTOR_CODEBOOK ? 2 * BOXES : BLOCK * CODE_BITS / 32)  // 32-bit words of the codes of a row and plane
-#define KEPT_WORDS (STAGED_CODES ? 1 : CODE_BITS == 8 && KIND != VECTOR_CODEBOOK || KIND == VECTOR_CODEBOOK && BITS != 8 ? BLOCK / 8 : BYTE_CODES ? BYTE_WORDS : CODE_WORDS)  // the lane's own: a pair, or a code
+#define KEPT_WORDS (STAGED_BYTE_CODES ? 1 : CODE_BITS == 8 && KIND != VECTOR_CODEBOOK || KIND == VECTOR_CODEBOOK && BITS != 8 ? BLOCK / 8 : BYTE_CODES ? BYTE_WORDS : CODE_WORDS)  // the lane's own: a pair, or a code
 #define EIGHT HAS_MARKS                             // levels by three bits, one of which is the mark of the column
 #define LEVEL_WORDS (KIND == LEVEL_TABLE ? NS / 2 : EIGHT ? 5 : 1)
 #define WHOLE_ROWS (GROUP >= (1 << 30))  // one group
+#define GROUPS_IN_BLOCK (GROUP < BLOCK ? BLOCK / GROUP : 1)
+#define BLOCKS_IN_GROUP (GROUP < BLOCK ? 1 : GROUP / BLOCK)
 #define STAGED_SCALARS (KIND == BINARY_RESIDUAL && !WHOLE_ROWS)  // come to shared memory, four groups of a row at a time
-#define EPOCH (WHOLE_ROWS ? 1 << 20 : 4 * (GROUP / BLOCK))       // blocks of columns that these groups have
+#define EPOCH (WHOLE_ROWS ? 1 << 20 : 4 * BLOCKS_IN_GROUP)       // blocks of columns that these groups have
 #define RUN (CODE_BITS == 1 ? 4 : 2)                              // blocks of columns whose words of codes are staged together
 #define RUN_BYTES (RUN * BLOCK / 8 * CODE_BITS)                  // of a row and plane
 #define RUN_PITCH (RUN_BYTES + 16)                               // from row to row: other banks
 #define STAGED_BYTES (2 * PLANES * 16 * RUN_PITCH)               // of a warp: one run is read while the next comes
 #define SCALAR_PITCH (NS == 7 ? 68 : 40)                         // bytes from row to row there: another bank each
-#define GROUP_OF(block) (WHOLE_ROWS ? 0 : (block) / (GROUP / BLOCK))
+#define GROUP_OF(block) (WHOLE_ROWS ? 0 : (block) / BLOCKS_IN_GROUP * GROUPS_IN_BLOCK)  // the first
+
+#if COPIES
+// Codewords spread over the banks: a copy for each row that a warp reads at once, in 16 bytes of every line of
+// 16 * COPIES, so that no two lanes want the same bank. Words 4 and 5 of width 12 lie twice in the second line of theirs:
+// behind them a lane finds the next codeword's first words in the other banks, before them its own.
+#define LINE (16 * COPIES)
+#define ENTRY_BYTES (WIDTH == 8 ? LINE : 2 * LINE)
+#define FIRST_CODE(block) (WIDTH == 12 ? (block) * 16 / 3 * 2 : (block) * BLOCK / WIDTH)  // whole threes of chunks of eight columns
+#else
+#define FIRST_CODE(block) ((block) * BLOCK / WIDTH)
+#endif
+
+// For chunks of eight columns in turn: where a lane finds its columns in the entry of their code, and which of the codes from
+// the first of the three chunks on that is, fourfold in nibbles (width 12: two codes have three chunks).
+struct CodePlaces { u32 entry[3], code[3]; };
+__device__ __forceinline__ void find_places(CodePlaces& places, const u16* codebook, int block, int q, int lane) {
+#if COPIES
+    const u32 copy = shared_address(codebook) + lane / 4 % COPIES * 16;
+#pragma unroll
+    for (int i = 0; i < 3; i++) {
+        const int chunk = (block + i) % 3, word = (4 * chunk + q) % (WIDTH / 2);
+        places.entry[i] = copy + (WIDTH == 8 ? q * 4 : word < 4 ? word * 4 : LINE + (word - 4 + (chunk == 1 ? 2 : 0)) * 4);
+        places.code[i] = (block % 3 + i) / 3 * 0x2222u + (4 * chunk + q) / 6 * 0x1111u;
+    }
+#endif
+}
+__device__ __forceinline__ void next_places(CodePlaces& places, int block) {  // those of the block behind it: one chunk on
+    const u32 first = places.entry[0], code = places.code[0] + 0x2222u, passed = block % 3 == 2 ? 0x2222u : 0u;
+    places.entry[0] = places.entry[1], places.entry[1] = places.entry[2], places.entry[2] = first;
+    places.code[0] = places.code[1] - passed, places.code[1] = places.code[2] - passed, places.code[2] = code - passed;
+}
 
 // ---- Codes of a block of columns of rows r and r + 8, as loads give them: what used one at once would wait for memory -------------------------------
 struct Codes {
     u32 word[2][PLANES][KEPT_WORDS];
-    u32 scalar[2][LEVEL_WORDS];  // of the group, if it begins here; two marked sets: a lane's share of 16 rows
-    u32 zero[2][2];
+    u32 scalar[2][GROUPS_IN_BLOCK][LEVEL_WORDS];  // of the groups, if they begin here; two marked sets: a lane's share of 16 rows
+    u32 zero[2][GROUPS_IN_BLOCK][2];
 };
 
 // Where the rows of a lane begin, in bytes of the codes and in cells of the scalars, kept in registers; `shared` is the row
@@ -64,7 +98,7 @@ __device__ __forceinline__ u32 code_at(const u8* codes, u32 group) {
 __device__ __forceinline__ void align_codes(u32 (&bytes)[2][KEPT_WORDS], const Codes& codes, const Weight& w, const Places& at, int block) {
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-        const int shift = ((u32)(u64)w.codes[0] + at.codes[h] + block * BLOCK / WIDTH) % 4 * 8;
+        const int shift = (at.codes[h] + FIRST_CODE(block)) % 4 * 8;
 #pragma unroll
         for (int i = 0; i < KEPT_WORDS; i++) bytes[h][i] = funnel_right(codes.word[h][0][i], i + 1 < KEPT_WORDS ? codes.word[h][0][i + 1] : 0, shift);
     }
@@ -72,12 +106,13 @@ __device__ __forceinline__ void align_codes(u32 (&bytes)[2][KEPT_WORDS], const C
 
 __device__ __forceinline__ void fetch_codes(Codes& codes, const Weight& w, const Places& at, int block, int q) {
 #if BYTE_CODES
-    const u64 end = (u64)(w.codes[0] + w.rows * w.width);
+    const u32 end = w.rows * w.width;
 #pragma unroll
     for (int h = 0; h < 2; h++) {
-        const u64 from = (u64)(w.codes[0] + (at.codes[h] + block * BLOCK / WIDTH)) & ~3ull;
+        const u32 first = at.codes[h] + FIRST_CODE(block) & ~3u;
+        const u32* const from = (const u32*)(w.codes[0] + first);
 #pragma unroll
-        for (int i = 0; i < KEPT_WORDS; i++) codes.word[h][0][i] = from + 4 * i < end ? __ldg((const u32*)from + i) : 0;
+        for (int i = 0; i < KEPT_WORDS; i++) codes.word[h][0][i] = first + 4 * i < end ? __ldg(from + i) : 0;
     }
     return;
 #elif KIND == VECTOR_CODEBOOK && !BYTE_PER_CHUNK
@@ -94,7 +129,7 @@ __device__ __forceinline__ void fetch_codes(Codes& codes, const Weight& w, const
 #pragma unroll
     for (int h = 0; h < 2; h++)
 #pragma unroll
-        for (int p = 0; p < PLANES && !STAGED_CODES; p++) {
+        for (int p = 0; p < PLANES && !STAGED_BYTE_CODES; p++) {
             const u8* from = plane_codes(w, p) + (at.codes[h] + block * (BYTE_PER_CHUNK ? BLOCK / 8 : BLOCK / 8 * CODE_BITS));
             u32* to = codes.word[h][p];
             if (CODE_BITS == 8 && !BYTE_PER_CHUNK) {
@@ -140,6 +175,17 @@ __device__ __forceinline__ void read_words(Codes& codes, const u8* shared, int b
                 to[0] = four.x, to[1 % KEPT_WORDS] = four.y, to[2 % KEPT_WORDS] = four.z, to[3 % KEPT_WORDS] = four.w;
             }
 }
+// Words that have come with x: of block `part` of a stage, rows from `row` on, a multiple of eight and `r` down the tile.
+__device__ __forceinline__ void read_staged(Codes& codes, const u8* tile, int part, int row, int r) {
+#pragma unroll
+    for (int h = 0; h < 2; h++)
+#pragma unroll
+        for (int i = 0; i < CODE_WORDS / 4; i++) {
+            const uint4 four = *(const uint4*)(tile + 1024 * h + ((row * 128 + (r << 4)) ^ (part * (CODE_WORDS / 4) + i) << 4));
+            u32* to = codes.word[h][0] + 4 * i;
+            to[0] = four.x, to[1 % KEPT_WORDS] = four.y, to[2 % KEPT_WORDS] = four.z, to[3 % KEPT_WORDS] = four.w;
+        }
+}
 // Scalars of `binary-residual` that make the levels of a bit t (that of the lane): [mean,] scale of ordinary columns, [mean,]
 // two scales of marked ones.
 __device__ __forceinline__ void own_scalars(u32 (&s)[LEVEL_WORDS], const u8* from, int lane) {
@@ -155,29 +201,33 @@ __device__ __forceinline__ void own_scalars(u32 (&s)[LEVEL_WORDS], const u8* fro
 }
 // What scales the group that begins with block `block`, if one does or the block is the `first`.
 __device__ __forceinline__ void fetch_scalars(Codes& codes, const Weight& w, const Places& at, int block, int lane, bool first) {
-    if (KIND == VECTOR_CODEBOOK || STAGED_SCALARS || !first && (WHOLE_ROWS || block % (GROUP / BLOCK) != 0)) return;
-    const int group = GROUP_OF(block);
+    if (KIND == VECTOR_CODEBOOK || STAGED_SCALARS || !first && (WHOLE_ROWS || block % BLOCKS_IN_GROUP != 0)) return;
+    const int first_group = GROUP_OF(block);
     if (EIGHT) {
-        own_scalars(codes.scalar[0], w.scalars + (at.shared + group * (2 * NS)), lane);
+        own_scalars(codes.scalar[0][0], w.scalars + (at.shared + first_group * (2 * NS)), lane);
         return;
     }
 #pragma unroll
-    for (int h = 0; h < 2; h++) {
-        const u8* from = w.scalars + (at.cells[h] + group * (2 * NS));
-        if (KIND != LEVEL_TABLE) {
-            codes.scalar[h][0] = __ldg((const u16*)from);
-        } else if (NS == 4) {
-            const uint2 four = __ldg((const uint2*)from);
-            codes.scalar[h][0] = four.x, codes.scalar[h][1 % LEVEL_WORDS] = four.y;
-        } else {
-            codes.scalar[h][0] = __ldg((const u32*)from);
+    for (int h = 0; h < 2; h++)
+#pragma unroll
+        for (int g = 0; g < GROUPS_IN_BLOCK; g++) {
+            const int group = first_group + g;
+            const u8* from = w.scalars + (at.cells[h] + group * (2 * NS));
+            u32* const to = codes.scalar[h][g];
+            if (KIND != LEVEL_TABLE) {
+                to[0] = __ldg((const u16*)from);
+            } else if (NS == 4) {
+                const uint2 four = __ldg((const uint2*)from);
+                to[0] = four.x, to[1 % LEVEL_WORDS] = four.y;
+            } else {
+                to[0] = __ldg((const u32*)from);
+            }
+            if (ASYM) {
+                const u32 bit = (at.cells[h] / (2 * NS) + group) * BITS;
+                codes.zero[h][g][0] = __ldg(w.zeros + (bit >> 3));
+                if (8 % BITS) codes.zero[h][g][1] = (bit & 7) + BITS > 8 ? __ldg(w.zeros + (bit >> 3) + 1) : 0;
+            }
         }
-        if (ASYM) {
-            const u32 bit = (at.cells[h] / (2 * NS) + group) * BITS;
-            codes.zero[h][0] = __ldg(w.zeros + (bit >> 3));
-            if (8 % BITS) codes.zero[h][1] = (bit & 7) + BITS > 8 ? __ldg(w.zeros + (bit >> 3) + 1) : 0;
-        }
-    }
 }
 
 // Scalars of four groups of the warp's rows to shared memory, where loads by lane would ask 16 lines for two bytes each.
@@ -205,11 +255,12 @@ __device__ __forceinline__ void staged_scalars(u32 (&s)[LEVEL_WORDS], const u8* 
 // the two bytes in which each begins, `mask` its bits there; in the low bits of 1024 it is 1024 + 2^i code, and times
 // `factor`, 2^-i, `base` + code. Exact, for i below 8.
 #define TRIPLES (HALVES && BITS == 3)
-struct Triples { u32 pick, mask, factor, base; };
-__device__ __forceinline__ Triples triples_of(int q) {
+struct Triples { u32 pick, mask, factor, base, ones; };
+__device__ __forceinline__ Triples triples_of(int q, u32 zero) {  // `zero`: 0 that the compiler does not know, or a constant would take an instruction at every use
+    if (BITS == 4) return {(0x4040u | q | q << 8) + zero, 0x00f0000fu + zero};  // both codes of a byte, each in its half
     const int first = 0x2460 >> (4 * q) & 15, second = 0x5713 >> (4 * q) & 15;  // the bits that they begin at
     const u32 exponents = first << 10 | second << 26;
-    return {q == 0 ? 0x1010u : q == 1 ? 0x2110u : q == 2 ? 0x2121u : 0x3232u, 7u << first | 7u << (16 + second), 0x3c003c00u - exponents, 0x64006400u - exponents};
+    return {q == 0 ? 0x1010u : q == 1 ? 0x2110u : q == 2 ? 0x2121u : 0x3232u, 7u << first | 7u << (16 + second), 0x3c003c00u - exponents, 0x64006400u - exponents, 1u << first | 1u << (16 + second)};
 }
 
 // ---- Levels of a group ---------------------------------------------------------------------------------------------------
@@ -218,15 +269,15 @@ struct Levels {
     u32 high[2];              // their higher bytes
     float scale, zero;        // wider integers: w = scale (code - zero), in float16 by the pairs of the table
 };
-__device__ __forceinline__ void levels_of(Levels& levels, const Codes& codes, const Places& at, const Triples& triples, int h, int block) {
-    const u32 (&s)[LEVEL_WORDS] = codes.scalar[h];
+__device__ __forceinline__ void levels_of(Levels& levels, const Codes& codes, const Places& at, const Triples& triples, int h, int block, int g) {
+    const u32 (&s)[LEVEL_WORDS] = codes.scalar[h][g];
     if (KIND == LEVEL_TABLE) {
 #pragma unroll
         for (int i = 0; i < LEVEL_WORDS; i++) levels.table[i % 2] = BF16 ? pair_of_floats(float_of_half((u16)s[i]), float_of_half((u16)(s[i] >> 16))) : s[i];
         if (BITS == 1) levels.table[1] = 0;
     } else {
-        const u32 bit = ASYM ? (at.cells[h] / (2 * NS) + GROUP_OF(block)) * BITS : 0;
-        const u32 zero_code = ASYM ? (codes.zero[h][0] | (8 % BITS ? codes.zero[h][1] << 8 : 0)) >> (bit & 7) & ((1 << BITS) - 1) : 0;
+        const u32 bit = ASYM ? (at.cells[h] / (2 * NS) + GROUP_OF(block) + g) * BITS : 0;
+        const u32 zero_code = ASYM ? (codes.zero[h][g][0] | (8 % BITS ? codes.zero[h][g][1] << 8 : 0)) >> (bit & 7) & ((1 << BITS) - 1) : 0;
         const float value = float_of_half((u16)s[0]);
         const float zero = ASYM ? (float)zero_code : BITS > 1 ? (float)(1 << (BITS - 1)) : 0.5f;
         const float scale = !ASYM && BITS == 1 ? 2.0f * value : value;
@@ -236,8 +287,9 @@ __device__ __forceinline__ void levels_of(Levels& levels, const Codes& codes, co
         } else {
             levels.scale = scale, levels.zero = 8388608.0f + zero;
             if (HALVES) {
-                levels.table[0] = pair_of_floats(scale, scale);
-                levels.table[1] = TRIPLES ? fma_pairs(pair_of_floats(zero, zero), 0xbc00bc00u, triples.base ^ 0x80008000u) : bias_of_pair(zero);
+                const u32 whole = ASYM ? zero_code : 1u << (BITS - 1);
+                levels.table[0] = s[0] * 0x10001u;
+                levels.table[1] = TRIPLES ? (triples.base ^ 0x80008000u) + whole * triples.ones : bias_of_pair(whole);
             }
         }
     }
@@ -317,7 +369,7 @@ __device__ __forceinline__ void make_selectors(u32 (&selector)[2][2], const Code
 }
 
 // Operand words of product `step` (16 columns): rows r and r + 8 of the first eight columns, then of the others.
-__device__ __forceinline__ void expand(u32 (&a)[4], const Codes& codes, const u32 (&selector)[2][2], const Levels (&levels)[2], const u32 (&bytes)[2][KEPT_WORDS], const u8* staged, const Triples& triples, int step, int q, int column0, const u16* codebook) {
+__device__ __forceinline__ void expand(u32 (&a)[4], const Codes& codes, const u32 (&selector)[2][2], const Levels (&levels)[2], const u32 (&bytes)[2][KEPT_WORDS], const u8* staged, const Triples& triples, int step, int q, int column0, const u16* codebook, const CodePlaces& places) {
 #pragma unroll
     for (int h = 0; h < 2; h++) {
         const u32* word = codes.word[h][0];
@@ -336,6 +388,16 @@ __device__ __forceinline__ void expand(u32 (&a)[4], const Codes& codes, const u3
 #if BYTE_CODES
         } else if (true) {
             // Column p + 8 c + 2 q of the first code's, p where the block begins in it: of code k = that over the width.
+#if COPIES
+            // A byte four times in a word, times what 0x01010101 has for an inverse modulo 2^32, is the byte.
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const int chunk = 2 * step + half, word_at = chunk / 6;
+                const u32 fourfold = choose_bytes(bytes[h][word_at], bytes[h][(word_at + 1) % KEPT_WORDS], places.code[chunk % 3] + chunk / 3 % 2 * 0x2222u);
+                a[2 * half + h] = shared_word(fourfold * (ENTRY_BYTES * 0xffffff01u) + places.entry[chunk % 3]);
+            }
+            continue;
+#endif
             const int column = column0 % WIDTH + 2 * q;
 #pragma unroll
             for (int half = 0; half < 2; half++) {
@@ -350,6 +412,10 @@ __device__ __forceinline__ void expand(u32 (&a)[4], const Codes& codes, const u3
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 const int chunk = 2 * step + half;
+#if COPIES
+                a[2 * half + h] = shared_word(choose_bytes(word[chunk / 4], 0, 0x4440 + chunk % 4) * ENTRY_BYTES + places.entry[0]);
+                continue;
+#endif
                 const u32 column = column0 + chunk * 8 + 2 * q, code = BYTE_PER_CHUNK ? word[chunk / 4] >> (8 * (chunk % 4)) & 255 : word[chunk % KEPT_WORDS];
                 a[2 * half + h] = *(const u32*)(codebook + code * WIDTH + column % WIDTH);
             }
@@ -367,10 +433,10 @@ __device__ __forceinline__ void expand(u32 (&a)[4], const Codes& codes, const u3
                     const u32 v = (shift <= 8 ? word[at % KEPT_WORDS] >> shift : funnel_right(word[at % KEPT_WORDS], word[(at + 1) % KEPT_WORDS], shift)) >> (6 * q);
                     a[2 * half + h] = pair_of_codes(v & 7, v >> 3 & 7, levels[h]);
                 } else if (CODE_BITS == 4) {
-                    const u32 v = HALVES ? choose_bytes(word[chunk % KEPT_WORDS], 0, 0x4040u | q | q << 8) : word[chunk % KEPT_WORDS] >> (8 * q);
-                    a[2 * half + h] = HALVES ? pair_of_halves((v & 0x00f0000fu) | 0x64006400u, levels[h].table[0], levels[h].table[1]) : pair_of_codes(v & 15, v >> 4 & 15, levels[h]);
+                    const u32 v = HALVES ? choose_bytes(word[chunk % KEPT_WORDS], 0, triples.pick) : word[chunk % KEPT_WORDS] >> (8 * q);
+                    a[2 * half + h] = HALVES ? pair_of_halves((v & triples.mask) | 0x64006400u, levels[h].table[0], levels[h].table[1]) : pair_of_codes(v & 15, v >> 4 & 15, levels[h]);
                 } else {
-                    const u32 v = STAGED_CODES ? *(const u16*)(staged + 1024 * h + 8 * half) : word[chunk % KEPT_WORDS];
+                    const u32 v = STAGED_BYTE_CODES ? *(const u16*)(staged + 1024 * h + 8 * half) : word[chunk % KEPT_WORDS];
                     a[2 * half + h] = HALVES ? pair_of_halves(choose_bytes(v, 0x64u, 0x4140u), levels[h].table[0], levels[h].table[1]) : pair_of_codes(v & 255, v >> 8 & 255, levels[h]);
                 }
             }
@@ -381,18 +447,34 @@ __device__ __forceinline__ void expand(u32 (&a)[4], const Codes& codes, const u3
 // All codewords in the type of x, their entries exact: the second half negated.
 __device__ __forceinline__ void decode_codebook(u16* codebook, const u8* stored) {
 #if KIND == VECTOR_CODEBOOK
-    for (int entry = threadIdx.x; entry < CODES * WIDTH; entry += THREADS) {
-        const int code = entry / WIDTH % (CODES / 2), at = entry % WIDTH;
+    auto value_of = [&](int code, int at) {
         float value;
         if (TERNARY) {
-            int trits = stored[code * ((WIDTH + 4) / 5) + at / 5];
+            int trits = __ldg(stored + code % (CODES / 2) * ((WIDTH + 4) / 5) + at / 5);
             for (int i = 0; i < at % 5; i++) trits /= 3;
             value = (float)(trits % 3 - 1);
         } else {
-            value = (float)(signed char)stored[code * WIDTH + at] * (1.0f / 128.0f);
+            value = (float)(signed char)__ldg(stored + code % (CODES / 2) * WIDTH + at) * (1.0f / 128.0f);
         }
-        codebook[entry] = x_of_float(entry < CODES / 2 * WIDTH ? value : -value);
+        return x_of_float(code < CODES / 2 ? value : -value);
+    };
+#if COPIES
+    constexpr int LINES = ENTRY_BYTES / LINE;
+    for (int line = threadIdx.x; line < CODES * LINES; line += THREADS) {
+        const int code = line / LINES, first = line % LINES * 4;
+        u32 word[4];
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            const int at = 2 * (first ? 4 + i % 2 : i);
+            word[i] = value_of(code, at) | (u32)value_of(code, at + 1) << 16;
+        }
+#pragma unroll
+        for (int copy = 0; copy < COPIES; copy++)  // lanes begin at different ones: other banks
+            *(uint4*)((u8*)codebook + line * LINE + (copy + threadIdx.x) % COPIES * 16) = make_uint4(word[0], word[1], word[2], word[3]);
     }
+#else
+    for (int entry = threadIdx.x; entry < CODES * WIDTH; entry += THREADS) codebook[entry] = value_of(entry / WIDTH, entry % WIDTH);
+#endif
 #endif
 }
 

@@ -101,7 +101,7 @@ __device__ __forceinline__ Cell cell_of(const Scalars& scalars, u32 cell) {
             made.word[0] = pair_of_floats(scale * (0.0f - zero), scale * (1.0f - zero));
             made.word[1] = pair_of_floats(scale * (2.0f - zero), scale * (3.0f - zero));
         } else if (BY_PAIRS) {
-            made.word[0] = pair_of_floats(scale, scale), made.word[1] = bias_of_pair(zero);
+            made.word[0] = pair_of_floats(scale, scale), made.word[1] = bias_of_pair((u32)zero);
         } else {
             made.word[0] = __float_as_uint(scale);
             made.word[1] = __float_as_uint(TWO_PLACES ? -((FIRST_ONE + zero) * scale) : 8388608.0f + zero);

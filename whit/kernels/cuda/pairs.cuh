@@ -21,4 +21,5 @@ __device__ __forceinline__ u32 multiply_pairs(u32 a, u32 b) {
 __device__ __forceinline__ u32 pair_of_halves(u32 biased, u32 scales, u32 bias) {
     return multiply_pairs(fma_pairs(biased, SECOND_CODE << 16 | 0x3c00u, bias), scales);
 }
-__device__ __forceinline__ u32 bias_of_pair(float zero) { return pair_of_floats(-1024.0f - zero, (BITS == 4 ? -64.0f : -1024.0f) - zero); }
+// -1024 - zero, and -64 - zero for the second of four bits: the last places of both are counted in codes.
+__device__ __forceinline__ u32 bias_of_pair(u32 zero) { return BITS == 4 ? 0xd400e400u + zero * 0x100001u : 0xe400e400u + zero * 0x10001u; }

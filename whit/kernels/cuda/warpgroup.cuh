@@ -31,6 +31,12 @@ __device__ __forceinline__ uint2 load_eight(const u8* from) {
     asm volatile("ld.global.nc.L2::128B.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(from));
     return v;
 }
+// A word of shared memory that is not written any more, by its address.
+__device__ __forceinline__ u32 shared_word(u32 address) {
+    u32 word;
+    asm volatile("ld.shared.b32 %0, [%1];" : "=r"(word) : "r"(address));
+    return word;
+}
 // Registers of a thread from here on, for all warps of a warpgroup.
 template <int COUNT> __device__ __forceinline__ void fewer_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT)); }
 template <int COUNT> __device__ __forceinline__ void more_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT)); }

@@ -10,14 +10,14 @@
 
 #define ROWS (64 * ROW_GROUPS)
 #define BOX_BYTES (TOKENS * 128)
-#define X_BYTES (BOXES * BOX_BYTES)              // of one stage
+#define X_BYTES (STAGE_BLOCKS * BOXES * BOX_BYTES)  // of one stage: one or two blocks of columns
 #define STAGE_BYTES (X_BYTES + (STAGED_CODES ? ROWS * 128 : 0))
 #define SUM_STRIDE (ROWS + 4)                    // floats per vector: keeps the lanes of a store in different banks
 #define PUSHES (INBOX_BYTES > 0)                 // sums go to the block that adds them, beside the ring of x
 #define OUT_STRIDE (ROWS + 8)                    // 16-bit results per vector, likewise
 #define TOGETHER ((AHEAD + 1) / 2)               // products begun at once
 #define MIDDLE (BLOCK == 64 ? 1 : 4)              // the step in which levels are made (ptxas keeps products apart with 2 of 4)
-#define TURN(block) ((block) % 4 * 32)           // the thread that fills stages: warps of a scheduler each
+#define TURN(block) ((block) / STAGE_BLOCKS % 4 * 32)  // the thread that fills stages: warps of a scheduler each
 
 // Results of four rows of a vector, with the bias.
 __device__ __forceinline__ void store_four(const Weight& w, const u16* bias, u16* y, int tokens, int token, int row, const float (&v)[4]) {
@@ -66,12 +66,12 @@ wide(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap code
     }
     __syncwarp();
     if (PUSHES) cluster_begun();
-    const int first_group = GROUP_OF(begin), first_block = WHOLE_ROWS ? 0 : first_group * (GROUP / BLOCK);
+    const int first_group = GROUP_OF(begin), first_block = WHOLE_ROWS ? 0 : first_group * BLOCKS_IN_GROUP;
     const Places at = places_of(w, warp_row, first_group, lane);
     Codes even, odd;
     auto stage_words = [&](int run) { copy_words(word_bytes + run % 2 * (STAGED_BYTES / 2), w, at, (begin + run * RUN) * (BLOCK / 8 * CODE_BITS), lane); };
     if (STAGED_WORDS) stage_words(0);
-    if (!STAGED_WORDS) fetch_codes(even, w, at, begin, q);
+    if (!STAGED_WORDS && !STAGED_CODES) fetch_codes(even, w, at, begin, q);
     fetch_scalars(even, w, at, begin, lane, true);
     if (begin + 1 < end) fetch_scalars(odd, w, at, begin + 1, lane, false);
     auto stage_scalars = [&](int epoch) { copy_scalars(scalar_bytes + epoch % 2 * (16 * SCALAR_PITCH), w, at, row0, first_group, epoch, lane); };
@@ -80,14 +80,14 @@ wide(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap code
     if (EIGHT && threadIdx.x >= 32) spread_marks(marks, w.salient, begin, end);
     auto load = [&](int block, int slot) {
         barrier_expect(full + slot, STAGE_BYTES);
-        if (STAGED_CODES) copy_codes(memory + slot * STAGE_BYTES + X_BYTES, codes_map, full + slot, block * BLOCK / 2, row0);
+        if (STAGED_CODES) copy_codes(memory + slot * STAGE_BYTES + X_BYTES, codes_map, full + slot, block * (BLOCK / 16 * BITS), row0);
 #pragma unroll
-        for (int box = 0; box < BOXES; box++) copy_box(memory + slot * STAGE_BYTES + box * BOX_BYTES, x, full + slot, block * BLOCK + box * 64, token0);
+        for (int box = 0; box < STAGE_BLOCKS * BOXES; box++) copy_box(memory + slot * STAGE_BYTES + box * BOX_BYTES, x, full + slot, block * BLOCK + box * 64, token0);
     };
+    if (KIND == VECTOR_CODEBOOK) decode_codebook(codebook, w.zeros);
     wait_for_previous_kernel();
     if (threadIdx.x == 0)
-        for (int ahead = 0; ahead < DEPTH && begin + ahead < end; ahead++) load(begin + ahead, ahead);
-    if (KIND == VECTOR_CODEBOOK) decode_codebook(codebook, w.zeros);
+        for (int ahead = 0; ahead < DEPTH && begin + ahead * STAGE_BLOCKS < end; ahead++) load(begin + ahead * STAGE_BLOCKS, ahead);
     auto levels_ahead = [&](int block, u32 (&scalars)[LEVEL_WORDS]) {
         if (STAGED_SCALARS) staged_scalars(scalars, scalar_bytes + (block - first_block) / EPOCH % 2 * (16 * SCALAR_PITCH), at, GROUP_OF(block) - first_group, lane);
         make_levels(level_bytes + block % 2 * 256, scalars, lane);
@@ -96,7 +96,7 @@ wide(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap code
         copies_wait<0>();
         __syncwarp();
     }
-    if (EIGHT) levels_ahead(begin, even.scalar[0]);
+    if (EIGHT) levels_ahead(begin, even.scalar[0][0]);
     __syncthreads();
 
     float sums[TOKENS / 2];
@@ -106,20 +106,22 @@ wide(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap code
     int slot = 0, before = 0, phase = 0, phase_before = 0;
     u32 a[AHEAD + 1][4], selector[2][2];
     const Multipliers factors = multipliers();
-    const Triples triples = triples_of(q);
+    const Triples triples = triples_of(q, at.codes[0] >> 31);
     const u64 first_stage = descriptor_of(memory);
-    auto find_levels = [&](const Codes& codes, int block) {
+    CodePlaces places = {};
+    find_places(places, codebook, begin, q, lane);
+    auto find_levels = [&](const Codes& codes, int block, int group) {  // of the groups that begin with the block
         if (EIGHT) {
             take_levels(levels, level_bytes + block % 2 * 256, lane);
         } else if (KIND != VECTOR_CODEBOOK) {
 #pragma unroll
-            for (int h = 0; h < 2; h++) levels_of(levels[h], codes, at, triples, h, block);
+            for (int h = 0; h < 2; h++) levels_of(levels[h], codes, at, triples, h, block, group);
         }
     };
-    if (WHOLE_ROWS) find_levels(even, begin);
+    if (WHOLE_ROWS) find_levels(even, begin, 0);
     const u32* const own_marks = marks + q * (BLOCK / 32) - begin * (BLOCK / 8);
     auto multiply_block = [&](int block, Codes& codes, Codes& next, bool is_even) {  // from the first one on
-        if (!WHOLE_ROWS && (block == begin || block % (GROUP / BLOCK) == 0)) find_levels(codes, block);
+        if (!WHOLE_ROWS && (block == begin || block % BLOCKS_IN_GROUP == 0)) find_levels(codes, block, 0);
         u32 marked[BLOCK / 32] = {};
         if (EIGHT) {
 #pragma unroll
@@ -128,42 +130,50 @@ wide(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap code
                 marked[i] = two.x, marked[i + 1] = two.y;
             }
         }
+        const bool opens_stage = STAGE_BLOCKS == 1 || is_even, closes_stage = STAGE_BLOCKS == 1 || !is_even;
         const int number = block - begin;
         if (STAGED_WORDS) {
             if (is_even && number % RUN == 0 && block + RUN < end) stage_words(number / RUN + 1);
             read_words(codes, word_bytes + number / RUN % 2 * (STAGED_BYTES / 2), number, lane);
-        } else if (block + 1 < end) {
+        } else if (!STAGED_CODES && block + 1 < end) {
             fetch_codes(next, w, at, block + 1, q);
         }
-        if (block + 2 < end) fetch_scalars(codes, w, at, block + 2, lane, false);
+        if (GROUPS_IN_BLOCK == 1 && block + 2 < end) fetch_scalars(codes, w, at, block + 2, lane, false);
         if (STAGED_SCALARS && (GROUP > BLOCK || is_even) && (block - first_block + 4) % EPOCH == 0 && block + 4 < end) stage_scalars((block - first_block + 4) / EPOCH);
         if (STAGED_SCALARS || STAGED_WORDS) copies_commit();
         const u8* const staged = memory + slot * STAGE_BYTES + X_BYTES + own_row * 128 + 2 * q;
         u32 bytes[2][KEPT_WORDS];
         if (BYTE_CODES) align_codes(bytes, codes, w, at, block);
-        if (STAGED_CODES) barrier_wait(full + slot, phase);
-        const u64 tile_of_x = first_stage + slot * (STAGE_BYTES / 16);
+        if (STAGED_CODES && opens_stage) barrier_wait(full + slot, phase);
+        if (STAGED_CODES && BITS < 8) read_staged(codes, memory + slot * STAGE_BYTES + X_BYTES, opens_stage ? 0 : 1, own_row, r);
+        const u64 tile_of_x = first_stage + slot * (STAGE_BYTES / 16) + (opens_stage ? 0 : X_BYTES / 32);
 #pragma unroll
         for (int step = 0; step < BLOCK / 16; step++) {
             const bool opens = step % TOGETHER == 0, closes = step % TOGETHER == TOGETHER - 1;
             if (opens) products_wait<(AHEAD + 1) / TOGETHER - 1>();  // the registers of the products AHEAD + 1 before these are free
-            if (step == AHEAD + 1 - TOGETHER && block > begin && lane == 0) barrier_arrive(empty + before);  // all of the block before are done
-            if (STAGED_SCALARS && step == MIDDLE && block + 1 < end && (block + 1) % (GROUP / BLOCK) == 0) levels_ahead(block + 1, next.scalar[0]);
+            if (opens_stage && step == AHEAD + 1 - TOGETHER && block > begin && lane == 0) barrier_arrive(empty + before);  // all of the stage before are done
+            if (STAGED_SCALARS && step == MIDDLE && block + 1 < end && (block + 1) % BLOCKS_IN_GROUP == 0) levels_ahead(block + 1, next.scalar[0][0]);
+            if (GROUPS_IN_BLOCK > 1 && step == 4) {
+                find_levels(codes, block, 1);
+                if (block + 2 < end) fetch_scalars(codes, w, at, block + 2, lane, false);
+            }
             if (TABLE && step % 2 == 0) make_selectors(selector, codes, factors, marked, step, q);
-            expand(a[step % (AHEAD + 1)], codes, selector, levels, bytes, staged + ((step ^ r) << 4), triples, step, q, block * BLOCK, codebook);
+            expand(a[step % (AHEAD + 1)], codes, selector, levels, bytes, staged + ((step ^ r) << 4), triples, step, q, block * BLOCK, codebook, places);
             if (!closes) continue;
-            if (!STAGED_CODES && step == TOGETHER - 1) barrier_wait(full + slot, phase);
+            if (!STAGED_CODES && opens_stage && step == TOGETHER - 1) barrier_wait(full + slot, phase);
             registers_ready();
 #pragma unroll
             for (int s = step + 1 - TOGETHER; s <= step; s++) warpgroup_product(sums, a[s % (AHEAD + 1)], tile_of_x + s / 4 * (BOX_BYTES / 16) + s % 4 * 2);
             products_commit();
         }
-        if (threadIdx.x == TURN(block) && block > begin && block - 1 + DEPTH < end) {
+        if (opens_stage && threadIdx.x == TURN(block) && block > begin && block + (DEPTH - 1) * STAGE_BLOCKS < end) {
             barrier_wait(empty + before, phase_before);
-            load(block - 1 + DEPTH, before);
+            load(block + (DEPTH - 1) * STAGE_BLOCKS, before);
         }
         if (STAGED_SCALARS || STAGED_WORDS) copies_wait<(STAGED_WORDS ? RUN / 2 : 2)>();  // those of two blocks before
+        if (COPIES && WIDTH == 12) next_places(places, block);
         __syncwarp();
+        if (!closes_stage) return;
         before = slot, phase_before = phase;
         slot = slot == DEPTH - 1 ? 0 : slot + 1;
         phase ^= slot == 0;
