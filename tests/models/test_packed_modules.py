@@ -209,3 +209,15 @@ def test_another_form_is_given_up_for_another_weight():
     assert other.running.format == other.format and torch.equal(other.weight, structured().weight)
     with pytest.raises(ValueError, match="weight is 8 x 20"):
         other.run_as(packed_weight())
+
+
+def test_another_form_gives_way_to_a_stored_tensor_that_takes_another_s_place():
+    module, other, third = structured(), prepared(structured()), structured()
+    third.scalars.mul_(2)
+    x = torch.randn(3, 96, generator=torch.Generator().manual_seed(2))
+    state = {name: tensor.clone() for name, tensor in third.state_dict().items()}
+    assert torch.equal(torch.func.functional_call(other, state, (x,)), third(x))
+    assert other.running.format != other.format and torch.equal(other(x), module(x))
+    other.scalars = third.scalars
+    assert other.running.format == other.format and torch.equal(other(x), third(x))
+    assert torch.equal(prepared(other)(x), third(x)) and other.running.format != other.format

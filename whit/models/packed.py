@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Self, cast
 
 import torch
@@ -30,6 +30,7 @@ class PackedModule(nn.Module):
         self._stored = tuple(layout.specs(rows, columns))
         self._packed: Packed | None = None
         self._prepared: Packed | None = None
+        self._prepared_from: Mapping[str, Tensor] = {}
         for name, spec in layout.specs(rows, columns).items():
             self.register_buffer(name, torch.empty(spec.shape, dtype=spec.dtype))
 
@@ -55,15 +56,24 @@ class PackedModule(nn.Module):
 
     @property
     def running(self) -> Packed:
-        """The weight in the form in which it is multiplied: as stored, or as `run_as` has set it."""
-        return self._prepared if self._prepared is not None else self.packed
+        """The weight in the form in which it is multiplied: as stored, or as `run_as` has set it.
+
+        A stored tensor that was put in another's place meanwhile counts (`torch.func.functional_call` does that).
+        """
+        prepared, buffers = self._prepared, self._buffers
+        if prepared is None:
+            return self.packed
+        for name, tensor in self._prepared_from.items():
+            if buffers[name] is not tensor:
+                return self.packed.to(next(iter(prepared.tensors.values())).device)
+        return prepared
 
     def run_as(self, prepared: Packed) -> None:
         """Multiply by the same weight in another form from now on (`whit.kernels.linear.Preparation`).
 
         Its tensors are buffers that no file gets. What is stored waits in host memory, so that a device holds one form
-        only and a saved model has the bytes that it was loaded from; whatever moves or replaces the module's tensors
-        brings it back first.
+        only and a saved model has the bytes that it was loaded from; whatever moves the module, or loads a weight into
+        it, brings it back first. What is written into a stored tensor in place has no effect until then.
 
         Raises:
             ValueError: it has another shape.
@@ -76,7 +86,7 @@ class PackedModule(nn.Module):
         self._forget()
         for name, tensor in prepared.tensors.items():
             self.register_buffer(_PREPARED + name, tensor, persistent=False)
-        self._prepared = prepared
+        self._prepared, self._prepared_from = prepared, self.packed.tensors
 
     def run_as_stored(self) -> None:
         """Give up another form: multiply by the stored weight, on the device of that form."""
@@ -92,6 +102,7 @@ class PackedModule(nn.Module):
         for name in self._prepared.tensors if self._prepared is not None else ():
             delattr(self, _PREPARED + name)
         self._packed = self._prepared = None
+        self._prepared_from = {}
 
     def set_packed(self, packed: Packed) -> None:
         """Take over the tensors of a packed weight of the same layout and shape."""
