@@ -19,10 +19,11 @@ from whit.models.resolve import resolve_model
 from whit.models.skeleton import load_dense
 from whit.models.source import InMemorySource
 from whit.models.stacks import find_stacks
+from whit.pipeline import gather
 from whit.pipeline.assign import AssignedLayer
 from whit.pipeline.block import UNREACHED, Groups, Streams, compress_block, propagate
 from whit.pipeline.catch import Call, CallCatcher
-from whit.pipeline.gather import SecondMoment, find_groups, gathering
+from whit.pipeline.gather import InputAccumulator, SecondMoment, find_groups, gathering
 from whit.pipeline.layer import Swaps, packed_from, restore_layers
 from whit.pipeline.team import Team
 from whit.report.record import LayerRecord
@@ -311,6 +312,22 @@ def test_second_moments_by_blocks_are_the_whole_product(dtype: torch.dtype) -> N
     flat = inputs.double().flatten(0, 1)
     torch.testing.assert_close(accumulated.moment.double(), flat.T @ flat * (2 / 5), rtol=1e-5, atol=1e-4)
     assert torch.equal(accumulated.moment, accumulated.moment.T)
+
+
+def test_sums_go_on_in_a_process_whose_panels_have_another_width(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As between two machines of which one multiplies bfloat16 in matrix units."""
+    columns = gather.UNIT_COLUMNS + 100
+    first, second = torch.randn(2, 1, 9, columns, generator=torch.Generator().manual_seed(0))
+    whole, here, there = (InputAccumulator(columns, NEEDS, 0) for _ in range(3))
+    monkeypatch.setattr(gather, "has_matrix_units", lambda: True)
+    whole.update(first), whole.update(second), here.update(first)
+    state = here.state()
+    monkeypatch.setattr(gather, "has_matrix_units", lambda: False)
+    there.restore(*state)
+    there.update(second)
+    assert whole.moment is not None and there.moment is not None
+    torch.testing.assert_close(there.moment.moment, whole.moment.moment)
+    assert there.moment.tokens == 18 and torch.equal(there.moment.moment, there.moment.moment.T)
 
 
 def test_bfloat16_products_leave_the_setting_as_it_was() -> None:

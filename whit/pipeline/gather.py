@@ -106,9 +106,10 @@ class SecondMoment:
             left, right = flat[:, start:stop].T, flat[:, start:]
             torch.addmm(target, left, right, beta=kept, alpha=2 / self.sequences, out=target, **options)
 
-    def panels(self) -> Iterator[tuple[Tensor, int, int]]:
-        """Each panel, and its first and last row."""
-        width = PANEL_COLUMNS if self.upper.is_cuda else UNIT_COLUMNS if has_matrix_units() else BLOCK_COLUMNS
+    def panels(self, width: int = 0) -> Iterator[tuple[Tensor, int, int]]:
+        """Each panel, and its first and last row; 0 takes the width that is fastest here."""
+        if not width:
+            width = PANEL_COLUMNS if self.upper.is_cuda else UNIT_COLUMNS if has_matrix_units() else BLOCK_COLUMNS
         for start in range(0, len(self.upper), width):
             stop = min(start + width, len(self.upper))
             yield self.upper[start:stop, start:], start, stop
@@ -165,9 +166,9 @@ class InputAccumulator:
         self.tokens += flat.shape[0]
 
     def state(self) -> tuple[dict[str, int], list[Tensor]]:
-        """What has been summed up so far, for `restore` elsewhere."""
+        """What has been summed up so far, for `restore` elsewhere, where panels may have another width."""
         sums = [item for item in (self.square_sums, self.maximum) if item is not None]
-        panels = [] if self.moment is None else [panel.contiguous() for panel, _, _ in self.moment.panels()]
+        panels = [] if self.moment is None else [panel.contiguous() for panel, _, _ in self.moment.panels(BLOCK_COLUMNS)]
         numbers = {"sequences": self.sequences, "tokens": self.tokens, "samples": len(self.sample)}
         return numbers, [*sums, *self.sample, *panels]
 
@@ -185,7 +186,7 @@ class InputAccumulator:
         if panels:
             upper = torch.zeros(self.columns, self.columns, device=panels[0].device)
             self.moment = SecondMoment(upper, self.sequences, self.tokens)
-            for (target, _, _), panel in zip(self.moment.panels(), panels, strict=True):
+            for (target, _, _), panel in zip(self.moment.panels(BLOCK_COLUMNS), panels, strict=True):
                 target.copy_(panel)
 
     def write(self, statistics: LayerStatistics, name: str) -> None:
