@@ -19,16 +19,18 @@ from tests.report.example import example_evaluations, example_plan, example_resu
 from whit import errors
 from whit.cli import main
 from whit.cli.commands import build, output_directory
+from whit.cli.inspection import kernel_of
 from whit.cli.options import RECIPE, RUN_HELP, explain_unknown, requested_method
 from whit.cli.tables import tuned_view
 from whit.errors import KnobError
 from whit.formats.grouped_integer import GroupedInteger
-from whit.kernels import explain
+from whit.kernels import explain, linear
+from whit.kernels.linear import Preparation
 from whit.kernels.tuning import TunedProduct
 from whit.methods.base import available_methods, knobs
 from whit.pipeline.events import Listener, Plan
 from whit.pipeline.options import RunOptions
-from whit.report.record import EvaluationRecord, ExportRecord, Result
+from whit.report.record import EvaluationRecord, ExportRecord, LayerRecord, Result
 from whit.report.write import write_reports
 
 BLOCKS = 2
@@ -451,6 +453,17 @@ def test_inspect_lists_format_shape_bits_error_and_kernel(tmp_path: Path, capsys
     layer = json.loads(capsys.readouterr().out)["layers"][0]
     assert layer["kernel"] == kernel
     assert layer["stored_bits"] == pytest.approx(8.375)
+
+
+@pytest.mark.parametrize(("block", "said"), [("model.layers.0", True), ("", False)])
+def test_inspect_says_in_which_form_decoding_holds_a_layer_of_a_block(
+    block: str, said: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    form = Preparation("other form", lambda packed: True, list, lambda packed: 3.04)
+    monkeypatch.setitem(linear._PREPARATIONS, "grouped-integer", form)
+    layer = LayerRecord("name", block, 8, 64, {}, GroupedInteger(8, 64, True).to_json(), 0, 0.0, 0.0, 0.0)
+    found = kernel_of(layer, torch.float32, torch.device("cpu"))
+    assert found.endswith("; decoding: other form, 3.0 bits resident") is said
 
 
 @pytest.mark.parametrize(

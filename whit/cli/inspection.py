@@ -31,13 +31,16 @@ def read_result(directory: Path) -> Result:
 
 
 def kernel_of(layer: LayerRecord, dtype: torch.dtype, device: torch.device) -> str:
-    """Name of the implementation that multiplies one input vector by this layer on this machine."""
+    """Name of the implementation that multiplies one input vector by this layer on this machine.
+
+    For layers of blocks also the form in which decoding holds them; embeddings and heads stay as they are stored.
+    """
     layout = format_from_json(layer.format)
     specs = layout.specs(layer.rows, layer.columns)
     tensors = {name: torch.empty(spec.shape, dtype=spec.dtype, device=device) for name, spec in specs.items()}
     packed = Packed(layout, layer.rows, layer.columns, tensors)
     name = explain(torch.empty(1, layer.columns, dtype=dtype, device=device), packed)
-    preparation = preparation_of([packed])
+    preparation = preparation_of([packed]) if layer.block else None
     if preparation is None:
         return name
     return f"{name}; decoding: {preparation.name}, {preparation.bits(packed):.1f} bits resident"

@@ -168,7 +168,9 @@ class InputAccumulator:
     def state(self) -> tuple[dict[str, int], list[Tensor]]:
         """What has been summed up so far, for `restore` elsewhere, where panels may have another width."""
         sums = [item for item in (self.square_sums, self.maximum) if item is not None]
-        panels = [] if self.moment is None else [panel.contiguous() for panel, _, _ in self.moment.panels(BLOCK_COLUMNS)]
+        panels = (
+            [] if self.moment is None else [panel.contiguous() for panel, _, _ in self.moment.panels(BLOCK_COLUMNS)]
+        )
         numbers = {"sequences": self.sequences, "tokens": self.tokens, "samples": len(self.sample)}
         return numbers, [*sums, *self.sample, *panels]
 
