@@ -28,7 +28,7 @@ from whit.formats import Packed
 from whit.formats.outlier_int8 import OutlierInt8
 from whit.formats.quantised_inputs import QuantisedInputs
 from whit.formats.scaled_codes import ScaledCodes
-from whit.kernels import explain, packed_linear
+from whit.kernels import eight_cuda, explain, packed_linear
 from whit.kernels.tile_tuning import tune_tiles
 from whit.kernels.timing import copies_for, seconds_per_call
 
@@ -71,9 +71,9 @@ def loud_columns(columns: int) -> Tensor:
 
 def chooses(case: str, tokens: int) -> bool:
     """Whether the launch shape of a case is found by it: others share that of its kind."""
-    if case.startswith("fp8"):
-        return case == "fp8-w8a16" and tokens <= 16
-    return case in ("dynamic", "int8-w8a8") or (case == "fp4-w4a16" and tokens == 1)
+    if tokens <= 16 and case in ("fp8-w8a16", "fp8-w8a8", "int8-w8a16"):
+        return True
+    return case in ("dynamic", "none", "static", "cached", "int8-w8a8") or (case == "fp4-w4a16" and tokens == 1)
 
 
 @dataclass
@@ -197,6 +197,8 @@ def measure(case: Case, names: list[str], dtype: torch.dtype, tuning: bool) -> l
             more["tried"] = {str(tuple(asdict(tile).values())): time for tile, time in ordered}
             for tile, time in list(more["tried"].items())[:4]:
                 print(f"      {time * 1e6:9.2f} us  {tile}", flush=True)
+        elif tuning and chooses(name, case.tokens) and explain(x, first) == eight_cuda.NAME:
+            eight_cuda.tune(x, first, lambda calls=calls: seconds_per_call(calls, 6)[0])
         case.time(name, explain(x, first), size, calls, **more)
     measure_bitsandbytes(case, x)
     return case.records

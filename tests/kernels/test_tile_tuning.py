@@ -152,20 +152,20 @@ def test_launches_look_where_shapes_are_filed(tokens: int, monkeypatch: pytest.M
 
     monkeypatch.setattr(launching, "tile_key", watch)
     generator = torch.Generator("cuda").manual_seed(0)
-    weight = torch.randn(256, 512, device="cuda", generator=generator)
+    weight = torch.randn(256, 520, device="cuda", generator=generator)
     eight = {
         layout.system: layout.pack(weight, weight.abs().amax(1, keepdim=True) / layout.numbers.maximum)
         for layout in (INT8, FP8, FP4)
     }
     outlier = OutlierInt8(6.0, "dynamic")
-    codes = torch.randint(-127, 128, (256, 512), dtype=torch.int8, device="cuda", generator=generator)
+    codes = torch.randint(-127, 128, (256, 520), dtype=torch.int8, device="cuda", generator=generator)
     layers = [
-        Packed(outlier, 256, 512, {"codes": codes, "absmax": torch.ones(256, device="cuda")}),
+        Packed(outlier, 256, 520, {"codes": codes, "absmax": torch.ones(256, device="cuda")}),
         QuantisedInputs(INT8, "int8", False).pack(eight["int8"]),
         eight["e4m3fn"],
         eight["e2m1fn"],
     ]
-    x = torch.randn(tokens, 512, device="cuda", generator=generator).bfloat16()
+    x = torch.randn(tokens, 520, device="cuda", generator=generator).bfloat16()
     for packed in layers:
         tuner = tuner_of(x, packed)
         if tuner is not None:

@@ -9,7 +9,7 @@ one layout meet the input in one launch, each with thread blocks, and perhaps a 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -221,44 +221,53 @@ def _chosen(call: Call) -> tuple[Chosen | None, Tuned | None, Tuned | None]:
     return found, own, step if counts_bits(call.index) else None
 
 
-def _prepared_codebooks(call: Call) -> _Prepared | None:
+def _placed_codebooks(call: Call) -> tuple[CodebookLaunch, list[int], int] | None:
+    """The launch, clusters of each of several weights, and bytes for the input; None where it does not fit."""
     _, processors, memory = device_limits(call.index)
-    early = starts_early(call.index)
     made = -(-2 * call.columns // 128) * 128 if call.makes else 0
-    room, memory = clusters_at_once(processors, early), memory - made
-    parts = list[int]()
+    room, memory = clusters_at_once(processors, starts_early(call.index)), memory - made
+    found: tuple[CodebookLaunch, list[int]] | None
     if len(call.rows) > 1:
         found = place_codebooks(call.layout, call.rows, memory, room)
-        if found is None:
-            return None
-        launch, parts = found
     else:
         single = place_codebook(call.layout, call.rows[0], memory, room)
-        if single is None:
-            return None
-        launch = single
-    if call.columns > 8 * launch.threads * MOST_EIGHTS:
+        found = None if single is None else (single, [])
+    if found is None or (call.makes and call.columns > 8 * found[0].threads * MOST_EIGHTS):
         return None
-    options = (*codebook_options(call.layout, launch, call.bfloat, early), *call.options(launch.threads))
-    return _Prepared(kernel(codebook_source(), "codebook_product", options, call.index), launch, tuple(parts), made)
+    return *found, made
+
+
+def _prepared_codebooks(call: Call) -> _Prepared | None:
+    placed = _placed_codebooks(call)
+    if placed is None:
+        return None
+    launch, parts, made = placed
+    options = codebook_options(call.layout, launch, call.bfloat, starts_early(call.index))
+    run = kernel(codebook_source(), "codebook_product", (*options, *call.options(launch.threads)), call.index)
+    return _Prepared(run, launch, tuple(parts), made)
+
+
+def makes_input(given: Normed | Tensor, bias: Tensor | None) -> bool:
+    """Whether kernels take one vector or what it is made of: 16-bit tensors alike, on Hopper; a bias of that type."""
+    vectors = [given] if isinstance(given, Tensor) else [given.states, given.weight]
+    if isinstance(given, Normed) and given.update is not None:
+        vectors.append(given.update)
+    x = vectors[0]
+    if x.device.type != "cuda" or (bias is not None and (bias.dtype != x.dtype or not bias.is_contiguous())):
+        return False  # others convert a bias
+    if x.numel() != x.shape[-1] or x.shape[-1] % 8 or not starts_early(x.device.index):  # measured on Hopper alone
+        return False
+    if any(item.dtype != x.dtype or item.data_ptr() % 16 or item.device != x.device for item in vectors):
+        return False
+    return all(item.numel() == x.numel() and item.stride(-1) == 1 for item in vectors)
 
 
 def _call(given: Normed | Tensor, weights: Sequence[Packed], bias: Tensor | None) -> Call | None:
     """None where no kernel takes these."""
-    vectors, add = [given] if isinstance(given, Tensor) else [given.states, given.weight], False
-    if isinstance(given, Normed) and given.update is not None:
-        vectors, add = [*vectors, given.update], True
-    x = vectors[0]
-    if not 1 <= len(weights) <= MOST or (bias is not None and len(weights) > 1) or x.device.type != "cuda":
+    x = given if isinstance(given, Tensor) else given.states
+    if not 1 <= len(weights) <= MOST or (bias is not None and len(weights) > 1) or not makes_input(given, bias):
         return None
-    if bias is not None and (bias.dtype != x.dtype or not bias.is_contiguous()):  # others convert it
-        return None
-    if x.numel() != x.shape[-1] or x.shape[-1] % 8 or not starts_early(x.device.index):  # measured on Hopper alone
-        return None
-    if any(item.dtype != x.dtype or item.data_ptr() % 16 or item.device != x.device for item in vectors):
-        return None
-    if any(item.numel() != x.numel() or item.stride(-1) != 1 for item in vectors):
-        return None
+    add = isinstance(given, Normed) and given.update is not None
     layouts = [usable(x, packed) for packed in weights]
     layout = layouts[0]
     if layout is None or any(other != layout for other in layouts):
@@ -284,6 +293,9 @@ def products_of(
         h of `Normed` (`states` where there is no `update`), or the vector given, and the products. None where no kernel
         takes these.
     """
+    maker = _MAKERS.get(weights[0].format.name)
+    if maker is not None:
+        return maker(given, weights, bias)
     call = _call(given, weights, bias)
     if call is None or failed((_KIND, call.layout)):
         return None
@@ -296,7 +308,26 @@ def products_of(
     return None
 
 
+Maker = Callable[[Normed | Tensor, Sequence[Packed], Tensor | None], tuple[Tensor, list[Tensor]] | None]
+_MAKERS: dict[str, Maker] = {}
+
+
+def register_maker(format_name: str, maker: Maker) -> None:
+    """Offer `products_of` for weights of one format, which kernels of their own multiply."""
+    _MAKERS[format_name] = maker
+
+
 _KIND = "products that make their input"
+
+
+def input_of(given: Normed | Tensor) -> tuple[Tensor, Argument]:
+    """h of `Normed`, where a kernel writes it, or the vector given; and a kernel's argument for either."""
+    if isinstance(given, Tensor):
+        return given, ctypes.c_void_p(given.data_ptr())
+    states, update = given.states, given.update
+    total = states if update is None else torch.empty_like(states)
+    pointers = (states.data_ptr(), None if update is None else update.data_ptr(), given.weight.data_ptr())
+    return total, _Input(*pointers, total.data_ptr(), given.epsilon)
 
 
 def _launched(
@@ -306,13 +337,8 @@ def _launched(
     weights: Sequence[Packed],
     bias: Tensor | None,
 ) -> tuple[Tensor, list[Tensor]]:
-    x = given.states if isinstance(given, Normed) else given
-    total = torch.empty_like(x) if call.add else x
-    out = torch.empty(1, sum(call.rows), dtype=x.dtype, device=x.device)
-    made: Argument = ctypes.c_void_p(x.data_ptr())
-    if isinstance(given, Normed):
-        update = None if given.update is None else given.update.data_ptr()
-        made = _Input(x.data_ptr(), update, given.weight.data_ptr(), total.data_ptr(), given.epsilon)
+    total, made = input_of(given)
+    out = torch.empty(1, sum(call.rows), dtype=total.dtype, device=total.device)
     own = [op_arguments(packed)[0] for packed in weights]
     tensors = [aligned(items) for items in own]
     described = [
@@ -350,7 +376,8 @@ def _tasks(
 
 
 def _meets(x: Tensor, weights: Sequence[Packed]) -> bool:
-    return len(weights) > 1 and _call(x.reshape(1, -1).contiguous(), weights, None) is not None
+    call = _call(x.reshape(1, -1).contiguous(), weights, None) if len(weights) > 1 else None
+    return call is not None and _placed_codebooks(call) is not None
 
 
 def _together(x: Tensor, weights: Sequence[Packed]) -> list[Tensor]:

@@ -43,68 +43,44 @@ ADDRESSED = 2**31
 """Numbers of a matrix that 32-bit offsets reach."""
 
 
-def multiply_outliers(
-    x: Tensor,
-    codes: Tensor,
-    absmax: Tensor,
-    index: Tensor | None,
-    wide: Tensor | None,
-    bias: Tensor | None,
-    threshold: float,
-    dynamic: bool,
-) -> Tensor:
-    """x (m, columns), contiguous, times an LLM.int8() weight: (m, rows). See the top of this file.
+def _op(
+    name: str, launches: Callable[[Tensor, Weight, Tensor], None]
+) -> tuple[Callable[..., Tensor], Callable[..., Tensor]]:
+    """A product and its op whit::`name`: x (m, columns), contiguous, times an LLM.int8() weight, (m, rows).
 
-    Args:
-        x: float16 or bfloat16.
-        codes, absmax, index, wide: tensors of the format; `index` and `wide` are the stored outlier columns.
-        bias: (rows,) of any float type.
-        threshold: of outliers, if `dynamic`.
+    Its arguments: x in float16 or bfloat16; codes, absmax, index and wide as the format stores them, of which `index`
+    and `wide` are its outlier columns; bias (rows,) of any float type; threshold of outliers, if `dynamic`.
     """
-    out = torch.empty(len(x), len(codes), dtype=x.dtype, device=x.device)
-    weight = Weight(codes, absmax, index, wide, bias, threshold, dynamic)
-    if out.numel() == 0:
+
+    def product(
+        x: Tensor,
+        codes: Tensor,
+        absmax: Tensor,
+        index: Tensor | None,
+        wide: Tensor | None,
+        bias: Tensor | None,
+        threshold: float,
+        dynamic: bool,
+    ) -> Tensor:
+        out = torch.empty(len(x), len(codes), dtype=x.dtype, device=x.device)
+        if out.numel():
+            launches(x, Weight(codes, absmax, index, wide, bias, threshold, dynamic), out)
         return out
-    if len(x) == 1 and weight.columns % 4 == 0 and codes.data_ptr() % 4 == 0:
+
+    op = torch.library.custom_op(f"whit::{name}", product, mutates_args=())
+    op.register_fake(lambda x, codes, *rest: x.new_empty(x.shape[0], codes.shape[0]))
+    return product, op
+
+
+def _launches(x: Tensor, weight: Weight, out: Tensor) -> None:
+    if len(x) == 1 and weight.columns % 4 == 0 and weight.codes.data_ptr() % 4 == 0:
         one_token(x, weight, out)
     else:
         many_tokens(x, weight, out)
-    return out
 
 
-def multiply_outliers_wide(
-    x: Tensor,
-    codes: Tensor,
-    absmax: Tensor,
-    index: Tensor | None,
-    wide: Tensor | None,
-    bias: Tensor | None,
-    threshold: float,
-    dynamic: bool,
-) -> Tensor:
-    """The same for many tokens on Hopper, by `whit.kernels.outlier_wide`."""
-    out = torch.empty(len(x), len(codes), dtype=x.dtype, device=x.device)
-    wide_layer(x, Weight(codes, absmax, index, wide, bias, threshold, dynamic), out)
-    return out
-
-
-def _fake(
-    x: Tensor,
-    codes: Tensor,
-    absmax: Tensor,
-    index: Tensor | None,
-    wide: Tensor | None,
-    bias: Tensor | None,
-    threshold: float,
-    dynamic: bool,
-) -> Tensor:
-    return x.new_empty(x.shape[0], codes.shape[0])
-
-
-outlier_int8_product = torch.library.custom_op("whit::outlier_int8", multiply_outliers, mutates_args=())
-outlier_int8_product.register_fake(_fake)
-outlier_int8_wide_product = torch.library.custom_op("whit::outlier_int8_wide", multiply_outliers_wide, mutates_args=())
-outlier_int8_wide_product.register_fake(_fake)
+multiply_outliers, outlier_int8_product = _op("outlier_int8", _launches)
+multiply_outliers_wide, outlier_int8_wide_product = _op("outlier_int8_wide", wide_layer)
 
 
 def _supports(x: Tensor, packed: Packed) -> bool:

@@ -117,6 +117,29 @@ MEANINGS = {
     "u32 in_register(": "static u32 in_register(u32 constant) { return constant; }",
     "u32 pair_of_floats(": "static u32 pair_of_floats(float low, float high)"
     " { return to16(low) | (u32)to16(high) << 16; }",
+    "void whole_product(": "static void whole_product(int (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1)"
+    " { u32 a[4] = {a0, a1, a2, a3}, b[2] = {b0, b1}; tensor_product(c, 4, a, 2, b, signed_bytes_times_bytes); }",
+    "void wide_product(": "static void wide_product(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1)"
+    " { u32 a[4] = {a0, a1, a2, a3}, b[2] = {b0, b1};"
+    " tensor_product(c, 4, a, 2, b, FLOATS ? floats_times_floats : halves_times_halves); }",
+    "u32 bytes_of(": "static u32 bytes_of(u32 low, u32 high, u32 selector)"
+    " { return __byte_perm(low, high, selector); }",
+    "u32 subtracted(": "static u32 subtracted(u32 a, u32 b) { const auto one = [](u32 x, u32 y) -> u32"
+    " { return FLOATS ? to_bfloat(from_bfloat(x) - from_bfloat(y)) : to_half(from_half(x) - from_half(y)); };"
+    " return one(a, b) | one(a >> 16, b >> 16) << 16; }",
+    "u32 pair_of_halves(float": "static u32 pair_of_halves(float low, float high)"
+    " { return to_half(low) | (u32)to_half(high) << 16; }",
+    "u32 multiplied(": "static u32 multiplied(u32 a, u32 b) { const auto one = [](u32 x, u32 y) -> u32"
+    " { return to_bfloat(from_bfloat(x) * from_bfloat(y)); }; return one(a, b) | one(a >> 16, b >> 16) << 16; }",
+    "void from_e4m3(": "static void from_e4m3(u32& low, u32& high, u32 codes)"
+    " { const auto one = [&](int i) -> u32 { return from_small(codes >> 8 * i & 255); };"
+    " low = one(0) | one(1) << 16, high = one(2) | one(3) << 16; }",
+    "u32 nearest_pair(": "static u32 nearest_pair(float low, float high)"
+    " { return to_small(low) | to_small(high) << 16; }",
+    "void largest_at_peer(": "static void largest_at_peer(u32* own, int rank, u32 value)"
+    " { atomicMax((u32*)(shared_memories[rank] + ((uint8_t*)own - shared_memory)), value); }",
+    "void copy_rows(": "static void copy_rows(u8* to, const TensorMap& map, u64* barrier, int column, int row)"
+    " { copy_box(to, map, barrier, column / 2, row, 16); }",
     "u32 add_pairs(": "static u32 add_pairs(u32 a, u32 b)"
     " { return to16(from16(a) + from16(b)) | (u32)to16(from16(a >> 16) + from16(b >> 16)) << 16; }",
 }
@@ -168,6 +191,9 @@ int main(int, char** arguments) {
 }
 """
 BUFFERS_MAIN = """
+#ifndef CLUSTER
+#define CLUSTER 1  // blocks
+#endif
 int main(int, char** arguments) {
     long count, numbers[16], sizes[16];
     FILE* in = fopen(arguments[1], "rb");
@@ -179,7 +205,7 @@ int main(int, char** arguments) {
     fclose(in);
     for (int i = 0; i < 16; i++) n[i] = numbers[i];
     kernel_body = []() { CALL; };
-    run_blocks(n[0], n[1], n[2], n[3], 1);
+    run_blocks(n[0], n[1], n[2], n[3], CLUSTER);
     FILE* out = fopen(arguments[2], "wb");
     for (int i = 0; i < count; i++) fwrite(b[i], 1, sizes[i], out);
     return fclose(out);

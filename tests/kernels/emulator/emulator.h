@@ -172,6 +172,7 @@ static float __fmul_rn(float a, float b) { return a * b; }
 static float __fadd_rn(float a, float b) { return a + b; }
 static float __fdiv_rn(float a, float b) { return a / b; }
 static unsigned atomicOr(unsigned* place, unsigned v) { const unsigned old = *place; *place |= v; return old; }
+static unsigned atomicMax(unsigned* place, unsigned v) { const unsigned old = *place; *place = max(old, v); return old; }
 static int __shfl_up_sync(unsigned, int v, int by) {
     const uint32_t word = (uint32_t)v;
     return (int)collective(&word, 1, [by](Slots s, int lane) { return s[lane < by ? lane : lane - by][0]; });
@@ -191,6 +192,19 @@ static uint16_t to_bfloat(float f) {
 }
 static float from16(uint16_t v) { return BF16 ? from_bfloat(v) : from_half(v); }
 static uint16_t to16(float f) { return BF16 ? to_bfloat(f) : to_half(f); }
+// E4M3: the float16 of a code, and of the number nearest to a float.
+static uint16_t from_small(unsigned code) {
+    const int exponent = code >> 3 & 15, fraction = code & 7;
+    const float value = exponent ? ldexpf(1 + fraction / 8.0f, exponent - 7) : ldexpf(fraction / 8.0f, -6);
+    return to_half((code & 127) == 127 ? NAN : code & 128 ? -value : value);
+}
+static unsigned to_small(float f) {
+    if (std::isnan(f)) return 0x7fff;
+    int exponent;
+    frexpf(f, &exponent);
+    exponent = max(exponent - 1, -6) - 3;
+    return to_half(fminf(fmaxf(ldexpf(rintf(ldexpf(f, -exponent)), exponent), -448.0f), 448.0f));
+}
 
 // m16n8: rows of A in words a, columns of B in words b, as the instruction set lays them out over the lanes. `multiply`
 // is the sum of products of one word of each.
@@ -213,6 +227,11 @@ template <class Sum, class F> static void tensor_product(Sum (&c)[4], int words_
 static double bytes_times_bytes(uint32_t a, uint32_t b) {
     int sum = 0;
     for (int j = 0; j < 32; j += 8) sum += (int)(a >> j & 255) * (int)(int8_t)(b >> j);
+    return sum;
+}
+static double signed_bytes_times_bytes(uint32_t a, uint32_t b) {
+    int sum = 0;
+    for (int j = 0; j < 32; j += 8) sum += (int)(int8_t)(a >> j) * (int)(int8_t)(b >> j);
     return sum;
 }
 static double ones_in_both(uint32_t a, uint32_t b) { return __builtin_popcount(a & b); }
