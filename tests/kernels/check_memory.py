@@ -228,7 +228,7 @@ def check_step() -> tuple[int, float]:
     several = [[random_packed(layout, rows, 1096, "cuda", seed=rows) for rows in (100, 33)] for layout in layouts]
     structured = (random_packed(StructuredBinary(4, 8, 0), rows, 1096, "cuda", seed=rows) for rows in (100, 33))
     several.append([signed_levels(packed, 500) for packed in structured])
-    alone = [llm_int8(100, 1104, "dynamic", "int8", "vector"), rounded(("int8", "int8"), False, 0, 33, 1104)]
+    alone = [llm_int8(100, 1104, "dynamic", "int8", "vector"), rounded(("e4m3fn", "e4m3fn"), False, 0, 33, 1104)]
     alone += [rounded(("e4m3fn", "e4m3fn"), True, 0, 100, 1104), weight_only("e4m3fn", 0, 33, 1104)]
     for given in (*several, *([packed.to("cuda")] for packed in alone)):
         weights = [moved(packed) for packed in given]

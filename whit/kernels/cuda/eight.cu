@@ -103,41 +103,59 @@ eight(INPUT_TYPE given, const __grid_constant__ TensorMap codes, const __grid_co
     cluster_wait();  // all blocks have begun
 #endif
 
-    // Units of 128 columns of a vector, four of them a lane's; UNITS of a warp, whose loads are on their way together.
+    // Units of 128 columns of a vector, four of them a lane's: what a thread has brought it alone reads again.
     const int strips = span / 128, units = strips * vectors;
-    const Unit own = {warp / strips, warp % strips}, next_unit = {WARPS / strips, WARPS % strips};
-    uint2 x[UNITS];
-    const auto fetch = [&](int first, Unit at) {
+    const Unit own = {warp / strips, warp % strips};
+    const Unit step_on = {WARPS / strips, WARPS % strips};
+    const auto largest_of = [&](uint2 x, int v) {  // of a unit, to where it is wanted
+        u32 largest = larger_integers(x.x & 0x7fff7fffu, x.y & 0x7fff7fffu);
+        largest = __reduce_max_sync(0xffffffffu, max(largest & 0xffffu, largest >> 16));
+        if (SPLITS > 1 && ROUNDED) {
+            if (lane < SPLITS) largest_at_peer(most + v, lane, largest);
+        } else if (lane == 0) {
+            atomicMax(most + v, largest);
+        }
+    };
+    bool asked = !PATIENT;
+    const auto ask = [&]() {
+#pragma unroll 1
+        for (int i = 1; i < DEPTH; i++) load(i);
+        asked = true;
+    };
+    Unit at = own;
+#pragma unroll 1
+    for (int unit = warp; unit < units; unit += 4 * WARPS) {
+        uint2 x[4];
+        Unit of[4];
 #pragma unroll
-        for (int j = 0; j < UNITS; j++) {
+        for (int j = 0; j < 4; j++) {
             const int column = at.strip * 128 + lane * 4;
+            of[j] = at;
 #if INPUT > 0
             const uint2* const from = (const uint2*)(wide_x + 2 * column);
 #else
             const uint2* const from = (const uint2*)(given + (size_t)at.v * w.columns + begin + column);
 #endif
-            x[j] = first + j * WARPS < units && column < here ? *from : make_uint2(0, 0);
-            at.go(next_unit, strips);
+            x[j] = unit + j * WARPS < units && column < here ? *from : make_uint2(0, 0);
+            at.go(step_on, strips);
         }
-    };
-    const auto largest_of = [&](uint2 x, int v) {
-        const u32 pair = larger_integers(x.x & 0x7fff7fffu, x.y & 0x7fff7fffu), largest = __reduce_max_sync(0xffffffffu, max(pair & 0xffffu, pair >> 16));
-        if (lane == 0) atomicMax(most + v, largest);
-    };
-    if (ROUNDS == 1) fetch(warp, own);
-    if (PATIENT)
-#pragma unroll 1
-        for (int i = 1; i < DEPTH; i++) load(i);
-#if OUTLIERS == 1
-    for_units(warp, lane, units, strips, fetch, [&](int j, int, int column) {
-        u32 bits = 0;
+        if (!asked) ask();
 #pragma unroll
-        for (int e = 0; e < 4; e++) bits |= (fabsf(float_of_x((u16)((e < 2 ? x[j].x : x[j].y) >> (16 * (e % 2))))) >= w.threshold) << e;
-        if (bits) atomicOr(flags + column / 32, bits << column % 32);
-    });
+        for (int j = 0; j < 4; j++)
+            if (unit + j * WARPS < units) {
+                const int column = of[j].strip * 128 + lane * 4;
+                *(uint2*)(wide_x + of[j].v * wide_pitch + 2 * column) = x[j];
+#if OUTLIERS == 1
+                const u32 low = x[j].x & 0x7fff7fffu, high = x[j].y & 0x7fff7fffu;
+                u32 bits = (float_of_x((u16)low) >= w.threshold) | (float_of_x((u16)(low >> 16)) >= w.threshold) << 1;
+                bits |= (float_of_x((u16)high) >= w.threshold) << 2 | (float_of_x((u16)(high >> 16)) >= w.threshold) << 3;
+                if (bits) atomicOr(flags + column / 32, bits << column % 32);
 #elif OUTLIERS == 0 && (ROUNDED || CONVERTS)
-    if (CONVERTS || !w.input_scale) for_units(warp, lane, units, strips, fetch, [&](int j, int v, int) { largest_of(x[j], v); });
+                if (CONVERTS || !w.input_scale) largest_of(x[j], of[j].v);
 #endif
+            }
+    }
+    if (!asked) ask();
     MARK(3, 0u);
 #if PLACED
     for (int i = threadIdx.x; i < stored; i += THREADS) {
@@ -162,17 +180,22 @@ eight(INPUT_TYPE given, const __grid_constant__ TensorMap codes, const __grid_co
 #if PLACED && OUTLIERS == 1
     for (int i = threadIdx.x; i < span / 32; i += THREADS) loose[i] = flags[i] & ~loose[i];
 #endif
-    for_units(warp, lane, units, strips, fetch, [&](int j, int v, int column) {
-        const uint2 kept = pairs_of_bits(~(flags[column / 32] >> column % 32));
-        largest_of(make_uint2(x[j].x & kept.x, x[j].y & kept.y), v);
-    });
+    if (!w.input_scale) {
+        Unit at = own;
+#pragma unroll 4
+        for (int unit = warp; unit < units; unit += WARPS) {
+            const int column = at.strip * 128 + lane * 4;
+            const uint2 x = *(const uint2*)(wide_x + at.v * wide_pitch + 2 * column), kept = pairs_of_bits(~(flags[column / 32] >> column % 32));
+            largest_of(make_uint2(x.x & kept.x, x.y & kept.y), at.v);
+            at.go(step_on, strips);
+        }
+    }
 #endif
-    __syncthreads();
 #if ROUNDED && SPLITS > 1
-    for (int other = warp; other < SPLITS; other += WARPS)
-        if (lane < vectors) largest_at_peer(most + lane, other, most[lane]);
     cluster_arrive();
     cluster_wait();
+#else
+    __syncthreads();
 #endif
     MARK(4, 0u);
 #if ROUNDED || CONVERTS
@@ -192,23 +215,22 @@ eight(INPUT_TYPE given, const __grid_constant__ TensorMap codes, const __grid_co
 #endif
         if (warp == 0) steps[lane] = step;
     }
-#endif
-    for_units(warp, lane, units, strips, fetch, [&](int j, int v, int column) {
-        uint2* const place = (uint2*)(wide_x + v * wide_pitch + 2 * column);
-#if ROUNDED == 0 && !CONVERTS
-        *place = x[j];
-#else
-        const float by = __uint_as_float(__shfl_sync(0xffffffffu, __float_as_uint(factor), v));
-        const uint2 kept = pairs_of_bits(OUTLIERS ? ~(flags[column / 32] >> column % 32) : 15);
-        const u32 pairs[2] = {x[j].x & kept.x, x[j].y & kept.y};
+    at = own;
+#pragma unroll 2
+    for (int unit = warp; unit < units; unit += WARPS) {
+        const int column = at.strip * 128 + lane * 4;
+        const float by = __uint_as_float(__shfl_sync(0xffffffffu, __float_as_uint(factor), at.v));
+        uint2* const place = (uint2*)(wide_x + at.v * wide_pitch + 2 * column);
+        const uint2 x = *place, kept = pairs_of_bits(OUTLIERS ? ~(flags[column / 32] >> column % 32) : 15);
+        const u32 pairs[2] = {x.x & kept.x, x.y & kept.y};
         float value[4];
 #pragma unroll
         for (int e = 0; e < 4; e++) {
             value[e] = float_of_x((u16)(pairs[e / 2] >> (16 * (e % 2))));
 #if CONVERTS
             value[e] *= by;
-#elif LLM  // at most 127 by the choice of the factor
-            value[e] = __fmul_rn(value[e], by);
+#elif LLM
+            value[e] = fminf(fmaxf(__fmul_rn(value[e], by), -127.0f), 127.0f);
 #else
             const float ratio = __fdiv_rn(value[e], by);
             value[e] = ratio > w.maximum ? w.maximum : ratio < -w.maximum ? -w.maximum : ratio;
@@ -220,20 +242,18 @@ eight(INPUT_TYPE given, const __grid_constant__ TensorMap codes, const __grid_co
         u32 code[4];
 #pragma unroll
         for (int e = 0; e < 4; e++) code[e] = __float_as_uint(__fadd_rn(value[e], ROUNDER));
-        *(u32*)(rounded + v * pitch + column) = bytes_of(bytes_of(code[0], code[1], 0x0040), bytes_of(code[2], code[3], 0x0040), 0x5410);
-        if (LOOSE) {
-            const uint2 marks = *(const uint2*)(loose + column / 64 * 2);
-            if (marks.x | marks.y) {  // what is no outlier is zero there
-                const uint2 outer = pairs_of_bits((column & 32 ? marks.y : marks.x) >> column % 32);
-                *place = make_uint2(x[j].x & outer.x, x[j].y & outer.y);
-            }
+        *(u32*)(rounded + at.v * pitch + column) = bytes_of(bytes_of(code[0], code[1], 0x0040), bytes_of(code[2], code[3], 0x0040), 0x5410);
+        if (LOOSE && (loose[column / 64 * 2] | loose[column / 64 * 2 + 1])) {  // what is no outlier is zero there
+            const uint2 outer = pairs_of_bits(loose[column / 32] >> column % 32);
+            *place = make_uint2(x.x & outer.x, x.y & outer.y);
         }
 #else
         *place = make_uint2(nearest_pair(value[0], value[1]), nearest_pair(value[2], value[3]));
 #endif
-#endif
-    });
+        at.go(step_on, strips);
+    }
     __syncthreads();
+#endif
     MARK(5, 0u);
 
     int whole[TILES][4];

@@ -5,8 +5,8 @@
 #define ITEM_BYTES (16 * ITEM)
 #define LOOSE (OUTLIERS == 1 || (OUTLIERS == 2 && !PLACED))  // there may be outlier columns whose weights are codes
 #define WIDENS (ROUNDED != 1 || LOOSE)
-#define CONVERTS (AS_HALVES && BF16 && ROUNDED == 0)     // inputs to float16, divided by a power of two
-#define FLOATS (BF16 && ROUNDED != 2 && !CONVERTS)  // codes are widened to bfloat16
+#define CONVERTS (BF16 && ROUNDED == 0)  // inputs to float16, divided by a power of two
+#define FLOATS (BF16 && ROUNDED == 1)    // codes are widened to bfloat16
 #ifndef MARK  // of the time at which warps pass a place: benchmarks/timeline.py
 #define MARK(number, after)
 #define MARKS_END(bias)
@@ -79,11 +79,6 @@ __device__ __forceinline__ u32 subtracted(u32 a, u32 b) {
 #endif
     return d;
 }
-__device__ __forceinline__ u32 multiplied(u32 a, u32 b) {
-    u32 d;
-    asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
-    return d;
-}
 #if CODES == 1
 __device__ __forceinline__ void from_e4m3(u32& low, u32& high, u32 codes) {
     asm("{.reg .b16 l, h; mov.b32 {l, h}, %2; cvt.rn.f16x2.e4m3x2 %0, l; cvt.rn.f16x2.e4m3x2 %1, h;}" : "=r"(low), "=r"(high) : "r"(codes));
@@ -114,18 +109,11 @@ __device__ __forceinline__ void widen(u32 (&pair)[2], u32 codes) {
     const u32 raised = codes ^ 0x80808080u;
 #pragma unroll
     for (int i = 0; i < 2; i++) pair[i] = subtracted(bytes_of(raised, 0x64646464u, i ? 0x4342 : 0x4140), 0x64806480u);
-#elif CODES == 1 && !FLOATS
+#elif CODES == 1
     from_e4m3(pair[0], pair[1], codes);
-#elif CODES == 2 && !FLOATS
+#else
 #pragma unroll
     for (int i = 0; i < 2; i++) pair[i] = bytes_of(codes, 0, i ? 0x3424 : 0x1404);
-#else  // fields to their places, then the power of two between the types' biases
-#pragma unroll
-    for (int i = 0; i < 2; i++) {
-        const u32 two = bytes_of(codes, 0, i ? 0x3424 : 0x1404);
-        const u32 placed = CODES == 1 ? (two >> 4 & 0x07f007f0u) : (two >> 3 & 0x0fe00fe0u);
-        pair[i] = multiplied(placed | (two & 0x80008000u), CODES == 1 ? 0x7b807b80u : 0x77807780u);
-    }
 #endif
 }
 
@@ -146,22 +134,6 @@ struct Unit {
         if (strip >= strips) strip -= strips, v++;
     }
 };
-
-// Calls what(j, vector, column) for the units of a warp, UNITS at a time; fetch(unit, place) brings their inputs, again if one
-// round is not enough.
-template <class Fetch, class What> __device__ __forceinline__ void for_units(int warp, int lane, int units, int strips, const Fetch& fetch, const What& what) {
-    const Unit next = {WARPS / strips, WARPS % strips};
-    Unit at = {warp / strips, warp % strips};
-#pragma unroll 1
-    for (int unit = warp; unit < units; unit += UNITS * WARPS) {
-        if (ROUNDS > 1) fetch(unit, at);
-#pragma unroll
-        for (int j = 0; j < UNITS; j++) {
-            if (unit + j * WARPS < units) what(j, at.v, at.strip * 128 + lane * 4);
-            at.go(next, strips);
-        }
-    }
-}
 
 // Masks of two pairs of 16 bits, from four bits.
 __device__ __forceinline__ uint2 pairs_of_bits(u32 bits) {
