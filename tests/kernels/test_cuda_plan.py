@@ -402,12 +402,12 @@ def test_tuning_passes_over_launches_that_cannot_be_compiled(hopper, monkeypatch
 
 
 def test_what_is_dear_to_expand_is_decoded_first_for_many_vectors() -> None:
-    """Bytes, not integers of fewer bits in groups of 64 any more; not for few vectors."""
+    """Bytes, and integers of more than two bits in groups of 64; not for few vectors."""
     layouts = {
         (bits, group): layout_of(GroupedInteger(bits, group, False), 4096)
         for bits in (2, 3, 4, 8)
         for group in (64, 128)
     }
     found = {key for key, layout in layouts.items() if layout is not None and decodes_first(layout, MANY)}
-    assert found == {(8, 64), (8, 128)}
+    assert found == {(3, 64), (4, 64), (8, 64), (8, 128)}
     assert not any(layout is not None and decodes_first(layout, MANY // 2) for layout in layouts.values())

@@ -12,6 +12,7 @@ from whit.errors import OutputError
 from whit.formats.bits import packed_width
 from whit.formats.level_table import LevelTable
 from whit.kernels import cuda_tuned, launching
+from whit.kernels.cuda_inputs import place_step
 from whit.kernels.cuda_layout import WHOLE_ROW, Layout, layout_of
 from whit.kernels.cuda_plan import choose
 from whit.kernels.cuda_shapes import Shape, gemv_shapes
@@ -86,7 +87,10 @@ def test_every_shipped_shape_is_one_that_its_kernel_is_written_for() -> None:
         names = ("a", "b", "c", "d", "e")
         layout = Layout(*numbers[:2], numbers[2], "zeros" in kind, width, packed, groups, names, tuple(numbers[3:]))
         assert "/".join([tuning_key(layout, rows, columns, int(tokens)), *together]) == key
-        if together:  # several weights in one launch
+        if together and together[-1] == "step":
+            parts = [int(part) for part in together[0].split("+")] if len(together) > 1 else [rows]
+            assert place_step(layout, parts, columns, *H200, shape) is not None, key
+        elif together:  # several weights in one launch
             assert sum(map(int, together[0].split("+"))) == rows
             assert shape in gemv_shapes(layout, True, True), key
         elif isinstance(shape, WideShape):

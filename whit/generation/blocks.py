@@ -32,7 +32,7 @@ SCALE, SPREAD = 0.01, 4
 """How far from one the scale between two such updates may be: in any case, and in standard deviations of rounding."""
 ROUNDINGS = 4
 """Roundings within a block, of its size each, that an element of its update is taken to differ by."""
-PLANNED = 0
+PLANNED = 512
 """Tokens of a prompt from which a faster attention is worth being planned."""
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 
@@ -158,7 +158,7 @@ def attention_of(ids: Tensor) -> AbstractContextManager[None]:
     """The kernels of torch that may attend to a prompt (sequences, tokens) while this is entered.
 
     On a GPU cuDNN's take the host 40 ms to plan for every new length, as long as 2000 tokens of a 7B take in all; the
-    others need no plan.
+    others need no plan, and below 512 tokens they take no longer (28 instead of 30 microseconds; at 2048, 166 and 88).
     """
     if not ids.is_cuda or ids.shape[1] >= PLANNED:
         return nullcontext()

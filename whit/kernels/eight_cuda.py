@@ -201,8 +201,11 @@ def _layer(x: Tensor, packed: Packed) -> EightBit | None:
 def wins(kind: FewKind, vectors: int) -> bool:
     """Whether the kernel was faster than Triton's on an H200, in a decoding step with one text or sixteen.
 
-    LLM.int8() and weights alone: with both; E4M3 inputs: with one; INT8 inputs: with neither.
+    LLM.int8() and weights alone: with both; E4M3 inputs: with one; INT8 inputs, and LLM.int8() whose outlier columns
+    are listed (few, as a rule): with neither.
     """
+    if kind.llm and kind.outliers == LISTED:
+        return False
     if kind.llm or not kind.rounded:
         return vectors <= MEASURED
     return vectors == 1 and kind.rounded == TO_E4M3
