@@ -17,10 +17,10 @@ from decode_7b import VARIANTS, measure_decode, random_model
 
 from whit.generation.blocks import GatedBlock, gated_decoder
 from whit.generation.step_tuning import tune_step
-from whit.kernels.cuda_inputs import Call, call_source, place_step
 from whit.kernels.cuda_layout import layout_of
 from whit.kernels.cuda_ops import device_limits
 from whit.kernels.cuda_shapes import Shape, step_sizes
+from whit.kernels.cuda_step import Call, call_source, place_step
 from whit.kernels.nvrtc import Source, compile_together
 
 

@@ -19,11 +19,12 @@ from whit.formats.structured_binary import StructuredBinary
 from whit.formats.vector_codebook import VectorCodebook
 from whit.kernels import decode_ops, packed_linear
 from whit.kernels.codebook_plan import codebook_options, codebook_source, place_codebook, place_codebooks
-from whit.kernels.cuda_inputs import Normed, alone, input_options, place_step, products_of, step_key
+from whit.kernels.cuda_inputs import Normed, products_of
 from whit.kernels.cuda_layout import layout_of
 from whit.kernels.cuda_ops import device_limits
 from whit.kernels.cuda_plan import place_gemv
 from whit.kernels.cuda_shapes import Shape, step_sizes, step_timings
+from whit.kernels.cuda_step import alone, input_options, place_step, step_key
 from whit.kernels.cuda_tuned import use_shape
 
 EPSILON = 1e-5

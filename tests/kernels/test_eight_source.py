@@ -14,7 +14,8 @@ from whit.formats.outlier_int8 import DTYPES, OutlierInt8
 from whit.formats.quantised_inputs import QuantisedInputs
 from whit.formats.scaled_codes import ScaledCodes
 from whit.kernels import decode_ops, explain, packed_linear
-from whit.kernels.cuda_inputs import Normed, input_options, products_of
+from whit.kernels.cuda_inputs import Normed, products_of
+from whit.kernels.cuda_step import input_options
 from whit.kernels.eight_cuda import NAME, EightBit, eight_bit_of, multiply_eight, wins
 from whit.kernels.eight_few import HOPPER, MOST_VECTORS, few_options, few_source, fits_few, place_few
 from whit.kernels.eight_shapes import FewKind, FewShape, few_shapes, likeliest

@@ -12,10 +12,10 @@ from whit.errors import OutputError
 from whit.formats.bits import packed_width
 from whit.formats.level_table import LevelTable
 from whit.kernels import cuda_tuned, launching
-from whit.kernels.cuda_inputs import place_step
 from whit.kernels.cuda_layout import WHOLE_ROW, Layout, layout_of
 from whit.kernels.cuda_plan import choose
 from whit.kernels.cuda_shapes import Shape, gemv_shapes
+from whit.kernels.cuda_step import place_step
 from whit.kernels.cuda_tuned import tuned_shapes, tuning_key
 from whit.kernels.cuda_wide import Decode, WideShape
 from whit.kernels.cuda_wide_plan import wide_shapes

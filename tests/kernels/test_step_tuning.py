@@ -14,9 +14,9 @@ from whit.formats.binary_residual import BinaryResidual
 from whit.formats.grouped_integer import GroupedInteger
 from whit.formats.level_table import LevelTable
 from whit.kernels import step_tuning
-from whit.kernels.cuda_inputs import place_step, step_key
 from whit.kernels.cuda_layout import layout_of
 from whit.kernels.cuda_shapes import Shape, step_sizes, step_timings
+from whit.kernels.cuda_step import place_step, step_key
 from whit.kernels.cuda_tuned import Tuned
 from whit.kernels.step_tuning import LEAST_GAIN, Times, tune_in_step
 

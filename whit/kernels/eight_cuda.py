@@ -23,8 +23,9 @@ from whit.formats.outlier_int8 import OutlierInt8
 from whit.formats.quantised_inputs import QuantisedInputs
 from whit.formats.scaled_codes import ScaledCodes
 from whit.kernels.calling import call
-from whit.kernels.cuda_inputs import MOST_EIGHTS, Normed, alone, input_of, input_options, makes_input, register_maker
+from whit.kernels.cuda_inputs import Normed, input_of, makes_input, register_maker
 from whit.kernels.cuda_ops import aligned, device_limits, has_warpgroups
+from whit.kernels.cuda_step import MOST_EIGHTS, alone, input_options
 from whit.kernels.eight_few import MOST_VECTORS, FewLaunch, few_options, few_source, fits_few, launch_few, place_few
 from whit.kernels.eight_shapes import (
     AS_THEY_ARE,

@@ -2,7 +2,7 @@
 
 What is fastest in a stream of equal products is often not so there: blocks of two products never share a
 multiprocessor, other kernels stand between, and what asks for much memory before its input has come delays that input.
-Shapes found here are filed beside those of the products (`step_key`) and taken by `whit.kernels.cuda_inputs` alone.
+Shapes found here are filed beside those of the products (`step_key`) and taken by `whit.kernels.cuda_step` alone.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from whit.formats.base import Packed
-from whit.kernels.cuda_inputs import Call, call_source, place_step, step_key
 from whit.kernels.cuda_linear import usable
 from whit.kernels.cuda_ops import counts_bits, device_limits, starts_early
 from whit.kernels.cuda_plan import Launch
 from whit.kernels.cuda_shapes import Shape, step_sizes, step_timings
+from whit.kernels.cuda_step import Call, call_source, place_step, step_key
 from whit.kernels.cuda_tuned import keep_tuned, tuned_shapes, use_shape
 from whit.kernels.nvrtc import compile_together
 from whit.kernels.tuning import fastest
