@@ -131,6 +131,27 @@ def streams_of(count: int = 4) -> Streams:
     return Streams(hidden, [[Call("block", (None,), {"scale": torch.tensor(2.0)}, 0)] for _ in hidden])
 
 
+def compressed(
+    block: Block,
+    layers: dict[str, AssignedLayer],
+    source: InMemorySource,
+    true_sequential: bool,
+    known: Groups | None = None,
+) -> list[LayerRecord]:
+    """Records of a block's layers, compressed from the usual inputs."""
+    return compress_block(
+        block,
+        layers,
+        "block",
+        source,
+        streams_of(),
+        true_sequential=true_sequential,
+        done=lambda _: None,
+        swaps=Swaps(block, "block"),
+        known=known,
+    )[1]
+
+
 def moment(inputs: list[Tensor]) -> Tensor:
     return sum((2 / len(inputs)) * x[0].T @ x[0] for x in inputs)  # type: ignore[return-value]
 
@@ -213,17 +234,7 @@ def test_a_block_whose_methods_need_no_data_is_not_grouped(
         groups.remember(list(layers), "block.", known)
     runs = []
     block.register_forward_hook(lambda *_: runs.append(1))
-    _, records = compress_block(
-        block,
-        layers,
-        "block",
-        source,
-        streams_of(),
-        true_sequential=true_sequential,
-        done=lambda _: None,
-        swaps=Swaps(block, "block"),
-        known=groups,
-    )
+    records = compressed(block, layers, source, true_sequential, groups)
     assert [record.name for record in records] == list(layers)
     assert not any(record.notes for record in records)
     assert all(record.error == record.weight_error for record in records)
@@ -246,16 +257,7 @@ def test_layers_are_divided_all_at_once_unless_later_statistics_follow_from_earl
         return plain(team, names)
 
     monkeypatch.setattr(Team, "dividing", dividing)
-    compress_block(
-        block,
-        layers,
-        "block",
-        source,
-        streams_of(),
-        true_sequential=true_sequential,
-        done=lambda _: None,
-        swaps=Swaps(block, "block"),
-    )
+    compressed(block, layers, source, true_sequential)
     assert len(divided) == parts
     assert sorted(name for names in divided for name in names) == sorted(layers)
 
