@@ -129,8 +129,6 @@ MEANINGS = {
     " return one(a, b) | one(a >> 16, b >> 16) << 16; }",
     "u32 pair_of_halves(float": "static u32 pair_of_halves(float low, float high)"
     " { return to_half(low) | (u32)to_half(high) << 16; }",
-    "u32 multiplied(": "static u32 multiplied(u32 a, u32 b) { const auto one = [](u32 x, u32 y) -> u32"
-    " { return to_bfloat(from_bfloat(x) * from_bfloat(y)); }; return one(a, b) | one(a >> 16, b >> 16) << 16; }",
     "void from_e4m3(": "static void from_e4m3(u32& low, u32& high, u32 codes)"
     " { const auto one = [&](int i) -> u32 { return from_small(codes >> 8 * i & 255); };"
     " low = one(0) | one(1) << 16, high = one(2) | one(3) << 16; }",
