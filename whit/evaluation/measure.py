@@ -26,6 +26,7 @@ from whit.evaluation.bootstrap import WindowSums
 from whit.evaluation.outputs import is_causal, run_model
 from whit.evaluation.protocol import protocol_id
 from whit.evaluation.tokens import IGNORED, token_sums
+from whit.heap import freed_memory_kept
 from whit.report.record import EvaluationRecord, MetricRecord
 
 HIGHER_IS_BETTER = frozenset({"top1_agreement", "cosine_similarity"})
@@ -62,7 +63,7 @@ def evaluate_model(
     mine: Sums = {}
     theirs: Sums = {}
     clock = {"model": 0.0, "original": 0.0}
-    with _evaluating(model), _evaluating(original):
+    with _evaluating(model), _evaluating(original), freed_memory_kept():
         causal = is_causal(model, data.batches[0], device)
         for number, batch in enumerate(data.batches, 1):
             reference = None

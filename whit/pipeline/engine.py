@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from whit.errors import KnobError
 from whit.formats.base import Packed
+from whit.heap import return_freed_memory
 from whit.methods.statistics import LayerStatistics
 from whit.models.ahead import ReadAhead
 from whit.models.outside import materialise_outside, release_outside
@@ -36,7 +37,6 @@ from whit.pipeline.catch import Caught, Finished
 from whit.pipeline.events import Listener
 from whit.pipeline.finish import dense_tensor_dtype
 from whit.pipeline.gradient_store import GradientStore
-from whit.pipeline.heap import return_freed_memory
 from whit.pipeline.journal import Journal, JournalReader
 from whit.pipeline.layer import Swaps, compress_layer, restore_layers
 from whit.pipeline.ranks import ALONE, Ranks

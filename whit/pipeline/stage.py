@@ -9,12 +9,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from whit.heap import return_freed_memory
 from whit.models.outside import materialise_outside, release_outside
 from whit.models.skeleton import materialise, release
 from whit.models.source import TensorSource
 from whit.models.stacks import Stack
 from whit.pipeline.catch import CallCatcher, Finished
-from whit.pipeline.heap import return_freed_memory
 
 Batch = dict[str, Tensor]
 
