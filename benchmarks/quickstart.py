@@ -40,7 +40,7 @@ def turn(checkout: Path) -> dict[str, Any]:
         result = json.loads((output / "result.json").read_text(encoding="utf-8"))
         written = hashlib.sha256((output / "model.safetensors").read_bytes()).hexdigest()
     found = {name: result[name] for name in ("timings", "peak_host_bytes")}
-    found |= {name: result["run"][name] for name in ("versions", "seed", "threads") if name in result["run"]}
+    found |= {name: result["run"][name] for name in ("versions", "seed", "calibration_dtype") if name in result["run"]}
     metrics = {item["name"]: item["value"] for item in result["compressed"]["metrics"]}
     return {"process": seconds, "sha256": written, "metrics": metrics} | found
 

@@ -46,8 +46,15 @@ def test_a_failure_is_raised_and_later_jobs_are_not_run() -> None:
 
 
 def test_the_batch_size_follows_from_the_device_and_the_size_of_a_sequence() -> None:
-    assert batch_size_for(torch.device("cpu"), 1) == 1
-    cuda = torch.device("cuda")
-    assert batch_size_for(cuda, 1) == LARGEST_BATCH
-    assert batch_size_for(cuda, BATCH_BYTES // 11) == 8
-    assert batch_size_for(cuda, 2 * BATCH_BYTES) == 1
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    assert batch_size_for(cpu, BATCH_BYTES["cpu"] // 11, 64) == 8
+    assert batch_size_for(torch.device("mps"), 1, 64) == 1
+    assert batch_size_for(cuda, 1, 10_000) == LARGEST_BATCH
+    assert batch_size_for(cuda, BATCH_BYTES["cuda"] // 11, 128) == 8
+    assert batch_size_for(cuda, 2 * BATCH_BYTES["cuda"], 128) == 1
+
+
+def test_eight_processes_have_a_batch_each() -> None:
+    assert batch_size_for(torch.device("cuda"), 1, 128) == 16
+    assert batch_size_for(torch.device("cuda"), 1, 127) == 8
+    assert batch_size_for(torch.device("cuda"), 1, 7) == 1

@@ -30,7 +30,7 @@ class RunOptions:
         seed, device, dtype: randomness, where to compute, and compute dtype ("auto": float32 on
             CPU, but bfloat16 for the calibration of a 16-bit model where the CPU has matrix units for it; the model's
             own on GPU).
-        batch_size: sequences per forward pass; 0 takes one on a CPU, and as many as a GPU works well with.
+        batch_size: sequences per forward pass; 0 takes as many as the device works well with.
     """
 
     calibration: str | None = None

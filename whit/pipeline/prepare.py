@@ -32,9 +32,11 @@ from whit.pipeline.loss import loss_labels
 from whit.pipeline.options import RunOptions
 from whit.pipeline.recipe import Recipe, as_recipe
 
-# On a GPU: activations of a block in one forward pass, and sequences in one.
-BATCH_BYTES = 2**32
+# Activations of a block in one forward pass (a few MB stay in the caches of a CPU), sequences in one, and passes that
+# several processes can divide.
+BATCH_BYTES = {"cuda": 2**32, "cpu": 2**26}
 LARGEST_BATCH = 64
+FEWEST_BATCHES = 8
 
 
 @dataclass
@@ -118,7 +120,8 @@ def _prepare(
         leak = check_leak(calibration.provenance, evaluation.provenance, allow=options.allow_leak)
     directory = Path(output) if output is not None else default_output(reference.label, recipe.label)
     positions = calibration.tokens // len(calibration.batches)
-    batch = options.batch_size or batch_size_for(device, positions * assignment.widest_sum() * calibrating.itemsize)
+    sequence_bytes = positions * assignment.widest_sum() * calibrating.itemsize
+    batch = options.batch_size or batch_size_for(device, sequence_bytes, len(calibration.batches))
     identity = _identity(reference, recipe, options, batch, calibration, device, compute, calibrating)
     return Job(
         reference, recipe, options, directory, device, compute, calibrating, reference.dtype, skeleton, stacks,
@@ -180,18 +183,19 @@ def decoding_dtype(saved: torch.dtype, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" and dtype.itemsize > 2 else dtype
 
 
-def batch_size_for(device: torch.device, sequence_bytes: int) -> int:
-    """Sequences per forward pass: one on a CPU; on a GPU the largest power of two within `BATCH_BYTES`.
+def batch_size_for(device: torch.device, sequence_bytes: int, sequences: int) -> int:
+    """Sequences per forward pass: the largest power of two within `BATCH_BYTES` that leaves `FEWEST_BATCHES`.
 
-    It must not depend on the memory that happens to be free: sums follow the batches.
+    It must not depend on the memory that happens to be free, or on how many processes there are: sums follow the
+    batches.
 
     Args:
         sequence_bytes: outputs of all layers of a block for one sequence.
+        sequences: how many there are.
     """
-    if device.type != "cuda":
-        return 1
-    most = max(1, BATCH_BYTES // max(1, sequence_bytes))
-    return min(LARGEST_BATCH, 1 << (most.bit_length() - 1))
+    fitting = BATCH_BYTES.get(device.type, 0) // max(1, sequence_bytes)
+    most = max(1, min(LARGEST_BATCH, fitting, sequences // FEWEST_BATCHES))
+    return 1 << (most.bit_length() - 1)
 
 
 def calibration_dtype(name: str, model_dtype: torch.dtype, device: torch.device) -> torch.dtype:
