@@ -38,11 +38,11 @@ from whit.formats.vector_codebook import VectorCodebook
 from whit.kernels import explain, packed_linear
 from whit.kernels.cuda_decode import decode_options, decode_source
 from whit.kernels.cuda_layout import layout_of
-from whit.kernels.cuda_linear import sources, tune
 from whit.kernels.cuda_ops import starts_early
 from whit.kernels.cuda_tuned import keep_tuned
 from whit.kernels.linear import choose
 from whit.kernels.nvrtc import CompilationError, cached_cubin, device_options
+from whit.kernels.product_tuning import sources, tune
 from whit.kernels.timing import copies_for, seconds_per_call
 
 FORMATS: dict[str, Format] = {

@@ -14,7 +14,7 @@ from whit.formats.grouped_integer import GroupedInteger
 from whit.formats.level_table import LevelTable
 from whit.formats.structured_binary import StructuredBinary
 from whit.formats.vector_codebook import VectorCodebook
-from whit.kernels import cuda_linear, cuda_ops, nvrtc
+from whit.kernels import cuda_linear, cuda_ops, nvrtc, product_tuning
 from whit.kernels.cuda_bulk import bulk_stage_bytes
 from whit.kernels.cuda_layout import WIDEST, layout_of
 from whit.kernels.cuda_plan import choose, place_gemv, plan, room
@@ -64,7 +64,7 @@ def test_a_damaged_file_of_shapes_is_ignored(content):
 @pytest.fixture
 def hopper(monkeypatch):
     """What `cuda_ops` asks of a device."""
-    for module in (cuda_ops, cuda_linear):
+    for module in (cuda_ops, product_tuning):
         monkeypatch.setattr(module, "device_limits", lambda index: ("No Such GPU", *H200))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
     cuda_ops.choice.cache_clear()
@@ -305,14 +305,14 @@ def test_what_tuning_tries_is_compiled_beforehand(hopper, monkeypatch, tmp_path)
 
     monkeypatch.setattr(nvrtc, "compile_cubin", compile_some)
     layout = layout_of(LevelTable(2, 128), 4096)
-    wanted = cuda_linear.sources(layout, 512, 4096, 1, True, 0)
-    assert len(wanted) == len(set(wanted)) == len(cuda_linear.candidates(layout, 512, 4096, 1, 0))
+    wanted = product_tuning.sources(layout, 512, 4096, 1, True, 0)
+    assert len(wanted) == len(set(wanted)) == len(product_tuning.candidates(layout, 512, 4096, 1, 0))
     nvrtc.compile_together([*wanted, *wanted], 0)
     assert len(compiled) == len(wanted)
     kept = [options for _, options, _ in wanted if "-DRESIDENT=2" not in options]
     assert 0 < len(kept) == len(list((tmp_path / "kernels").glob("*.cubin"))) < len(wanted)
     for tokens in (16, 256):
-        assert len(cuda_linear.sources(layout, 512, 4096, tokens, True, 0)) >= tokens // 16
+        assert len(product_tuning.sources(layout, 512, 4096, tokens, True, 0)) >= tokens // 16
 
 
 @pytest.mark.parametrize("layout", [GroupedInteger(2, 64, False), GroupedInteger(4, 64, False), LevelTable(2, 64)])
@@ -371,24 +371,24 @@ def table():
 def test_tuning_that_ends_early_leaves_the_launch_as_it_was(hopper, monkeypatch, failure):
     packed = table()
     layout = layout_of(packed.format, 4096)
-    monkeypatch.setattr(cuda_linear, "usable", lambda x, packed: layout)
+    monkeypatch.setattr(product_tuning, "usable", lambda x, packed: layout)
     x = torch.empty(1, 4096, device="meta")
     key, before = tuning_key(layout, 512, 4096, 1), gemv_shapes(layout)[3]
-    cuda_linear.use_shape("No Such GPU", key, before)
+    product_tuning.use_shape("No Such GPU", key, before)
 
     def seconds():
         assert tuned_shapes("No Such GPU")[key] in gemv_shapes(layout, clusters=True)
         raise failure("early")
 
     with pytest.raises(failure):
-        cuda_linear.tune(x, packed, seconds)
+        product_tuning.tune(x, packed, seconds)
     assert tuned_shapes("No Such GPU")[key] == before
 
 
 def test_tuning_passes_over_launches_that_cannot_be_compiled(hopper, monkeypatch):
     packed = table()
     layout = layout_of(packed.format, 4096)
-    monkeypatch.setattr(cuda_linear, "usable", lambda x, packed: layout)
+    monkeypatch.setattr(product_tuning, "usable", lambda x, packed: layout)
     wanted, tried = gemv_shapes(layout)[2], []
 
     def seconds():
@@ -397,8 +397,8 @@ def test_tuning_passes_over_launches_that_cannot_be_compiled(hopper, monkeypatch
             return 1.0 if tried[-1] == wanted else 2.0
         raise nvrtc.CompilationError("not here")
 
-    assert cuda_linear.tune(torch.empty(1, 4096, device="meta"), packed, seconds)[1] == wanted
-    assert tried == cuda_linear.candidates(layout, 512, 4096, 1, 0)
+    assert product_tuning.tune(torch.empty(1, 4096, device="meta"), packed, seconds)[1] == wanted
+    assert tried == product_tuning.candidates(layout, 512, 4096, 1, 0)
 
 
 def test_what_is_dear_to_expand_is_decoded_first_for_many_vectors() -> None:

@@ -122,7 +122,7 @@ def place_codebooks(
 @lru_cache(maxsize=1)
 def codebook_source() -> str:
     """The CUDA C++ of `codebook_product`."""
-    return source_of("common.cuh", "inputs.cuh", "codebook_product.cu")
+    return source_of("common.cuh", "clusters.cuh", "inputs.cuh", "codebook_product.cu")
 
 
 def codebook_options(layout: Layout, launch: CodebookLaunch, bfloat: bool, early: bool) -> tuple[str, ...]:
@@ -132,7 +132,6 @@ def codebook_options(layout: Layout, launch: CodebookLaunch, bfloat: bool, early
         "BF16": bfloat,
         "EARLY": early,
         "PIECE": 2,
-        "ITEM": 128,
         "THREADS": launch.threads,
         "SPLITS": launch.splits,
         "RESIDENT": launch.resident,

@@ -66,7 +66,7 @@ def attend_options(launch: AttendLaunch, size: int, bfloat: bool, early: bool) -
 
 def attend_source() -> str:
     """The CUDA C++ of `attend`."""
-    return source_of("common.cuh", "attend.cu")
+    return source_of("common.cuh", "clusters.cuh", "attend.cu")
 
 
 @lru_cache(maxsize=64)

@@ -68,7 +68,6 @@ def decode_options(layout: Layout, bfloat: bool, early: bool = False, shape: Dec
         "EARLY": early,
         "PIECE": layout.piece(128),
         "THREADS": shape.threads,
-        "ITEM": 128,
         "ROWS": shape.rows,
         "RESIDENT": shape.resident,
     }

@@ -27,19 +27,14 @@ from torch import Tensor
 
 from whit.formats.base import Packed
 from whit.kernels.calling import call, unobserved
-from whit.kernels.cuda_layout import SIGNED_LEVELS, Layout, layout_of
+from whit.kernels.cuda_layout import Layout, layout_of
 from whit.kernels.cuda_ops import (
     FEW,
-    build,
     choice,
-    counts_bits,
-    device_limits,
     has_warpgroups,
     layout_fields,
     size_class,
-    starts_early,
 )
-from whit.kernels.cuda_plan import Launch, plan
 from whit.kernels.cuda_products import (
     DecodedProduct,
     Stored,
@@ -49,14 +44,10 @@ from whit.kernels.cuda_products import (
     packed_product,
     product_of,
 )
-from whit.kernels.cuda_shapes import gemv_shapes, small_shapes
-from whit.kernels.cuda_tuned import Tuned, keep_tuned, tuned_shapes, tuning_key, use_shape
-from whit.kernels.cuda_wide import Decode, WideShape, wide_supports
-from whit.kernels.cuda_wide_plan import wide_shapes
+from whit.kernels.cuda_wide import WideShape, wide_supports
 from whit.kernels.driver import on_device
 from whit.kernels.linear import Implementation, Run, register_implementation
-from whit.kernels.nvrtc import CompilationError, Source, compile_together, kernel
-from whit.kernels.tuning import Tuner, fastest, register_tuner
+from whit.kernels.nvrtc import CompilationError, kernel
 
 _ADDRESSED = 2**31  # bytes of a tensor that the kernels' 32-bit offsets reach
 
@@ -106,30 +97,31 @@ def _readable(device: torch.device, packed: Packed) -> Layout | None:
     return layout_of(packed.format, packed.columns) if works(device.index) else None
 
 
-def _vectors(x: Tensor) -> int:
+def vectors_of(x: Tensor) -> int:
+    """How many vectors (..., columns) holds."""
     return x.numel() // x.shape[-1]
 
 
 def _supports_one(x: Tensor, packed: Packed) -> bool:
     layout = usable(x, packed)
-    return layout is not None and layout.multiplies and _vectors(x) == 1
+    return layout is not None and layout.multiplies and vectors_of(x) == 1
 
 
 def _supports_few(x: Tensor, packed: Packed) -> bool:
     layout = usable(x, packed)
-    return layout is not None and layout.expands and 2 <= _vectors(x) <= FEW
+    return layout is not None and layout.expands and 2 <= vectors_of(x) <= FEW
 
 
 def _supports_wide(x: Tensor, packed: Packed) -> bool:
     layout = usable(x, packed)
-    if layout is None or _vectors(x) < (2 if layout.multiplies else 1):
+    if layout is None or vectors_of(x) < (2 if layout.multiplies else 1):
         return False
     index = x.device.index
     if not (has_warpgroups(index) and wide_supports(layout, packed.columns)):
         return False
     if torch.compiler.is_compiling():  # tracing cannot look into files of launch shapes; the op itself can
         return True
-    tokens = size_class(layout, _vectors(x))
+    tokens = size_class(layout, vectors_of(x))
     return isinstance(choice(layout, packed.rows, packed.columns, tokens, index), WideShape)
 
 
@@ -198,7 +190,7 @@ def _product(x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
 
 
 def _prepare_product(x: Tensor, packed: Packed) -> Run | None:
-    vectors, layout = _vectors(x), usable(x, packed)
+    vectors, layout = vectors_of(x), usable(x, packed)
     tokens = 0 if layout is None else size_class(layout, vectors)
     return prepared(x, packed, ("product", tokens), lambda stored: product_of(stored, vectors, x.dtype))
 
@@ -213,94 +205,8 @@ def _prepare_decoded(x: Tensor, packed: Packed) -> Run | None:
     return prepared(x, packed, ("decoded",), lambda stored: DecodedProduct(stored, x.dtype))
 
 
-def candidates(layout: Layout, rows: int, columns: int, tokens: int, index: int) -> list[Tuned]:
-    """The launches worth trying for a weight and `tokens` vectors (a `size_class`) on device number `index`."""
-    _, processors, memory = device_limits(index)
-    found: list[Tuned] = []
-    if tokens > 1 and has_warpgroups(index) and wide_supports(layout, columns):
-        found += wide_shapes(layout, tokens, columns, memory)
-    if layout.multiplies if tokens == 1 else tokens <= FEW and layout.expands:
-        for shape in (
-            gemv_shapes(layout, counts_bits(index), starts_early(index)) if tokens == 1 else small_shapes(layout)
-        ):
-            try:
-                plan(layout, rows, columns, tokens, processors, memory, [shape])
-            except ValueError:
-                continue
-            found.append(shape)
-    return [*found, Decode()] if found and tokens > FEW and layout.kind != SIGNED_LEVELS else found
-
-
-def sources(layout: Layout, rows: int, columns: int, vectors: int, bfloat: bool, index: int) -> list[Source]:
-    """What the launches worth trying for a weight and so many vectors are compiled from."""
-    _, processors, memory = device_limits(index)
-    tokens, early = size_class(layout, vectors), starts_early(index)
-    found: list[Source] = []
-    for shape in candidates(layout, rows, columns, tokens, index):
-        if isinstance(shape, Decode):
-            continue
-        parts: list[Launch | WideShape]
-        if isinstance(shape, WideShape):
-            parts = [part for part, _, _ in shape.parts(rows, vectors, processors)]
-        else:
-            parts = [plan(layout, rows, columns, tokens, processors, memory, [shape])]
-        for part in parts:
-            source, _, options, specific = build(layout, part, tokens, bfloat, early)
-            found.append((source, options, specific))
-    return found
-
-
-def tune(x: Tensor, packed: Packed, seconds: Callable[[], float]) -> tuple[str, Tuned, int]:
-    """Find the fastest launch for one call and use it from now on in this process.
-
-    Args:
-        x: inputs that a kernel multiplies: 1 to 32 vectors, on Hopper any number.
-        packed: weight of the layout and shape to tune for.
-        seconds: measures the call; run once per launch.
-
-    Returns:
-        The key of `cuda_tuned.tuning_key` and the launch, for `cuda_tuned.keep_tuned`, and how many were timed.
-
-    Raises:
-        ValueError: no kernel multiplies these. CompilationError: no launch can be compiled.
-
-    Whatever is raised, the launch before stays in use.
-    """
-    layout, index = usable(x, packed), x.device.index
-    tokens = 0 if layout is None else size_class(layout, _vectors(x))
-    possible = [] if layout is None else candidates(layout, packed.rows, packed.columns, tokens, index)
-    if layout is None or not possible:
-        raise ValueError(f"no kernel to tune for {_vectors(x)} vectors and {packed.format}")
-    device = device_limits(index)[0]
-    key = tuning_key(layout, packed.rows, packed.columns, tokens)
-
-    def use(launch: Tuned | None) -> None:
-        use_shape(device, key, launch)
-        choice.cache_clear()
-
-    bfloat = x.dtype == torch.bfloat16
-    compile_together(sources(layout, packed.rows, packed.columns, _vectors(x), bfloat, index), index)
-    what = f"{_vectors(x)} vectors and {packed.format}"
-    best, times = fastest(possible, tuned_shapes(device).get(key), use, seconds, what)
-    return key, best, len(times)
-
-
-def _tunes(x: Tensor, packed: Packed) -> bool:
-    layout = usable(x, packed)
-    return layout is not None and bool(
-        candidates(layout, packed.rows, packed.columns, size_class(layout, _vectors(x)), x.device.index)
-    )
-
-
-def _tune_and_keep(x: Tensor, packed: Packed, seconds: Callable[[], float]) -> int:
-    key, best, tried = tune(x, packed, seconds)
-    keep_tuned(device_limits(x.device.index)[0], {key: best})
-    return tried
-
-
 for _name, _supports in (("cuda warpgroup product", _supports_wide), ("cuda bit-plane gemv", _supports_one)):
     register_implementation("signed-levels", Implementation(_name, _supports, _product, _prepare_product))
-register_tuner("signed-levels", Tuner(_tunes, _tune_and_keep))
 # The last one registered is asked first.
 for _format in ("binary-residual", "level-table", "grouped-integer", "vector-codebook", "structured-binary"):
     register_implementation(
@@ -313,4 +219,3 @@ for _format in ("binary-residual", "level-table", "grouped-integer", "vector-cod
         _format, Implementation("cuda warpgroup product", _supports_wide, _product, _prepare_product)
     )
     register_implementation(_format, Implementation("cuda bit-plane gemv", _supports_one, _product, _prepare_product))
-    register_tuner(_format, Tuner(_tunes, _tune_and_keep))

@@ -41,13 +41,15 @@ def parts_of(name: str, shape: Shape) -> tuple[str, ...]:
     if name == "gemv":
         return (
             "common.cuh",
+            "clusters.cuh",
+            "items.cuh",
             "inputs.cuh",
             "group.cuh",
             *(("barriers.cuh", "bulk.cuh") if shape.bulk else ()),
-            *(("planes.cuh", "bits.cuh") if shape.bitwise else ("limbs.cuh",)),
+            *(("planes.cuh", "stage_planes.cuh", "bits.cuh") if shape.bitwise else ("limbs.cuh",)),
             "gemv.cu",
         )
-    return ("common.cuh", f"{name}.cu")
+    return ("common.cuh", "items.cuh", "small.cuh", "small.cu")
 
 
 @lru_cache(maxsize=64)
@@ -61,4 +63,4 @@ def source_of(*names: str) -> str:
 def wide_source(tokens: int) -> str:
     """The CUDA C++ of `wide` for tiles of `tokens` vectors."""
     parts = source_of("pairs.cuh", "barriers.cuh", "warpgroup.cuh", "codes.cuh", "wide.cu")
-    return source_of("common.cuh") + warpgroup_product(tokens) + parts
+    return source_of("common.cuh", "clusters.cuh") + warpgroup_product(tokens) + parts

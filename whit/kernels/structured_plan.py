@@ -134,7 +134,7 @@ def table_bytes(layout: Layout) -> int:
 @lru_cache(maxsize=64)
 def structured_source(layout: Layout, name: str) -> str:
     """The CUDA C++ of `structured_product`."""
-    return source_of("common.cuh") + tables_of(layout) + source_of("structured.cu", f"{name}.cu")
+    return source_of("common.cuh", "clusters.cuh") + tables_of(layout) + source_of("structured.cu", f"{name}.cu")
 
 
 def structured_options(
@@ -146,7 +146,6 @@ def structured_options(
         "BF16": bfloat,
         "EARLY": early,
         "PIECE": 2,
-        "ITEM": 128,
         "THREADS": threads,
         "TOKENS": tokens,
         "UNIT": unit.groups,
