@@ -48,14 +48,21 @@ def test_inspect_lists_format_shape_bits_error_and_kernel(tmp_path: Path, capsys
     assert layer["stored_bits"] == pytest.approx(8.375)
 
 
-@pytest.mark.parametrize(("block", "said"), [("model.layers.0", True), ("", False)])
+@pytest.mark.parametrize(
+    ("block", "dtype", "said"),
+    [
+        ("model.layers.0", torch.bfloat16, True),
+        ("model.layers.0", torch.float32, False),
+        ("", torch.bfloat16, False),
+    ],
+)
 def test_inspect_says_in_which_form_decoding_holds_a_layer_of_a_block(
-    block: str, said: bool, monkeypatch: pytest.MonkeyPatch
+    block: str, dtype: torch.dtype, said: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    form = Preparation("other form", lambda packed: True, list, lambda packed: 3.04)
+    form = Preparation("other form", lambda packed, dtype: dtype == torch.bfloat16, list, lambda packed: 3.04)
     monkeypatch.setitem(linear._PREPARATIONS, "grouped-integer", form)
     layer = LayerRecord("name", block, 8, 64, {}, GroupedInteger(8, 64, True).to_json(), 0, 0.0, 0.0, 0.0)
-    found = kernel_of(layer, torch.float32, torch.device("cpu"))
+    found = kernel_of(layer, dtype, torch.device("cpu"))
     assert found.endswith("; decoding: other form, 3.0 bits resident") is said
 
 

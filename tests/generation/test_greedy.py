@@ -11,8 +11,12 @@ from transformers import PreTrainedModel
 
 from tests import tiny
 from whit.errors import DataError, KnobError
+from whit.formats.base import Packed
 from whit.formats.level_table import LevelTable
 from whit.generation import continue_greedily
+from whit.generation.blocks import gated_decoder
+from whit.kernels import linear
+from whit.kernels.linear import Preparation
 from whit.models.packed import PackedLinear, replace_module
 
 NEW = 20
@@ -191,3 +195,20 @@ def test_settings_of_a_checkpoint_do_not_change_what_is_most_probable(setting: d
     own.update(**setting)
     assert torch.equal(continue_greedily(model, ids, mask, new_tokens=NEW, way="library").tokens, wanted)
     assert model.generation_config is own
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_form_of_the_weights_is_asked_for_by_the_type_of_the_model(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[torch.dtype] = []
+
+    def supports(packed: Packed, dtype: torch.dtype) -> bool:
+        asked.append(dtype)
+        return False
+
+    monkeypatch.setitem(linear._PREPARATIONS, "level-table", Preparation("other", supports, list, lambda packed: 1.0))
+    model = model_on("cpu").to(dtype)
+    pack(model)
+    gated_decoder(model)
+    assert len(asked) >= 4 and set(asked) == {dtype}

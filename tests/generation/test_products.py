@@ -204,6 +204,10 @@ def test_inputs_that_are_made_first(join: bool) -> None:
         assert torch.allclose(mine, module(normal), rtol=1e-5, atol=1e-5)
 
 
+def in_sixteen_bits(item: Packed, dtype: torch.dtype) -> bool:
+    return dtype != torch.float32 and convertible(item)
+
+
 def test_weights_are_held_in_the_form_that_products_read_fastest(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[int] = []
 
@@ -211,7 +215,7 @@ def test_weights_are_held_in_the_form_that_products_read_fastest(monkeypatch: py
         made.append(len(weights))
         return [signed_levels(item, 300) for item in weights]
 
-    here = Preparation("signed levels", convertible, prepare, lambda item: 3.0)
+    here = Preparation("signed levels", in_sixteen_bits, prepare, lambda item: 3.0)
     monkeypatch.setitem(linear._PREPARATIONS, "structured-binary", here)
     layout = StructuredBinary(4, 8, 0, regions=2)
     parts = [packed(layout, rows, rows) for rows in (24, 8)]
@@ -221,10 +225,11 @@ def test_weights_are_held_in_the_form_that_products_read_fastest(monkeypatch: py
         module.set_packed(item)
     x = torch.randn(3, COLUMNS, generator=torch.Generator().manual_seed(0))
     expected = [item.linear(x) for item in parts]
-    Products(modules, join=False)
-    assert not made and all(module.running.format == layout for module in modules)
+    for others in ({"join": False, "dtype": torch.bfloat16}, {"dtype": torch.float32}, {}):
+        Products(modules, **others)
+        assert not made and all(module.running.format == layout for module in modules)
     for _ in range(2):  # what is so already stays
-        products = Products(modules, join=True)
+        products = Products(modules, dtype=torch.bfloat16)
         assert made == [2] and products.joined is None
         assert all(torch.equal(*pair) for pair in zip(products(x), expected, strict=True))
         assert products.meeting == [module.running for module in modules]
@@ -232,13 +237,13 @@ def test_weights_are_held_in_the_form_that_products_read_fastest(monkeypatch: py
     for module, item in zip(modules, parts, strict=True):
         assert all(torch.equal(module.state_dict()[name], tensor) for name, tensor in item.tensors.items())
     modules[1].set_packed(parts[1])
-    Products(modules[:1]), Products(modules)
+    Products(modules[:1], dtype=torch.float16), Products(modules, dtype=torch.float16)
     assert made == [2, 2]
 
 
 def test_weights_in_another_form_are_joined(monkeypatch: pytest.MonkeyPatch) -> None:
     here = Preparation(
-        "signed levels", convertible, lambda weights: list(map(signed_levels, weights)), lambda item: 3.0
+        "signed levels", in_sixteen_bits, lambda weights: list(map(signed_levels, weights)), lambda item: 3.0
     )
     monkeypatch.setitem(linear._PREPARATIONS, "structured-binary", here)
     layout = StructuredBinary(2, 8, 0, regions=1)  # no marks in which they could differ
@@ -246,7 +251,7 @@ def test_weights_in_another_form_are_joined(monkeypatch: pytest.MonkeyPatch) -> 
     modules = [PackedLinear(layout, item.rows, COLUMNS, None) for item in parts]
     for module, item in zip(modules, parts, strict=True):
         module.set_packed(item)
-    products = Products(modules)
+    products = Products(modules, dtype=torch.float16)
     assert products.joined is not None and products.joined.format.name == "signed-levels"
     x = torch.randn(3, COLUMNS, generator=torch.Generator().manual_seed(0))
     for found, module, item in zip(products(x), modules, parts, strict=True):

@@ -2,17 +2,21 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.kernels.emulator.build import COMPILER, compiled, run
 from tests.kernels.test_cuda_kernels import error_bound, inputs, needs_gpu, random_packed
+from whit.formats.base import Packed
 from whit.formats.signed_levels import signed_levels
 from whit.formats.structured_binary import StructuredBinary
 from whit.generation.products import Products
-from whit.kernels import explain, packed_linear
+from whit.kernels import cuda_ops, explain, packed_linear
+from whit.kernels import signed_levels as prepares
 from whit.kernels.cuda_layout import layout_of
 from whit.kernels.cuda_ops import has_warpgroups
 from whit.kernels.cuda_plan import place_gemv
 from whit.kernels.cuda_shapes import Shape
+from whit.kernels.cuda_tuned import tuned_shapes
 from whit.kernels.cuda_wide import WideShape
 from whit.kernels.linear import preparation_of
 from whit.models.packed import PackedLinear
@@ -84,6 +88,32 @@ def test_many_vectors(layout, shape, tokens, tmp_path):
     assert torch.equal(run(program, described, shape, tensors, (rows, columns), x, bias, descending=True), actual)
 
 
+@pytest.fixture
+def hopper(monkeypatch, tmp_path):
+    """What kernels ask of a device, answered as an H200 does; its launch shapes are kept in a folder of the test."""
+    monkeypatch.setenv("WHIT_CACHE", str(tmp_path))
+    monkeypatch.setattr(cuda_ops, "device_limits", lambda index: ("No Such GPU", 132, 232_448))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
+    monkeypatch.setattr(prepares, "works", lambda index: True)
+    tuned_shapes.cache_clear(), cuda_ops.choice.cache_clear()
+    yield
+    tuned_shapes.cache_clear(), cuda_ops.choice.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "prepared"), [(torch.float16, True), (torch.bfloat16, True), (torch.float32, False)], ids=str
+)
+def test_weights_are_prepared_for_inputs_that_kernels_take(dtype, prepared, hopper):
+    form, weights = StructuredBinary(4, 8, 0), []
+    with FakeTensorMode():
+        for columns in (1024, 1000):
+            specs = form.specs(64, columns).items()
+            tensors = {name: torch.empty(spec.shape, dtype=spec.dtype, device="cuda:0") for name, spec in specs}
+            weights.append(Packed(form, 64, columns, tensors))
+        assert (preparation_of(weights[:1], dtype) is not None) is prepared
+        assert preparation_of(weights[1:], dtype) is None  # `wide` takes whole boxes of 64 columns
+
+
 @needs_gpu
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
@@ -93,7 +123,7 @@ def test_prepared_weights(layout, dtype):
         pytest.skip("weights are held as they are stored")
     for rows, columns in ((33, 704), (300, 1088), (1000, 4096), (100, 11008)):
         packed = random_packed(layout, rows, columns, "cuda")
-        (form,) = preparation_of([packed]).prepare([packed])
+        (form,) = preparation_of([packed], dtype).prepare([packed])
         weight = packed.unpack().double()
         assert torch.equal(form.unpack(), packed.unpack())
         for tokens in (1, 2, 16, 70, 300):
@@ -115,7 +145,7 @@ def test_layers_that_meet_the_same_input_are_prepared_alike():
     modules = [PackedLinear(layout, part.rows, 1088, None) for part in parts]
     for module, part in zip(modules, parts, strict=True):
         module.set_packed(part)
-    products = Products(modules, join=True)
+    products = Products(modules, dtype=torch.bfloat16)
     if not has_warpgroups(0):
         pytest.skip("weights are held as they are stored")
     assert all(module.running.format.name == "signed-levels" for module in modules)

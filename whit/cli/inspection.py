@@ -40,7 +40,7 @@ def kernel_of(layer: LayerRecord, dtype: torch.dtype, device: torch.device) -> s
     tensors = {name: torch.empty(spec.shape, dtype=spec.dtype, device=device) for name, spec in specs.items()}
     packed = Packed(layout, layer.rows, layer.columns, tensors)
     name = explain(torch.empty(1, layer.columns, dtype=dtype, device=device), packed)
-    preparation = preparation_of([packed]) if layer.block else None
+    preparation = preparation_of([packed], dtype) if layer.block else None
     if preparation is None:
         return name
     return f"{name}; decoding: {preparation.name}, {preparation.bits(packed):.1f} bits resident"

@@ -186,18 +186,17 @@ def gated_decoder(model: nn.Module, *, join: bool = True, branches: bool = True)
     head = answer.get_output_embeddings()
     if not isinstance(head, nn.Module):
         raise UnsuitedError("it has no output head")
-    modules = list(children["layers"].children())
+    modules, last = list(children["layers"].children()), _norm(children["norm"])
     attention: Any = getattr(modules[0], "self_attn", None) if modules else None
     size = getattr(attention, "head_dim", None)
     if not isinstance(size, int) or size % 2:
         raise UnsuitedError("its blocks have no attention with heads of an even size")
-    blocks = [_block(module, size, join, branches) for module in modules]
+    blocks = [_block(module, size, join, branches, last.weight.dtype) for module in modules]
     shapes = {tuple(int(item.out_features) for item in block.attention.modules) for block in blocks}  # type: ignore[arg-type]
     query, key, value = next(iter(shapes))
     if len(shapes) > 1 or key != value:
         raise UnsuitedError("the heads of its blocks differ in number")
     heads, key_heads = query // size, key // size
-    last = _norm(children["norm"])
     coarse = any(packed.format.changes_inputs for packed in packed_modules(model).values())
     answers = Products([head], join=False)
     return GatedDecoder(
@@ -251,7 +250,7 @@ def text_config(model: nn.Module) -> Any:
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
-def _block(module: nn.Module, size: int, join: bool, branches: bool) -> GatedBlock:
+def _block(module: nn.Module, size: int, join: bool, branches: bool, dtype: torch.dtype) -> GatedBlock:
     parts = _parts(module, ("input_layernorm", "self_attn", "post_attention_layernorm", "mlp"))
     attention = _parts(parts["self_attn"], ("q_proj", "k_proj", "v_proj", "o_proj"))
     feed = _parts(parts["mlp"], ("gate_proj", "up_proj", "down_proj"), others=("act_fn",))
@@ -259,13 +258,14 @@ def _block(module: nn.Module, size: int, join: bool, branches: bool) -> GatedBlo
     if any(not hasattr(item, "out_features") for item in linear):
         raise UnsuitedError("a projection of its blocks is no linear layer")
     own: Any = parts["self_attn"]
+    query_key_value = [attention[name] for name in ("q_proj", "k_proj", "v_proj")]
     return GatedBlock(
         before=_norm(parts["input_layernorm"]),
-        attention=Products([attention[name] for name in ("q_proj", "k_proj", "v_proj")], join=join, branches=branches),
-        output=Products([attention["o_proj"]], join=join, branches=branches),
+        attention=Products(query_key_value, join=join, branches=branches, dtype=dtype),
+        output=Products([attention["o_proj"]], join=join, branches=branches, dtype=dtype),
         between=_norm(parts["post_attention_layernorm"]),
-        gate_up=Products([feed["gate_proj"], feed["up_proj"]], join=join, branches=branches),
-        down=Products([feed["down_proj"]], join=join, branches=branches),
+        gate_up=Products([feed["gate_proj"], feed["up_proj"]], join=join, branches=branches, dtype=dtype),
+        down=Products([feed["down_proj"]], join=join, branches=branches, dtype=dtype),
         scaling=float(getattr(own, "scaling", size**-0.5)),
     )
 

@@ -70,15 +70,23 @@ class Products:
     Args:
         modules: linear layers of any kind; each maps (n, columns) to (n, rows).
         join: hold equal layouts as one weight, others in the form that products on their device read fastest.
+        dtype: of the inputs, on which that form depends; None: all are held as they are stored.
         branches: others run in one launch where a kernel does that, or beside each other as branches of a CUDA graph.
     """
 
-    def __init__(self, modules: Sequence[nn.Module], *, join: bool = True, branches: bool = True) -> None:
+    def __init__(
+        self,
+        modules: Sequence[nn.Module],
+        *,
+        join: bool = True,
+        branches: bool = True,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         self.modules = list(modules)
         self._branches = branches
         with torch.inference_mode(False), torch.no_grad():  # the modules keep the tensors, and may be trained
-            if join:
-                self._prepare()
+            if join and dtype is not None:
+                self._prepare(dtype)
             self._joined = self._join() if join else None
         self._rows: list[int] = []
         self._packed = [module for module in self.modules if _plain_packed(module)]
@@ -174,7 +182,7 @@ class Products:
             main.wait_stream(stream)
         return out
 
-    def _prepare(self) -> None:
+    def _prepare(self, dtype: torch.dtype) -> None:
         """Let the modules run in the form that products on their device read fastest."""
         packed = [module for module in self.modules if type(module) is PackedLinear]
         if len(packed) < len(self.modules) or all(module.running.format != module.format for module in packed):
@@ -182,7 +190,7 @@ class Products:
         for module in packed:
             module.run_as_stored()
         weights = [module.packed for module in packed]
-        preparation = preparation_of(weights)
+        preparation = preparation_of(weights, dtype)
         if preparation is not None:
             for module, prepared in zip(packed, preparation.prepare(weights), strict=True):
                 module.run_as(prepared)

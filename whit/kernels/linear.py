@@ -191,13 +191,13 @@ def choose_several(x: Tensor, weights: Sequence[Packed]) -> SeveralProducts | No
 class Preparation:
     """Another form of the weights of a format, which products on a device read faster than what is stored.
 
-    `supports(packed)`: whether this weight has it where it lies. `prepare(weights)`: that of several weights which
-    meet the same input, alike in layout so that one launch may take them. `bits(packed)`: what it takes per weight, at
-    least.
+    `supports(packed, dtype)`: whether this weight has it where it lies, for inputs of a type. `prepare(weights)`: that
+    of several weights which meet the same input, alike in layout so that one launch may take them. `bits(packed)`:
+    what it takes per weight, at least.
     """
 
     name: str
-    supports: Callable[[Packed], bool]
+    supports: Callable[[Packed, torch.dtype], bool]
     prepare: Callable[[Sequence[Packed]], list[Packed]]
     bits: Callable[[Packed], float]
 
@@ -210,11 +210,11 @@ def register_preparation(format_name: str, preparation: Preparation) -> None:
     _PREPARATIONS[format_name] = preparation
 
 
-def preparation_of(weights: Sequence[Packed]) -> Preparation | None:
-    """The form that these weights, which meet the same input, may be held in while they are multiplied, or None."""
+def preparation_of(weights: Sequence[Packed], dtype: torch.dtype) -> Preparation | None:
+    """The form that these weights, which meet the same input of a type, may be held in while they are multiplied."""
     names = {packed.format.name for packed in weights}
     found = _PREPARATIONS.get(names.pop()) if len(names) == 1 else None
-    return found if found is not None and all(map(found.supports, weights)) else None
+    return found if found is not None and all(found.supports(packed, dtype) for packed in weights) else None
 
 
 LooksUp = Callable[[Tensor, Packed, torch.dtype], bool]

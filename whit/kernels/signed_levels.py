@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+
 from whit.formats.base import Packed
 from whit.formats.signed_levels import SignedLevels, convertible, marked_columns, ordinary_columns, signed_levels
 from whit.kernels.cuda_layout import WIDEST
@@ -18,8 +20,10 @@ from whit.kernels.cuda_wide import BOX
 from whit.kernels.linear import Preparation, register_preparation
 
 
-def _supports(packed: Packed) -> bool:
+def _supports(packed: Packed, dtype: torch.dtype) -> bool:
     device = packed.tensors["scalars"].device
+    if dtype not in (torch.float16, torch.bfloat16):  # no kernel takes others: they would unpack three planes for two
+        return False
     if device.type != "cuda" or packed.rows == 0 or packed.columns % BOX or not convertible(packed):
         return False
     return 2 * ordinary_columns(packed.columns) <= WIDEST and has_warpgroups(device.index) and works(device.index)
