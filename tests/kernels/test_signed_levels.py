@@ -7,17 +7,19 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from tests.kernels.emulator.build import COMPILER, compiled, run
 from tests.kernels.test_cuda_kernels import error_bound, inputs, needs_gpu, random_packed
 from whit.formats.base import Packed
+from whit.formats.level_table import LevelTable
 from whit.formats.signed_levels import signed_levels
 from whit.formats.structured_binary import StructuredBinary
 from whit.generation.products import Products
-from whit.kernels import cuda_ops, explain, packed_linear
+from whit.kernels import cuda_linear, cuda_ops, explain, packed_linear
 from whit.kernels import signed_levels as prepares
+from whit.kernels.cuda_decode import decode_source
 from whit.kernels.cuda_layout import layout_of
 from whit.kernels.cuda_ops import has_warpgroups
 from whit.kernels.cuda_plan import place_gemv
 from whit.kernels.cuda_shapes import Shape
-from whit.kernels.cuda_tuned import tuned_shapes
-from whit.kernels.cuda_wide import WideShape
+from whit.kernels.cuda_tuned import keep_tuned, tuned_shapes, tuning_key
+from whit.kernels.cuda_wide import Decode, WideShape
 from whit.kernels.linear import preparation_of
 from whit.models.packed import PackedLinear
 
@@ -112,6 +114,45 @@ def test_weights_are_prepared_for_inputs_that_kernels_take(dtype, prepared, hopp
             weights.append(Packed(form, 64, columns, tensors))
         assert (preparation_of(weights[:1], dtype) is not None) is prepared
         assert preparation_of(weights[1:], dtype) is None  # `wide` takes whole boxes of 64 columns
+
+
+@pytest.mark.parametrize("columns", [704, 700])
+def test_no_kernel_that_decodes_what_is_stored_is_given_signed_levels(columns, hopper, monkeypatch):
+    """The planes are other codes than `decode` knows; a file of launch shapes may say what it likes."""
+    stored = random_packed(StructuredBinary(4, 8, 0), 48, columns)
+    packed, table = signed_levels(stored), random_packed(LevelTable(2, 64), 48, columns)
+    described = layout_of(packed.format, columns)
+    for weight in (packed, table):
+        layout = layout_of(weight.format, columns)
+        keep_tuned("No Such GPU", {tuning_key(layout, 48, columns, tokens): Decode() for tokens in (16, 256)})
+    monkeypatch.setattr(cuda_linear, "usable", lambda x, packed: layout_of(packed.format, columns))
+    for tokens in (1, 2, 16, 256):
+        x = inputs(tokens, columns, torch.float16, "cpu")
+        other = "cuda warpgroup product" if columns % 64 == 0 else "plain"
+        assert explain(x, packed) == ("cuda bit-plane gemv" if tokens == 1 else other)
+        if tokens > 16:
+            assert explain(x, table) == "cuda decode + matmul"  # which the file does decide for others
+    with pytest.raises(ValueError, match="signed levels"):
+        decode_source(described, columns)
+    monkeypatch.undo()
+    for x in (inputs(3, columns, torch.float16, "cpu"), inputs(1, columns, torch.float32, "cpu")):
+        assert explain(x, packed) == "plain" and torch.equal(packed_linear(x, packed), stored.linear(x, None))
+
+
+@needs_gpu
+@pytest.mark.gpu
+def test_calls_that_no_kernel_takes():
+    if not has_warpgroups(0):
+        pytest.skip("weights are held as they are stored")
+    stored = random_packed(StructuredBinary(4, 8, 0), 130, 704, "cuda")
+    form = signed_levels(stored)
+    for tokens in (1, 16, 300):
+        for dtype, gradient in ((torch.float32, False), (torch.float16, True)):
+            x = inputs(tokens, 704, dtype, "cuda").requires_grad_(gradient)
+            assert explain(x, form) == "plain" and torch.equal(packed_linear(x, form), stored.linear(x, None))
+    x = inputs(16, 704, torch.float16, "cuda")
+    traced = torch.compile(lambda x: packed_linear(x, form), fullgraph=True)(x)
+    assert torch.equal(traced, packed_linear(x, form))
 
 
 @needs_gpu

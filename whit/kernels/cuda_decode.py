@@ -37,7 +37,13 @@ SHAPE = DecodeShape()
 
 
 def decode_way(layout: Layout, columns: int) -> str:
-    """The file of the kernel that decodes a weight of `columns` columns."""
+    """The file of the kernel that decodes a weight of `columns` columns.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if not layout.decodes:
+        raise ValueError("no kernel decodes signed levels: decode the weight that they were made of")
     if layout.kind == VECTOR_CODEBOOK:
         codes, width, _ = layout.numbers
         fast = layout.bits == 8 and width % 4 == 0 and 2 * codes * width <= WIDEST_CODEBOOK

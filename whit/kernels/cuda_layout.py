@@ -73,6 +73,11 @@ class Layout:
         """Whether `small` multiplies it."""
         return self.multiplies and self.kind != SIGNED_LEVELS
 
+    @property
+    def decodes(self) -> bool:
+        """Whether `decode` reads it: the planes of signed levels are codes that it does not know."""
+        return self.kind != SIGNED_LEVELS
+
     def span(self, columns: int) -> int:
         """Columns that one vector meets: signed levels have marked ones once more."""
         return 8 * self.width if self.kind == SIGNED_LEVELS else columns

@@ -95,7 +95,7 @@ def choice(layout: Layout, rows: int, columns: int, tokens: int, index: int) -> 
             binary=counts_bits(index),
             clusters=starts_early(index),
         )
-    if wide and not isinstance(found, Decode) and not decodes_first(layout, tokens):
+    if wide and not (layout.decodes and (isinstance(found, Decode) or decodes_first(layout, tokens))):
         return wide_plan(layout, rows, columns, tokens, processors, memory)
     return Decode()
 

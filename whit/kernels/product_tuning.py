@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from whit.formats.base import Packed
-from whit.kernels.cuda_layout import SIGNED_LEVELS, Layout
+from whit.kernels.cuda_layout import Layout
 from whit.kernels.cuda_linear import usable, vectors_of
 from whit.kernels.cuda_ops import (
     FEW,
@@ -44,7 +44,7 @@ def candidates(layout: Layout, rows: int, columns: int, tokens: int, index: int)
             except ValueError:
                 continue
             found.append(shape)
-    return [*found, Decode()] if found and tokens > FEW and layout.kind != SIGNED_LEVELS else found
+    return [*found, Decode()] if found and tokens > FEW and layout.decodes else found
 
 
 def sources(layout: Layout, rows: int, columns: int, vectors: int, bfloat: bool, index: int) -> list[Source]:
