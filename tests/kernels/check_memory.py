@@ -50,7 +50,7 @@ from whit.kernels.outlier_wide import TILES, fits, wide_layer
 
 SHAPES = [(33, 200), (100, 1088), (130, 2176)]
 COUNTS = [1, 2, 9, 33, 150]
-BULK = [LevelTable(1, 128), LevelTable(2, 0), LevelTable(2, 128), BinaryResidual(0, True), BinaryResidual(128, True)]
+BULK = [LevelTable(1, 128), LevelTable(2, 0), LevelTable(2, 128), BinaryResidual(0, False), BinaryResidual(128, True)]
 
 
 def padded(tensor: torch.Tensor) -> torch.Tensor:
