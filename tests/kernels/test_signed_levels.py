@@ -151,7 +151,7 @@ def test_calls_that_no_kernel_takes():
             x = inputs(tokens, 704, dtype, "cuda").requires_grad_(gradient)
             assert explain(x, form) == "plain" and torch.equal(packed_linear(x, form), stored.linear(x, None))
     x = inputs(16, 704, torch.float16, "cuda")
-    traced = torch.compile(lambda x: packed_linear(x, form), fullgraph=True)(x)
+    traced = torch.compile(lambda x: packed_linear(x, form), backend="eager", fullgraph=True)(x)
     assert torch.equal(traced, packed_linear(x, form))
 
 

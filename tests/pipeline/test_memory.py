@@ -15,9 +15,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from tests import tiny
 from tests.pipeline.conftest import make_case
 from tests.pipeline.needy import Sensitive
+from whit.kernels import semi_structured
 from whit.methods import make_method
 from whit.methods.rtn import RTN
 from whit.pipeline.memory import (
+    COMPILER_BYTES,
     RUNTIME_BYTES,
     GradientSizes,
     Sizes,
@@ -31,6 +33,7 @@ from whit.pipeline.memory import (
     original_fits,
     peak_host_bytes,
 )
+from whit.pipeline.options import RunOptions
 from whit.pipeline.plan import make_plan
 from whit.pipeline.prepare import Job, prepare
 
@@ -48,7 +51,7 @@ SIZES = Sizes(
 )
 
 
-def save_wide(blocks: int, folder: Path) -> int:
+def save_wide(blocks: int, folder: Path, dtype: torch.dtype = torch.float32) -> int:
     """A LLaMA of 10 MB blocks and next to nothing else; returns the bytes of one block."""
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -61,7 +64,7 @@ def save_wide(blocks: int, folder: Path) -> int:
         max_position_embeddings=64,
     )
     model = LlamaForCausalLM(config)
-    model.save_pretrained(folder, max_shard_size="40MB")
+    model.to(dtype).save_pretrained(folder, max_shard_size="40MB")
     return 4 * sum(parameter.numel() for parameter in model.model.layers[0].parameters())
 
 
@@ -100,9 +103,10 @@ def test_more_blocks_need_no_more_memory(tmp_path: Path) -> None:
 
 def test_a_run_peaks_in_its_largest_phase() -> None:
     assert compression_bytes(SIZES) == 100 + 5 * 80 + 30
-    beside = 500 + 40 + (60 + 2 * 80 + 50)
+    beside = 500 + 40 + (60 + 2 * 80 + 50 + 40)
     assert evaluation_bytes(SIZES, available=10_000) == beside
     assert evaluation_bytes(SIZES, available=100) == beside - 540
+    assert evaluation_bytes(dataclasses.replace(SIZES, converted=7), available=100) == beside - 540 + 7
 
 
 def test_what_waits_for_sums_of_another_process_counts() -> None:
@@ -180,6 +184,76 @@ def test_evaluation_counts_in_the_plan(tmp_path: Path) -> None:
     assert measured.host > unmeasured.host > RUNTIME_BYTES
     parameters = sum(parameter.numel() for parameter in job.skeleton.parameters())
     assert measured.host - RUNTIME_BYTES > 4 * parameters + 50_000
+
+
+def half_packed(folder: Path) -> Job:
+    """Eleven of twelve blocks are left alone: stored in float16, loaded in float32."""
+    save_wide(12, folder / "model", torch.float16)
+    data = {
+        name: str(tiny.save_inputs("llama", folder / f"{name}.safetensors", sequences=3, length=16))
+        for name in ("calibration", "evaluation")
+    }
+    options = RunOptions(**data, device="cpu", allow_leak=True, skip=("model.layers.[1-9].*", "model.layers.1?.*"))
+    return prepare(folder / "model", make_method("rtn"), folder / "out", options)
+
+
+MEASURE = """
+import sys, psutil, torch, whit
+from whit.pipeline.events import Listener
+from whit.pipeline.memory import peak_host_bytes
+torch.set_num_threads(1)
+model, calibration, evaluation, output = sys.argv[1:]
+resident = []
+class Evaluation(Listener):
+    def phase(self, name, total):
+        resident[:] = [psutil.Process().memory_info().rss]
+    def step(self, description):
+        resident.append(psutil.Process().memory_info().rss)
+skip = ("model.layers.[1-9].*", "model.layers.1?.*")
+options = whit.RunOptions(calibration=calibration, evaluation=evaluation, allow_leak=True, device="cpu", skip=skip)
+whit.compress(model, "rtn", output, options=options, listener=Evaluation())
+print(peak_host_bytes(), max(resident) - resident[0])
+"""
+
+
+def test_what_is_left_dense_is_measured_as_large_as_planned(tmp_path: Path) -> None:
+    """Both models in float32, and the file, which stays mapped: twelve blocks, eleven, and these in float16."""
+    job = half_packed(tmp_path)
+    plan = make_plan(job)
+    arguments = [tmp_path / name for name in ("model", "calibration.safetensors", "evaluation.safetensors", "measured")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, *map(str, arguments)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    peak, grown = map(int, done.stdout.split()[-2:])
+    models = 4 * sum(parameter.numel() for parameter in job.skeleton.parameters()) * 23 // 12
+    planned = plan.host_bytes - RUNTIME_BYTES - COMPILER_BYTES
+    assert planned == pytest.approx(models + plan.file_bytes, rel=0.05)
+    assert grown > models + 0.9 * plan.file_bytes and peak < plan.host_bytes
+
+
+@pytest.mark.parametrize(("kind", "dtype", "counted"), [("cuda", "float16", True), ("cuda", "float32", False)])
+def test_sparse_weights_held_twice_count(
+    kind: str, dtype: str, counted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """2:4 weights that sparse tensor cores multiply are kept in their own layout beside what is stored."""
+    save_wide(12, tmp_path / "model")
+    calibration = str(tiny.save_inputs("llama", tmp_path / "calibration.safetensors", sequences=2, length=16))
+    options = RunOptions(calibration=calibration, evaluation=calibration, allow_leak=True, device="cpu", dtype=dtype)
+    plans = {}
+    for pattern in ("2:4", "4:8"):
+        job = prepare(tmp_path / "model", make_method("magnitude", {"pattern": pattern}), tmp_path / "out", options)
+        job.device = torch.device(kind)
+        monkeypatch.setattr(semi_structured, "library", lambda device: "cusparselt" if device.type == "cuda" else None)
+        plans[pattern] = expected_memory(job, 10**6, 10**12).device
+    inside = sum(layer.rows * layer.columns for layer in job.assignment.layers.values() if layer.block)
+    assert plans["2:4"] - plans["4:8"] == (inside * 9 // 8 if counted else 0)
 
 
 @pytest.mark.parametrize("family", sorted(tiny.FAMILIES))

@@ -1,7 +1,7 @@
 """2:4 sparse layers on NVIDIA's sparse tensor cores, through torch's semi-structured kernels.
 
 The stored index and values are converted once into the layout of cuSPARSELt (or, on compute capability 8, of CUTLASS)
-and kept as long as the stored tensors live; what is saved does not change. The converted copy costs 9 bits per weight.
+and kept as long as the stored tensors live; what is saved does not change. The plan of a run counts the copy (`BITS`).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from whit.formats.base import Packed
+from whit.formats.base import Format, Packed
 from whit.formats.dense import Dense
 from whit.formats.sparse_nm import SparseNM
 from whit.kernels.linear import Implementation, register_implementation
@@ -22,6 +22,8 @@ from whit.kernels.linear import Implementation, register_implementation
 # Shapes that both libraries take for 16-bit values.
 _ROWS, _COLUMNS = 32, 64
 _HALVES = (torch.float16, torch.bfloat16)
+BITS = 9
+"""Of the converted copy per weight: half of the values in 16 bits, and two bits for each that says where it was."""
 
 Convert = Callable[[Tensor], Tensor]
 
@@ -95,18 +97,30 @@ class SemiStructured:
 
 def fits(x: Tensor, packed: Packed) -> bool:
     """Whether layout, shapes and dtypes are those of the kernels, whatever the device."""
-    layout = packed.format
+    return (
+        x.numel() > 0
+        and not (x.requires_grad and torch.is_grad_enabled())
+        and _fits(packed.format, packed.rows, packed.columns, x.dtype)
+    )
+
+
+def _fits(layout: Format, rows: int, columns: int, dtype: torch.dtype) -> bool:
     return (
         isinstance(layout, SparseNM)
         and layout.m == 4
         and layout.n <= 2
         and isinstance(layout.values, Dense)
-        and x.dtype in _HALVES
-        and x.numel() > 0
-        and not (x.requires_grad and torch.is_grad_enabled())
-        and packed.rows % _ROWS == 0
-        and packed.columns % _COLUMNS == 0
+        and dtype in _HALVES
+        and rows % _ROWS == 0
+        and columns % _COLUMNS == 0
     )
+
+
+def converted_bytes(layout: Format, rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Bytes of the converted copy that products of a weight with inputs of a type keep on a device; 0 without one."""
+    if not _fits(layout, rows, columns, dtype) or library(device) is None:
+        return 0
+    return rows * columns * BITS // 8
 
 
 def _version(tensor: Tensor) -> int:

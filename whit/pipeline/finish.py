@@ -46,8 +46,8 @@ def saved_config(
     return config
 
 
-def saved_specs(model: nn.Module, assignment: Assignment, dense_dtype: torch.dtype) -> dict[str, TensorSpec]:
-    """Shape and dtype of every tensor that will be saved, by name; `model` is the skeleton."""
+def dense_specs(model: nn.Module, assignment: Assignment, dense_dtype: torch.dtype) -> dict[str, TensorSpec]:
+    """Shape and dtype of every tensor that will be saved as it is, by name; `model` is the skeleton."""
     replaced = {f"{name}.weight" for name in [*assignment.layers, *assignment.tied]}
     shared = set(getattr(model, "all_tied_weights_keys", None) or {})
     out = {}
@@ -55,6 +55,12 @@ def saved_specs(model: nn.Module, assignment: Assignment, dense_dtype: torch.dty
         if name not in replaced and name not in shared:
             dtype = dense_tensor_dtype(model, name, dense_dtype) if value.is_floating_point() else value.dtype
             out[name] = TensorSpec(tuple(value.shape), dtype)
+    return out
+
+
+def saved_specs(model: nn.Module, assignment: Assignment, dense_dtype: torch.dtype) -> dict[str, TensorSpec]:
+    """Shape and dtype of every tensor that will be saved, by name; `model` is the skeleton."""
+    out = dense_specs(model, assignment, dense_dtype)
     for layer in assignment.layers.values():
         specs = layer.method.format(layer.rows, layer.columns).specs(layer.rows, layer.columns)
         out |= {f"{layer.name}.{key}": spec for key, spec in specs.items()}

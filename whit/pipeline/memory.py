@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import resource
 import sys
@@ -12,13 +13,17 @@ from pathlib import Path
 import psutil
 import torch
 
+from whit.kernels.semi_structured import converted_bytes
 from whit.models.layers import declared_end
 from whit.pipeline.assign import Assignment
+from whit.pipeline.finish import dense_specs
 from whit.pipeline.gradient_task import BOUNDARY_SHARE, gradient_layers
 from whit.pipeline.prepare import Job
 
 # Resident memory of Python with torch and transformers imported, before any tensor (measured: 0.45 to 0.6 GB).
 RUNTIME_BYTES = 600 * 2**20
+# A CPU's loops, their compiler (extra `cpu`) and what the C library does not give back add this (measured: 0.2 GB).
+COMPILER_BYTES = 200 * 2**20
 # What a CUDA context, its libraries and kernels add to the resident memory (a run on an H200 peaked at 2.4 GB in all).
 CUDA_BYTES = 5 * 2**28
 FITS_BELOW = 0.8
@@ -43,7 +48,8 @@ class Sizes:
         streams: hidden states of the calibration sequences. activations: of one forward pass through a block.
         kept: inputs of the layers of a block, of all sequences: what all of several processes but the first hold until
             sums are handed to them (`whit.pipeline.relay`).
-        packed: the compressed model in memory. answer: the main output of one evaluation window.
+        packed: the compressed model in memory. converted: other forms of its weights that products keep.
+        answer: the main output of one evaluation window.
     """
 
     outside: int
@@ -57,6 +63,7 @@ class Sizes:
     packed: int
     answer: int
     kept: int = 0
+    converted: int = 0
 
 
 def expected_memory(job: Job, file_bytes: int, available: int, processes: int = 1) -> Memory:
@@ -76,11 +83,9 @@ def expected_memory(job: Job, file_bytes: int, available: int, processes: int = 
         gradient_bytes(gradients, available),
     )
     if job.device.type == "cpu":
-        return Memory(RUNTIME_BYTES + peak, 0)
+        return Memory(RUNTIME_BYTES + COMPILER_BYTES + peak, 0)
     # The host stages one tensor at a time, in the file's dtype and in float32.
-    # Rows of the output are compared more at a time on a device (`whit.evaluation.tokens`): about one answer in all.
-    compared = sizes.answer if job.evaluation is not None else 0
-    return Memory(RUNTIME_BYTES + CUDA_BYTES + 2 * max(sizes.end, sizes.matrix), peak + compared)
+    return Memory(RUNTIME_BYTES + CUDA_BYTES + 2 * max(sizes.end, sizes.matrix), peak)
 
 
 def compression_bytes(sizes: Sizes) -> int:
@@ -95,9 +100,13 @@ def compression_bytes(sizes: Sizes) -> int:
 
 
 def evaluation_bytes(sizes: Sizes, available: int) -> int:
-    """Peak of measuring: both models (or the compressed one alone), one unpacked matrix, the outputs of one window."""
+    """Peak of measuring: both models (or the compressed one alone), one unpacked matrix, the outputs of one window.
+
+    One answer more than there are: a device compares more rows at a time (`whit.evaluation.tokens`), and a CPU's heap,
+    which keeps what is freed meanwhile (`whit.heap`), may have no hole that fits the next (half of one was measured).
+    """
     # Rows of the output are compared a few at a time; a quarter of an answer covers that and a forward pass.
-    alone = sizes.packed + 2 * max(sizes.end, sizes.matrix) + sizes.answer * 5 // 4
+    alone = sizes.packed + sizes.converted + 2 * max(sizes.end, sizes.matrix) + sizes.answer * 9 // 4
     return alone + (sizes.dense + sizes.answer if original_fits(sizes.dense, available) else 0)
 
 
@@ -198,10 +207,26 @@ def _sizes(job: Job, file_bytes: int, processes: int) -> Sizes:
         end=4 * max(ends, default=0),
         streams=tokens * hidden_width(job.assignment) * item,
         activations=positions * job.assignment.widest_sum() * item,
-        packed=file_bytes,
+        packed=file_bytes + _cast_bytes(job),
         answer=_answer_bytes(job, item),
         kept=tokens * kept_columns(job) * job.calibration_dtype.itemsize if processes > 1 else 0,
+        converted=_converted_bytes(job),
     )
+
+
+def _cast_bytes(job: Job) -> int:
+    """What is loaded in another dtype than it is stored in takes beside its file, which a CPU maps and keeps."""
+    dense = dense_specs(job.skeleton, job.assignment, job.dense_dtype).values()
+    cast = [spec for spec in dense if spec.dtype.is_floating_point and spec.dtype != job.compute_dtype]
+    stored = 0 if job.device.type == "cpu" else sum(spec.bytes for spec in cast)
+    return max(0, sum(math.prod(spec.shape) for spec in cast) * job.compute_dtype.itemsize - stored)
+
+
+def _converted_bytes(job: Job) -> int:
+    """Of the weights that products on this device hold in another form as well."""
+    layers = job.assignment.layers.values()
+    forms = [(layer.method.format(layer.rows, layer.columns), layer.rows, layer.columns) for layer in layers]
+    return sum(converted_bytes(*form, job.compute_dtype, job.device) for form in forms)
 
 
 def kept_columns(job: Job) -> int:
