@@ -27,20 +27,21 @@ from whit.kernels.nvrtc import Source, compile_together
 def first_tried(block: GatedBlock) -> list[Source]:
     """The kernels that the first half of a search tries."""
     sources = []
-    for weights, makes in (
-        (block.gate_up.launched, True),
-        (block.down.launched, False),
-        (block.attention.launched, True),
-        (block.output.launched, False),
+    for weights, makes, gated in (
+        (block.gate_up.launched, True, False),
+        (block.gate_up.gateable, True, True),
+        (block.down.launched, False, False),
+        (block.attention.launched, True, False),
+        (block.output.launched, False, False),
     ):
         layout = layout_of(weights[0].format, weights[0].columns) if weights else None
         if layout is None:
             continue
         rows, columns = tuple(packed.rows for packed in weights), weights[0].columns
         for shape in step_sizes(layout):
-            launch = place_step(layout, rows, columns, *device_limits(0)[1:], shape)
+            launch = place_step(layout, rows, columns, *device_limits(0)[1:], shape, gated=gated)
             if launch is not None:
-                call = Call(layout, rows, columns, True, 0, makes, makes)
+                call = Call(layout, rows, columns, True, 0, makes, makes, gated)
                 sources.append(call_source(call, launch))
     return sources
 
@@ -49,7 +50,7 @@ def named(shape: Shape | None) -> str:
     """A shape in few letters."""
     if shape is None:
         return "as outside"
-    flags = f"{' bulk' * shape.bulk}{' patient' * shape.patient}{' late' * shape.late}"
+    flags = f"{' bulk' * shape.bulk}{' patient' * shape.patient}{' late' * shape.late}{' ahead' * shape.ahead}"
     return f"t{shape.threads} i{shape.item} u{shape.unroll} d{shape.depth}{flags}"
 
 
@@ -84,7 +85,7 @@ def main() -> None:
             continue
         for found in tune_step(decoder):
             rows = "+".join(str(packed.rows) for packed in found.weights)
-            say(rows, "x", found.weights[0].columns, named(found.shape))
+            say(rows, "x", found.weights[0].columns, "gated" if found.gated else "", named(found.shape))
             for shape, seconds in sorted(found.times.items(), key=lambda item: item[1]):
                 print(f"          {seconds * 1e6:8.2f} us  {named(shape)}")
         say(name, "after", token(model), token(model))

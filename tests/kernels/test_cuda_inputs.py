@@ -223,3 +223,41 @@ def test_kernels_in_the_shapes_of_a_step(layout: Format) -> None:
     finally:
         use_shape(device, key, None)
     assert tried > 4
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(
+    "layout",
+    [BinaryResidual(128, True), LevelTable(2, 0), GroupedInteger(3, 64, False), StructuredBinary(4, 8, 0)],
+    ids=str,
+)
+def test_gated_kernels_in_the_shapes_of_a_step(layout: Format) -> None:
+    """Clusters give what two products and the kernel behind them do; without a shape found for them none runs."""
+    rows, columns, dtype = (1008, 1008), 2048, torch.bfloat16
+    weights = [running(random_packed(layout, count, columns)).to("cuda") for count in rows]
+    x, second, norm = (inputs(1, columns, dtype, "cuda") for _ in range(3))
+    given_input = Normed(x, second, norm[0].contiguous(), EPSILON)
+    plain = products_of(given_input, weights)
+    assert plain is not None
+    expected = decode_ops.gated(*plain[1]).double()
+    described = layout_of(weights[0].format, columns)
+    assert described is not None
+    device, *limits = device_limits(0)
+    key, tried = step_key(described, rows, columns, gated=True), 0
+    assert products_of(given_input, weights, gated=True) is None
+    try:
+        for shape in (step_timings(size)[0] for size in step_sizes(described)):
+            if place_step(described, rows, columns, *limits, shape, gated=True) is None:
+                continue
+            use_shape(device, key, shape)
+            found = products_of(given_input, weights, gated=True)
+            assert found is not None and torch.equal(found[0], plain[0]) and len(found[1]) == 1
+            error = (found[1][0].double() - expected).abs()
+            assert (error <= 4 * torch.finfo(dtype).eps * expected.abs() + 1e-3 * expected.abs().max()).all()
+            again = products_of(given_input, weights, gated=True)
+            assert again is not None and torch.equal(again[1][0], found[1][0])
+            tried += 1
+    finally:
+        use_shape(device, key, None)
+    assert tried > 4

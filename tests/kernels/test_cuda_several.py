@@ -20,8 +20,9 @@ from whit.kernels import cuda_ops, cuda_plan, cuda_several
 from whit.kernels.cuda_layout import Layout, layout_of
 from whit.kernels.cuda_ops import layout_fields
 from whit.kernels.cuda_plan import Launch
-from whit.kernels.cuda_several import place_several, several_key, shares
+from whit.kernels.cuda_several import place_several, placed_several, several_key, shares
 from whit.kernels.cuda_shapes import Shape, gemv_shapes
+from whit.kernels.cuda_step import paired
 from whit.kernels.cuda_tuned import tuned_shapes, tuning_key
 from whit.kernels.cuda_wide import WideShape
 from whit.kernels.cuda_wide_plan import MANY
@@ -68,6 +69,51 @@ def test_two_weights_with_marks_of_their_own(shape: Shape, tmp_path: Path, monke
     weight = torch.cat([whole.unpack()[:first], other.unpack()[first:]]).double()
     expected = x.double() @ weight.T
     assert ((actual.double() - expected).abs() <= error_bound(x, weight, expected)).all()
+
+
+GATE = """
+    Tasks tasks;
+    tasks.of[0] = {operand_of(weight), (u16*)y};
+    tasks.of[0].operand.w.rows = FIRST;
+    tasks.of[1] = tasks.of[0];
+    tasks.of[1].operand.w.codes[0] += FIRST * (long)weight.width;
+    tasks.of[1].operand.w.codes[1] += FIRST * (long)weight.width;
+    tasks.of[1].operand.w.scalars += FIRST * (long)weight.groups * 14;
+    tasks.of[1].operand.w.salient = bias;
+    gemv((const u16*)x, tasks, chunk, tiles);
+"""
+
+
+@pytest.mark.skipif(build.COMPILER is None, reason="needs g++")
+@pytest.mark.parametrize("rows", [32, 72])
+@pytest.mark.parametrize("shape", [Shape(64, 256, 1, True), Shape(256, 512, 1, True)], ids=str)
+def test_gated_products(shape: Shape, rows: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two clusters, whose blocks have the same rows of two weights with different marked columns."""
+    layout, columns = BinaryResidual(128, True), 640
+    whole = random_packed(layout, 2 * rows, columns)
+    other = Packed(layout, 2 * rows, columns, whole.tensors | {"salient": whole.tensors["salient"].bitwise_not()})
+    described = layout_of(layout, columns)
+    assert described is not None
+    placed = placed_several(described, (rows, rows), columns, 4, 200_000, shape)
+    assert placed is not None
+    launch = paired(placed, (rows, rows), (2, 2), 200_000)
+    assert launch is not None and launch.grid == 4
+    monkeypatch.setitem(build.CALLS, "gemv", GATE.replace("FIRST", str(rows)))
+    options = (*build.options_of(described, launch, 1, False, early=False), "-DSEVERAL=2", "-DGATED=1")
+    program = build.built("gemv", build.source_of(*build.parts_of("gemv", shape)), options, tmp_path)
+    x = inputs(1, columns, torch.float16, "cpu")
+    tensors = [whole.tensors[name] for name in described.names if name]
+    weight = torch.stack([whole.unpack()[:rows], other.unpack()[rows:]]).double()
+    gate, up = (x.double() @ part.T for part in weight)
+    expected = torch.nn.functional.silu(gate) * up
+    bounds = [error_bound(x, part, product) for part, product in zip(weight, (gate, up), strict=True)]
+    bound = 1.2 * bounds[0] * up.abs() + bounds[1] * gate.abs() + 2e-3 * expected.abs() + bounds[0] * bounds[1] + 1e-6
+    for descending in (0, 1):
+        numbers = (launch.chunk, launch.tiles, launch.grid, launch.shared, descending, 2)
+        whole_rows = (2 * rows, columns)
+        found = build.executed(program, described, numbers, tensors, whole_rows, x, other.tensors["salient"])
+        assert ((found[:, :rows].double() - expected).abs() <= bound).all()
+        assert found[:, rows:].isnan().all()  # nothing else is written
 
 
 @pytest.mark.parametrize("rows", [(4096, 4096, 4096), (4096, 1024, 1024), (11008, 11008), (16, 16), (5, 4000, 3)])

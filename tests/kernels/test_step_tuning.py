@@ -114,3 +114,18 @@ def test_a_block_holds_the_whole_input_and_is_alone(layout: Format, columns: int
         assert launch.grid == 132 and launch.chunk >= columns and launch.shared <= H200[1]
     assert place_step(described, (4096,), columns, *H200, Shape(512, 256, 4)) is None  # made for something else
     assert place_step(described, (4096,), columns, *H200, None) is None
+
+
+def test_a_gated_launch_has_the_same_rows_of_both_weights_in_a_cluster() -> None:
+    layout = layout_of(BinaryResidual(128, True), 4096)
+    assert layout is not None
+    for shape in step_timings(step_sizes(layout)[1]):
+        plain = place_step(layout, (11008, 11008), 4096, *H200, shape)
+        gated = place_step(layout, (11008, 11008), 4096, *H200, shape, gated=True)
+        assert plain is not None and gated is not None
+        assert gated.shared == plain.shared + 128 * plain.tiles <= H200[1] and gated.grid == plain.grid == 132
+        assert gated.tiles * 66 * 16 >= 11008  # one round does
+        assert place_step(layout, (11008, 4096), 4096, *H200, shape, gated=True) is None
+        assert place_step(layout, (4096, 4096, 4096), 4096, *H200, shape, gated=True) is None
+    keys = {step_key(layout, (11008, 11008), 4096, gated=gated) for gated in (False, True)}
+    assert len(keys) == 2

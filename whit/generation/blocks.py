@@ -65,8 +65,8 @@ class GatedBlock:
         """(n, hidden) and what is still to be added to it -> the same after the block."""
         states, (query, key, value) = self.attention.normed(states, update, self.before.weight, self.before.epsilon)
         (update,) = self.output(rotate_and_attend(query, key, value, cache, place, self.scaling))
-        states, (gate, up) = self.gate_up.normed(states, update, self.between.weight, self.between.epsilon)
-        (update,) = self.down(gated(gate, up))
+        states, inner = self.gate_up.gated(states, update, self.between.weight, self.between.epsilon)
+        (update,) = self.down(inner)
         return states, update
 
     def read(

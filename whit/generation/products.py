@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from whit.formats.base import Packed
 from whit.kernels import packed_linear
 from whit.kernels.cuda_inputs import Normed, products_of
-from whit.kernels.decode_ops import add_rms_norm
+from whit.kernels.decode_ops import add_rms_norm, gated
 from whit.kernels.linear import choose_several, preparation_of, several_products
 from whit.models.packed import PackedLinear, TiedPackedLinear
 
@@ -113,6 +113,11 @@ class Products:
             return [self.joined]
         return self._weights() if len(self._packed) == 1 or self._meet else []
 
+    @property
+    def gateable(self) -> list[Packed]:
+        """Two packed weights that one launch multiplies, if these are, and multiplies with each other."""
+        return self._weights() if self._meet and len(self._packed) == 2 else []
+
     def explain(self, inputs: Tensor) -> str:
         """How the products run, for reports: "joined", "one launch", "branches" or "in turn"."""
         if self._joined is not None:
@@ -150,6 +155,15 @@ class Products:
             return found
         states, normal = add_rms_norm(states, update, weight, epsilon)
         return states, self(normal)
+
+    def gated(self, states: Tensor, update: Tensor | None, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
+        """The first result of `normed`, and of two modules the second's product times the SiLU of the first's."""
+        if self.gateable:
+            found = products_of(Normed(states, update, weight, epsilon), self.gateable, gated=True)
+            if found is not None:
+                return found[0], found[1][0]
+        states, (gate, up) = self.normed(states, update, weight, epsilon)
+        return states, gated(gate, up)
 
     def _of(self, given: Normed | Tensor) -> tuple[Tensor, list[Tensor]] | None:
         """Everything in one launch, where a kernel does that."""

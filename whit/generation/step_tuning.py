@@ -28,11 +28,15 @@ KERNEL = "a step of decoding"
 
 @dataclass(frozen=True)
 class TunedStep:
-    """What was found for the weights of one launch; times are of a step of the first blocks, in seconds."""
+    """What was found for the weights of one launch; times are of a step of the first blocks, in seconds.
+
+    `gated`: the launch also multiplies the second product by the SiLU of the first.
+    """
 
     weights: tuple[Packed, ...]
     shape: Shape | None
     times: Times
+    gated: bool = False
 
 
 def tune_step(decoder: GatedDecoder) -> Iterator[TunedStep]:
@@ -48,16 +52,17 @@ def tune_step(decoder: GatedDecoder) -> Iterator[TunedStep]:
         step.place.position.fill_(LENGTH // 2)
         ids = torch.zeros(1, 1, dtype=torch.int64, device=weight.device)
         block = decoder.blocks[-1]
-        for weights, makes in (
-            (block.gate_up.launched, True),
-            (block.down.launched, False),
-            (block.attention.launched, True),
-            (block.output.launched, False),
+        for weights, makes, gated in (
+            (block.gate_up.launched, True, False),
+            (block.gate_up.gateable, True, True),
+            (block.down.launched, False, False),
+            (block.attention.launched, True, False),
+            (block.output.launched, False, False),
         ):
             if weights:
                 x = torch.zeros(1, weights[0].columns, dtype=weight.dtype, device=weight.device)
-                shape, times = tune_in_step(x, weights, lambda: _seconds(step, ids), makes=makes)
-                yield TunedStep(tuple(weights), shape, times)
+                shape, times = tune_in_step(x, weights, lambda: _seconds(step, ids), makes=makes, gated=gated)
+                yield TunedStep(tuple(weights), shape, times, gated)
 
 
 def tuned_steps(model: nn.Module) -> Iterator[TunedProduct]:
@@ -77,7 +82,7 @@ def tuned_steps(model: nn.Module) -> Iterator[TunedProduct]:
                 found.weights[0].columns,
                 1,
                 KERNEL,
-                KERNEL,
+                f"{KERNEL}, and the gate" if found.gated else KERNEL,
                 found.times[None] / blocks,
                 found.times[found.shape] / blocks,
                 len(found.times),

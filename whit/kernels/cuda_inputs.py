@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -98,13 +98,14 @@ def _call(given: Normed | Tensor, weights: Sequence[Packed], bias: Tensor | None
 
 
 def products_of(
-    given: Normed | Tensor, weights: Sequence[Packed], bias: Tensor | None = None
+    given: Normed | Tensor, weights: Sequence[Packed], bias: Tensor | None = None, *, gated: bool = False
 ) -> tuple[Tensor, list[Tensor]] | None:
     """The products (1, rows) of weights of one layout and an input, which the kernel makes itself if it is `Normed`.
 
     Args:
         given: 16 bits, on Hopper.
         bias: (rows,) of the one weight, in the type of the input.
+        gated: of two weights of as many rows, the product of the second times the SiLU of that of the first.
 
     Returns:
         h of `Normed` (`states` where there is no `update`), or the vector given, and the products. None where no kernel
@@ -112,16 +113,21 @@ def products_of(
     """
     maker = _MAKERS.get(weights[0].format.name)
     if maker is not None:
-        return maker(given, weights, bias)
+        return None if gated else maker(given, weights, bias)
     call = _call(given, weights, bias)
-    if call is None or failed((_KIND, call.layout)):
+    kind = _GATED if gated else _KIND
+    if call is None or failed((kind, call.layout)):
         return None
+    if gated:
+        if has_codebook_product(call.layout):
+            return None
+        call = replace(call, gated=True)
     try:
         with torch.cuda.device(call.index):
             prepared = prepared_kernel(call, chosen_for(call))
             return None if prepared is None else _launched(prepared, call, given, weights, bias)
     except CompilationError as error:
-        give_up((_KIND, call.layout), f"{_KIND} of {weights[0].format}", error)
+        give_up((kind, call.layout), f"{kind} of {weights[0].format}", error)
     return None
 
 
@@ -135,6 +141,7 @@ def register_maker(format_name: str, maker: Maker) -> None:
 
 
 _KIND = "products that make their input"
+_GATED = "gated products"
 
 
 def input_of(given: Normed | Tensor) -> tuple[Tensor, Argument]:
@@ -155,7 +162,7 @@ def _launched(
     bias: Tensor | None,
 ) -> tuple[Tensor, list[Tensor]]:
     total, made = input_of(given)
-    out = torch.empty(1, sum(call.rows), dtype=total.dtype, device=total.device)
+    out = torch.empty(1, call.rows[0] if call.gated else sum(call.rows), dtype=total.dtype, device=total.device)
     own = [op_arguments(packed)[0] for packed in weights]
     tensors = [aligned(items) for items in own]
     described = [
@@ -164,7 +171,7 @@ def _launched(
         else operand_of(call.layout, prepared.launch.shape, items, count, call.columns)
         for items, count in zip(tensors, call.rows, strict=True)
     ]
-    results = list(torch.split(out, list(call.rows), -1))
+    results = [out, out] if call.gated else list(torch.split(out, list(call.rows), -1))
     arguments: list[Argument]
     if len(weights) == 1:
         shift = None if bias is None else bias.data_ptr()
@@ -173,7 +180,7 @@ def _launched(
         arguments = [made, _tasks(prepared, described, results)]
     early = all(waits_for_nothing(call.index, mine, items) for mine, items in zip(own, tensors, strict=True))
     prepared.start(arguments, early)
-    return total, results
+    return total, results[:1] if call.gated else results
 
 
 def _tasks(prepared: Prepared, described: Sequence[Weight | BulkWeight], results: Sequence[Tensor]) -> ctypes.Structure:

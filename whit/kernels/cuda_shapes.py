@@ -17,8 +17,9 @@ class Shape:
     room for (with two, the next kernel of a stream is already there when one ends), how many of a cluster share the
     work of bringing one vector into its bit planes, whether the next kernel of a stream may start as soon as there is
     room (`eager`) or when this one has its input in registers (`late`; otherwise when it may read it), the most stages
-    of a warp's ring, whether all but the first are asked for when the input has come (`patient`; otherwise before), and
-    whether the tensor copy engine brings them (`bulk.cuh`).
+    of a warp's ring, whether all but the first are asked for when the input has come (`patient`; otherwise before),
+    whether the tensor copy engine brings them (`bulk.cuh`), and whether marks and a norm's weight are asked for before
+    any of them (`ahead`).
     """
 
     threads: int
@@ -32,6 +33,7 @@ class Shape:
     late: bool = False
     patient: bool = False
     bulk: bool = False
+    ahead: bool = False
 
 
 def gemv_shapes(layout: Layout, binary: bool = True, clusters: bool = False) -> list[Shape]:
@@ -84,7 +86,7 @@ _DEPTHS = (2, 4)
 
 def step_sizes(layout: Layout) -> list[Shape]:
     """Shapes for one vector where a thread block has a multiprocessor for itself, as in a step of decoding."""
-    if not layout.bitwise or layout.bits > 3:
+    if not (layout.bitwise and layout.multiplies):
         return []
     widest, narrowest = (1024, 512) if layout.bits <= 2 else (512, 256)
     sizes = [(256, widest, 2), (384, widest, 2), (512, widest, 2), (512, narrowest, 1)]
@@ -97,9 +99,10 @@ def step_sizes(layout: Layout) -> list[Shape]:
 
 
 def step_timings(size: Shape) -> list[Shape]:
-    """One of `step_sizes` with other rings, asking for its weights and starting the next kernel at other times."""
+    """One of `step_sizes` with other rings, asking for what it reads and starting the next kernel at other times."""
     return [
-        replace(size, depth=depth, patient=patient, eager=not late, late=late)
+        replace(size, depth=depth, patient=patient, eager=not late, late=late, ahead=ahead)
+        for ahead in (False, True)
         for depth in _DEPTHS
         for patient, late in ((True, True), (True, False), (False, False))
     ]

@@ -29,6 +29,7 @@ def options_of(layout: Layout, launch: Launch, tokens: int, bfloat: bool, early:
         "EAGER": 2 if shape.late else shape.eager,
         "PATIENT": shape.patient,
         "BULK": shape.bulk,
+        "AHEAD": shape.ahead,
         "X_WHOLE": launch.whole,
         "TURNS": turns,
         "LOADS": loads,

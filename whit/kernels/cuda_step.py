@@ -34,7 +34,7 @@ MOST_EIGHTS = 8
 
 @dataclass(frozen=True)
 class Call:
-    """What a kernel is compiled for: `makes` and `add` are INPUT and ADD of `inputs.cuh`."""
+    """What a kernel is compiled for: `makes`, `add`: INPUT, ADD of `inputs.cuh`; `gated`: GATED of `gemv.cu`."""
 
     layout: Layout
     rows: tuple[int, ...]
@@ -43,10 +43,12 @@ class Call:
     index: int
     makes: bool
     add: bool
+    gated: bool = False
 
     def options(self, threads: int) -> tuple[str, ...]:
         """Preprocessor options beside those of the product."""
-        several = (f"-DSEVERAL={len(self.rows)}",) if len(self.rows) > 1 else ()
+        several = [f"-DSEVERAL={len(self.rows)}"] if len(self.rows) > 1 else []
+        several += ["-DGATED=1"] if self.gated else []
         return (*several, *(input_options(self.add, self.columns, threads) if self.makes else ()))
 
 
@@ -63,6 +65,7 @@ class Prepared:
     launch: Launch | CodebookLaunch
     parts: tuple[int, ...]  # thread blocks, or clusters, of each weight
     made: int = 0  # bytes for the input beside those of the launch
+    gated: bool = False
 
     def start(self, arguments: list[Argument], early: bool) -> None:
         """Launch it with these arguments; the launch's own numbers come behind them."""
@@ -72,7 +75,7 @@ class Prepared:
             threads, cluster = launch.threads, launch.splits
         else:
             numbers, shared = (launch.chunk, launch.tiles), launch.shared
-            threads, cluster = launch.shape.threads, 1
+            threads, cluster = launch.shape.threads, 2 if self.gated else 1
         arguments = [*arguments, *(ctypes.c_int(number) for number in numbers)]
         self.run.launch(launch.grid, threads, shared, arguments, early=early, cluster=cluster)
 
@@ -93,9 +96,11 @@ def prepared_kernel(call: Call, chosen: tuple[Chosen | None, Tuned | None, Tuned
     device, processors, memory = device_limits(call.index)
     early, parts, span = starts_early(call.index), list[int](), call.layout.span(call.columns)
     sizes = (call.columns, processors, memory)
-    launch = place_step(call.layout, call.rows, *sizes, step)
+    launch = place_step(call.layout, call.rows, *sizes, step, gated=call.gated)
     if launch is not None:
         parts = shares(call.rows, processors) if len(call.rows) > 1 else []
+    elif call.gated:
+        return None
     elif len(call.rows) > 1:
         launch, parts = place_several(
             device, call.layout, call.rows, *sizes, binary=counts_bits(call.index), early=early
@@ -112,7 +117,7 @@ def prepared_kernel(call: Call, chosen: tuple[Chosen | None, Tuned | None, Tuned
         return None
     source, options, _ = call_source(call, launch)
     run = kernel(source, "gemv", options, call.index)
-    return Prepared(run, replace(launch, shared=max(launch.shared, alone(memory))), tuple(parts))
+    return Prepared(run, replace(launch, shared=max(launch.shared, alone(memory))), tuple(parts), gated=call.gated)
 
 
 def alone(memory: int) -> int:
@@ -135,8 +140,22 @@ def _holds(layout: Layout, launch: Launch, columns: int) -> bool:
     return launch.chunk >= layout.span(columns) and columns <= 8 * launch.shape.threads * MOST_EIGHTS
 
 
+def paired(launch: Launch, rows: Sequence[int], parts: Sequence[int], memory: int) -> Launch | None:
+    """The launch with room for what blocks of a cluster exchange; None where they have not the same rows at once."""
+    shared = launch.shared + 2 * 64 * launch.tiles
+    whole = len(rows) == 2 and len(set(rows)) == len(set(parts)) == 1 and launch.tiles * parts[0] * 16 >= rows[0]
+    return replace(launch, shared=shared) if whole and launch.shape.share == 1 and shared <= memory else None
+
+
 def place_step(
-    layout: Layout, rows: Sequence[int], columns: int, processors: int, memory: int, shape: Tuned | None
+    layout: Layout,
+    rows: Sequence[int],
+    columns: int,
+    processors: int,
+    memory: int,
+    shape: Tuned | None,
+    *,
+    gated: bool = False,
 ) -> Launch | None:
     """The launch of one or several weights in one of the shapes for a step of decoding; None where it cannot be."""
     if not isinstance(shape, Shape) or all(shape not in step_timings(size) for size in step_sizes(layout)):
@@ -146,13 +165,15 @@ def place_step(
         launch = None if launch is None else replace(launch, grid=sum(shares(rows, processors)))
     else:
         launch = place_gemv(layout, rows[0], columns, processors, memory, shape)
-    return launch if launch is not None and _holds(layout, launch, columns) else None
+    if launch is None or not _holds(layout, launch, columns):
+        return None
+    return paired(launch, rows, shares(rows, processors), memory) if gated else launch
 
 
-def step_key(layout: Layout, rows: Sequence[int], columns: int) -> str:
-    """What a shape found within a step of decoding is filed under."""
+def step_key(layout: Layout, rows: Sequence[int], columns: int, gated: bool = False) -> str:
+    """What a shape found within a step of decoding is filed under; one weight times the SiLU of another elsewhere."""
     outside = several_key(layout, rows, columns) if len(rows) > 1 else tuning_key(layout, rows[0], columns, 1)
-    return f"{outside}/step"
+    return f"{outside}/{'gated' if gated else 'step'}"
 
 
 def chosen_for(call: Call) -> tuple[Chosen | None, Tuned | None, Tuned | None]:
@@ -161,7 +182,7 @@ def chosen_for(call: Call) -> tuple[Chosen | None, Tuned | None, Tuned | None]:
         return None, None, None
     found = choice(call.layout, sum(call.rows), call.columns, 1, call.index)
     own = own_shape(call.layout, call.rows, call.columns, call.index) if len(call.rows) > 1 else None
-    step = tuned_shapes(device_limits(call.index)[0]).get(step_key(call.layout, call.rows, call.columns))
+    step = tuned_shapes(device_limits(call.index)[0]).get(step_key(call.layout, call.rows, call.columns, call.gated))
     return found, own, step if counts_bits(call.index) else None
 
 

@@ -29,7 +29,7 @@ Times = dict[Shape | None, float]
 
 
 def tune_in_step(
-    x: Tensor, weights: Sequence[Packed], seconds: Callable[[], float], *, makes: bool
+    x: Tensor, weights: Sequence[Packed], seconds: Callable[[], float], *, makes: bool, gated: bool = False
 ) -> tuple[Shape | None, Times]:
     """Find the fastest shape of the launch of one or several weights, use and keep it.
 
@@ -41,6 +41,7 @@ def tune_in_step(
         weights: of one layout.
         seconds: measures a step that multiplies by them.
         makes: whether the kernel makes its input, sum and normalisation.
+        gated: whether it multiplies two products, which otherwise a kernel behind it does.
 
     Returns:
         The fastest shape and the time of each that was tried; none if there is no choice.
@@ -50,13 +51,13 @@ def tune_in_step(
         return None, {}
     device, processors, memory = device_limits(index)
     rows, columns = tuple(packed.rows for packed in weights), weights[0].columns
-    call = Call(layout, rows, columns, x.dtype == torch.bfloat16, index, makes, makes)
-    key = step_key(layout, rows, columns)
+    call = Call(layout, rows, columns, x.dtype == torch.bfloat16, index, makes, makes, gated)
+    key = step_key(layout, rows, columns, gated)
     before = tuned_shapes(device).get(key)
     times: Times = {}
 
     def place(shape: Shape) -> Launch | None:
-        return place_step(layout, rows, columns, processors, memory, shape)
+        return place_step(layout, rows, columns, processors, memory, shape, gated=gated)
 
     def search(shapes: Sequence[Shape]) -> Shape | None:
         placed = {shape: launch for shape in shapes if shape not in times and (launch := place(shape)) is not None}

@@ -67,6 +67,7 @@ MEANINGS = {
     "void barrier_wait(": "",
     "uint4 read_sixteen(": "static uint4 read_sixteen(const void* from) { return *(const uint4*)from; }",
     "uint2 read_eight(": "static uint2 read_eight(const void* from) { return *(const uint2*)from; }",
+    "u32 read_constant(": "static u32 read_constant(const void* from) { return *(const u32*)from; }",
     "void known(": "static void known(int&, int&, const u16*&) {}",
     "void copy_tile(": "",
     "void copy_box(": "static void copy_box(u8* to, const TensorMap& map, u64* barrier, int column, int token)"

@@ -125,6 +125,12 @@ __device__ __forceinline__ uint2 read_eight(const void* from) {
     asm volatile("ld.global.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "l"(from) : "memory");
     return v;
 }
+// A word that no kernel writes, asked for here and not where it is used.
+__device__ __forceinline__ u32 read_constant(const void* from) {
+    u32 v;
+    asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(v) : "l"(from));
+    return v;
+}
 // Computed here and not where it is used.
 __device__ __forceinline__ void known(int& a, int& b, const u16*& c) { asm volatile("" : "+r"(a), "+r"(b), "+l"(c)); }
 

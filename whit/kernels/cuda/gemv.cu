@@ -11,10 +11,17 @@
 // bringing x into that form. Partial sums of items are added in a fixed order: same input, same bytes.
 //
 // A block asks for its first items before the kernel ahead has ended; with PATIENT for one per warp, and for the others
-// when x has come, which they would delay. The kernel behind may start (EAGER): 0 when this one may read x, 1 at once,
+// when x has come, which they would delay; with AHEAD after marks and the norm's weight, which are small and no kernel's
+// result. The kernel behind may start (EAGER): 0 when this one may read x, 1 at once,
 // 2 when x has come.
 //
-// With SEVERAL > 1 as many weights of one layout meet the same x, each with thread blocks of its own.
+// With SEVERAL > 1 as many weights of one layout meet the same x, each with thread blocks of its own. With GATED there are
+// two, W and V, and y = silu(W x) V x: the blocks of a cluster have the same rows, one of W and one of V, which sends the
+// first what it found.
+
+#ifndef GATED
+#define GATED 0
+#endif
 
 // Blocks of 128 columns of x, which share a unit by twos: of signed levels none beyond, whose columns have no number.
 #define STAGED_BLOCKS (KIND == SIGNED_LEVELS ? min(across * BLOCKS, (SPAN(w) / 128 - begin * BLOCKS + 1) & ~1) : across * BLOCKS)
@@ -56,12 +63,21 @@ struct Tasks {
 
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 gemv(INPUT_TYPE given, const __grid_constant__ Tasks tasks, int chunk_columns, int tiles_per_round) {
+#if GATED
+    const int which = (int)blockIdx.x % 2;
+#else
     int which = 0;
     while (which + 1 < SEVERAL && (int)blockIdx.x >= tasks.of[which + 1].first) which++;
+#endif
     const Operand& operand = tasks.of[which].operand;
     const u16* bias = nullptr;
     u16* y = tasks.of[which].y;
+#if GATED
+    const int block = (int)blockIdx.x / 2, blocks = (int)gridDim.x / 2;
+    cluster_begun();
+#else
     const int block = (int)blockIdx.x - tasks.of[which].first, blocks = tasks.of[which].blocks;
+#endif
 #else
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 gemv(INPUT_TYPE given, const __grid_constant__ Operand operand, const u16* bias, u16* y, int chunk_columns, int tiles_per_round) {
@@ -120,8 +136,18 @@ gemv(INPUT_TYPE given, const __grid_constant__ Operand operand, const u16* bias,
                     copies_commit();
                 }
             };
+            const bool staged = items_across > chunk_items || first == block;
+            Turns turns;
+            const auto ask_for_marks = [&]() { load_marks(turns, w.salient, first_column(begin * ICOLS, warp, lane), w.columns, staged ? begin * ICOLS + STAGED_BLOCKS * 128 : 0); };
+            if (AHEAD) ask_for_marks();
 #if INPUT == 0
             if (!waited) prefetch_x(x, w.columns);
+#else
+            uint4 scale[EIGHTS];
+            if (AHEAD && !waited) load_scale(scale, given, w.columns);
+#if KIND == SIGNED_LEVELS
+            const u32 numbers = waited ? 0u : first_numbers(w);
+#endif
 #endif
 #if BULK
 #pragma unroll 1
@@ -143,16 +169,18 @@ gemv(INPUT_TYPE given, const __grid_constant__ Operand operand, const u16* bias,
             };
 #if INPUT > 0
             if (!waited) {
-                make_input<X_WORDS>(x_words, given, w.columns, []() { wait_for_previous_kernel(); });
+                if (!AHEAD) load_scale(scale, given, w.columns);
+                make_input<X_WORDS>(x_words, given, scale, w.columns, []() { wait_for_previous_kernel(); });
 #if KIND == SIGNED_LEVELS
-                gather_marked(x_words, w);
+                gather_marked(x_words, w, numbers);
 #endif
             }
             waited = true;
 #endif
-            if (items_across > chunk_items || first == block) {  // weights are no kernel's result: only x has to be waited for
+            if (staged) {  // weights are no kernel's result: only x has to be waited for
                 if (items_across > chunk_items) __syncthreads();
-                stage_x(x_words, factors, x, w.salient, begin * ICOLS, STAGED_BLOCKS, w.columns, warp, lane, !waited, x_has_come);
+                if (!AHEAD) ask_for_marks();
+                stage_x(turns, x_words, factors, x, w.salient, begin * ICOLS, STAGED_BLOCKS, w.columns, warp, lane, !waited, x_has_come);
                 waited = true;
                 MARK(4, 0u);
 #if STAGING_BLOCKS > 1
@@ -214,6 +242,11 @@ gemv(INPUT_TYPE given, const __grid_constant__ Operand operand, const u16* bias,
         MARK(7, 0u);
         __syncthreads();
         MARK(8, 0u);
+#if GATED
+        float* const gates = partial + tiles_per_round * items_across * 16;
+        float* const ups = gates + tiles_per_round * 16;
+        cluster_wait();  // both have begun: their memory may be written
+#endif
         for (int index = threadIdx.x; index < mine * 16; index += THREADS) {
             const int tile = index / 16, row = (first + tile * blocks) * 16 + index % 16;
             if (row < w.rows) {
@@ -224,9 +257,29 @@ gemv(INPUT_TYPE given, const __grid_constant__ Operand operand, const u16* bias,
                     for (int j = 0; j < 4; j++) part[j] = i + j < items_across ? partial[(tile * items_across + i + j) * 16 + index % 16] : 0.0f;
                     total += part[0] + part[1] + (part[2] + part[3]);
                 }
+#if GATED
+                const float value = float_of_x(x_of_float(total));
+                if (which)
+                    store_to_peer(ups + index, 0, value);
+                else
+                    gates[index] = value;
+#else
                 y[row] = x_of_float(total);
+#endif
             }
         }
+#if GATED
+        cluster_arrive();
+        cluster_wait();
+        if (which) return;
+        for (int index = threadIdx.x; index < mine * 16; index += THREADS) {
+            const int row = (first + index / 16 * blocks) * 16 + index % 16;
+            if (row < w.rows) {
+                const float gate = gates[index];
+                y[row] = x_of_float(float_of_x(x_of_float(__fdividef(gate, 1.0f + __expf(-gate)))) * ups[index]);
+            }
+        }
+#endif
         if (first + blocks * tiles_per_round < tiles) __syncthreads();
     }
 #if STAGING_BLOCKS > 1

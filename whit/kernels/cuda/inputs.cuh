@@ -45,17 +45,20 @@ __device__ __forceinline__ uint4 rounded(const float (&v)[8]) {
     return make_uint4(pair_of_floats(v[0], v[1]), pair_of_floats(v[2], v[3]), pair_of_floats(v[4], v[5]), pair_of_floats(v[6], v[7]));
 }
 
-// Everything from the call of `wait` on may depend on the kernel before this one. `shared` gets x, 128 columns every PITCH
-// words. Ends with a barrier.
-template <int PITCH, class Wait> __device__ __forceinline__ void make_input(u32* shared, const Input& in, int columns, Wait wait) {
-    const int eights = columns / 8;
-    const auto place = [&](int at) { return (uint4*)(shared + at / 16 * PITCH) + at % 16; };
-    uint4 scale[EIGHTS], kept[EIGHTS], added[EIGHTS];
+// The part of the norm's weight that a thread multiplies by: no kernel's result.
+__device__ __forceinline__ void load_scale(uint4 (&scale)[EIGHTS], const Input& in, int columns) {
 #pragma unroll
     for (int i = 0; i < EIGHTS; i++) {
         const int at = threadIdx.x + i * THREADS;
-        scale[i] = at < eights ? __ldg((const uint4*)in.weight + at) : make_uint4(0, 0, 0, 0);
+        scale[i] = at < columns / 8 ? __ldg((const uint4*)in.weight + at) : make_uint4(0, 0, 0, 0);
     }
+}
+// Everything from the call of `wait` on may depend on the kernel before this one. `shared` gets x, 128 columns every PITCH
+// words. Ends with a barrier.
+template <int PITCH, class Wait> __device__ __forceinline__ void make_input(u32* shared, const Input& in, const uint4 (&scale)[EIGHTS], int columns, Wait wait) {
+    const int eights = columns / 8;
+    const auto place = [&](int at) { return (uint4*)(shared + at / 16 * PITCH) + at % 16; };
+    uint4 kept[EIGHTS], added[EIGHTS];
     wait();
 #pragma unroll
     for (int i = 0; i < EIGHTS; i++) {
@@ -106,5 +109,10 @@ template <int PITCH, class Wait> __device__ __forceinline__ void make_input(u32*
         }
     }
     __syncthreads();
+}
+template <int PITCH, class Wait> __device__ __forceinline__ void make_input(u32* shared, const Input& in, int columns, Wait wait) {
+    uint4 scale[EIGHTS];
+    load_scale(scale, in, columns);
+    make_input<PITCH>(shared, in, scale, columns, wait);
 }
 #endif

@@ -60,8 +60,11 @@ __device__ __forceinline__ void stage_block(u32* limbs, float2* factors, const f
             factors[flush * 4 + lane] = make_float2(down / UNIT * (lane & 1 ? 1.0f : 1024.0f), lane == 1 ? ordinary : lane == 3 ? marks : 0.0f);
     }
 }
+struct Turns {};  // marks are asked for where they are needed
+__device__ __forceinline__ int first_column(int, int, int) { return 0; }
+__device__ __forceinline__ void load_marks(Turns&, const u8*, int, int, int) {}
 template <class Here>
-__device__ __forceinline__ void stage_x(u32* limbs, float2* factors, const u16* x, const u8* salient, int column0, int blocks, int columns, int warp, int lane, bool wait, const Here& x_has_come) {
+__device__ __forceinline__ void stage_x(const Turns&, u32* limbs, float2* factors, const u16* x, const u8* salient, int column0, int blocks, int columns, int warp, int lane, bool wait, const Here& x_has_come) {
     if (wait) wait_for_previous_kernel();
     x_has_come(0);
     constexpr int BATCH = 4;  // blocks whose loads are in flight together

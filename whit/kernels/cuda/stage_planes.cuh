@@ -9,7 +9,7 @@ __device__ __forceinline__ int sum_of_lanes(int value) {
 // The marks of the 32 columns from `column` on, below `end`.
 __device__ __forceinline__ u32 marks_of(const u8* salient, int column, int end) {
 #if X_WHOLE
-    return column < end ? __ldg((const u32*)(salient + (column >> 3))) : 0u;
+    return column < end ? read_constant(salient + (column >> 3)) : 0u;
 #else
     u32 marks = 0;
 #pragma unroll
@@ -40,51 +40,64 @@ __device__ __forceinline__ bool gather_eight(u32* eight, const u16* x, int at, i
     }
     return true;
 }
-__device__ __forceinline__ void gather_marked(u32* shared, const Weight& w) {
+// Two of their numbers for a thread, which are asked for before the kernel ahead has ended.
+__device__ __forceinline__ u32 first_numbers(const Weight& w) {
+    const int at = ORDINARY(w) + 2 * threadIdx.x;
+    return at < ((SPAN(w) + 255) & ~255) ? read_constant(w.salient + ORDINARY(w) / 8 + 4 * threadIdx.x) : 0u;
+}
+__device__ __forceinline__ void gather_marked(u32* shared, const Weight& w, u32 numbers) {
     const u16* const x = (const u16*)shared;
     const int own = ORDINARY(w);
     for (int at = own + 2 * threadIdx.x; at < ((SPAN(w) + 255) & ~255); at += 2 * THREADS) {  // whole pairs of blocks
-        const u32 numbers = __ldg((const u32*)(w.salient + own / 8 + 2 * (at - own)));
+        if (at >= own + 2 * THREADS) numbers = __ldg((const u32*)(w.salient + own / 8 + 2 * (at - own)));
         const int first = numbers & 0xffffu, second = numbers >> 16;
         *(u32*)X_AT(x, at) = (first < w.columns ? (u32)load_x<u16>(X_AT(x, first)) : 0u) | (second < w.columns ? (u32)load_x<u16>(X_AT(x, second)) : 0u) << 16;
     }
     __syncthreads();
 }
+#define TURN (512 * STAGERS)  // columns of a turn
+// What a lane asks for in LOADS turns: the marks of the 32 columns around its sixteen, which before are numbers of columns
+// where signed levels have marked ones once more.
+struct Turns {
+    u32 marks[LOADS], columns[LOADS][8];
+};
+__device__ __forceinline__ int first_column(int column0, int warp, int lane) {
+    return column0 + (4 * (blockIdx.x % STAGING_BLOCKS * WARPS + warp) + (lane >> 3)) * 128 + 32 * (lane >> 1 & 3) + (PARTED ? 8 : 16) * (lane & 1);
+}
+__device__ __forceinline__ void load_marks(Turns& turns, const u8* salient, int column, int columns, int last) {
+#pragma unroll
+    for (int turn = 0; turn < LOADS; turn++) turns.marks[turn] = HAS_MARKS ? marks_of(salient, (column & ~31) + turn * TURN, min(columns, last)) : 0u;
+#pragma unroll
+    for (int turn = 0; turn < LOADS; turn++)
+        for (int i = 0; i < 8 && KIND == SIGNED_LEVELS && INPUT == 0; i += 4) load_numbers(turns.columns[turn] + i, salient, column + turn * TURN + 2 * i, columns, last);
+}
 // Eight lanes bring a block of 128 columns into its planes, sixteen columns each. The warps of the STAGING_BLOCKS thread
 // blocks of a cluster take turns of four blocks: a warp asks for its LOADS turns at once and works on TURNS together (of
 // which LOADS is a multiple), since one alone is mostly latency. X_WHOLE: the columns are a multiple of 32, and x starts at a
-// multiple of 16 bytes. `x_has_come` is called once, with a number that is not known before.
+// multiple of 16 bytes. `x_has_come` is called once, with a number that is not known before. `turns` holds
+// the marks of the first ones: no kernel's result, so asked for before anything else.
 template <class Here>
-__device__ __forceinline__ void stage_x(u32* words, float2* factors, const u16* x, const u8* salient, int column0, int blocks, int columns, int warp, int lane, bool wait, const Here& x_has_come) {
-    constexpr int STEP = 512 * STAGERS;      // columns of a turn
+__device__ __forceinline__ void stage_x(Turns& turns, u32* words, float2* factors, const u16* x, const u8* salient, int column0, int blocks, int columns, int warp, int lane, bool wait, const Here& x_has_come) {
     constexpr int SECOND = PARTED ? 16 : 8;  // from a lane's first eight columns to its others
     const int q = lane >> 1 & 3, half = lane & 1;
     int four = 4 * (blockIdx.x % STAGING_BLOCKS * WARPS + warp);
-    u32 next[LOADS][8], next_marks[LOADS] = {};
-    int column = column0 + (four + (lane >> 3)) * 128 + 32 * q + (PARTED ? 8 : 16) * half;  // of the turn to come
+    u32(&next)[LOADS][8] = turns.columns, (&next_marks)[LOADS] = turns.marks;
+    int column = first_column(column0, warp, lane);  // of the turn to come
     const int last = column0 + blocks * 128;
     int end = min(columns, last);
     const u16* from = x + column;
     known(column, end, from);  // before the wait
-    const auto load_marks = [&]() {
-#pragma unroll
-        for (int turn = 0; turn < LOADS; turn++)
-            if (HAS_MARKS) next_marks[turn] = marks_of(salient, column - 16 * half + turn * STEP, end);
-#pragma unroll
-        for (int turn = 0; turn < LOADS; turn++)
-            for (int i = 0; i < 8 && KIND == SIGNED_LEVELS && INPUT == 0; i += 4) load_numbers(next[turn] + i, salient, column + turn * STEP + 2 * i, columns, last);
-    };
     const auto load = [&]() {
 #pragma unroll
         for (int turn = 0; turn < LOADS; turn++) {
-            const int at = column + turn * STEP;
+            const int at = column + turn * TURN;
             if (KIND == SIGNED_LEVELS && gather_eight(next[turn], x, at, columns, last) && gather_eight(next[turn] + 4, x, at + 8, columns, last)) continue;
 #if X_WHOLE
 #pragma unroll
             for (int i = 0; i < 8; i++) next[turn][i] = 0u;
             if (at < end) {
-                load_eight(next[turn], INPUT ? X_AT(x, at) : from + turn * STEP);
-                load_eight(next[turn] + 4, INPUT ? X_AT(x, at + SECOND) : from + turn * STEP + SECOND);
+                load_eight(next[turn], INPUT ? X_AT(x, at) : from + turn * TURN);
+                load_eight(next[turn] + 4, INPUT ? X_AT(x, at + SECOND) : from + turn * TURN + SECOND);
             }
 #else
             load_eight(next[turn], x, at, at < end ? columns : 0);
@@ -92,7 +105,6 @@ __device__ __forceinline__ void stage_x(u32* words, float2* factors, const u16* 
 #endif
         }
     };
-    load_marks();  // no kernel's result
     if (wait) wait_for_previous_kernel();
     MARK(2, 0u);
     bool told = false;
@@ -158,8 +170,8 @@ __device__ __forceinline__ void stage_x(u32* words, float2* factors, const u16* 
             }
             four += 4 * STAGERS * TURNS;
         }
-        column += STEP * LOADS, from += STEP * LOADS;
-        if (four < blocks) load_marks();
+        column += TURN * LOADS, from += TURN * LOADS;
+        if (four < blocks) load_marks(turns, salient, column, columns, last);
     }
     if (!told) x_has_come(0);
 }
