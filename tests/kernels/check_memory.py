@@ -36,10 +36,11 @@ from whit.kernels.cuda_inputs import Normed, products_of
 from whit.kernels.cuda_layout import layout_of
 from whit.kernels.cuda_ops import choice, device_limits, starts_early
 from whit.kernels.cuda_plan import place_gemv
-from whit.kernels.cuda_shapes import gemv_shapes
+from whit.kernels.cuda_shapes import gemv_shapes, step_sizes, step_timings
+from whit.kernels.cuda_step import place_step, step_key
 from whit.kernels.cuda_tuned import tuning_key, use_shape
 from whit.kernels.cuda_wide_plan import MANY
-from whit.kernels.decode_ops import add_rms_norm
+from whit.kernels.decode_ops import add_rms_norm, gated
 from whit.kernels.eight_cuda import choice as few_choice
 from whit.kernels.eight_cuda import eight_bit_of, multiply_eight
 from whit.kernels.eight_few import MOST_VECTORS, place_few
@@ -75,7 +76,7 @@ def check(part: int, parts: int) -> bool:
     jobs: list[Job] = [partial(check_layout, layout) for layout in [*FORMATS, *OTHERS]]
     jobs += [partial(check_bulk, layout) for layout in BULK]
     jobs += [partial(check_eight, packed, number) for number, packed in enumerate(eight_bit_weights())]
-    jobs += [check_several, check_embeddings, check_step]
+    jobs += [check_several, check_embeddings, check_step, check_gated]
     results = [job() for job in jobs[part::parts]]
     worst = max((error for _, error in results), default=0.0)
     print(f"{sum(calls for calls, _ in results)} calls, at most {worst:.3g} of the bound", flush=True)
@@ -250,6 +251,31 @@ def check_step() -> tuple[int, float]:
         found_out = launch_attend((*tensors, place.position, place.start), 0.1, AttendLaunch(splits))
         assert bool(found_out.isfinite().all())
         calls += 1
+    return calls, 0.0
+
+
+def check_gated() -> tuple[int, float]:
+    """Two weights whose products one launch multiplies with each other, in shapes for a decoding step."""
+    calls, index = 0, torch.cuda.current_device()
+    plain = [[random_packed(layout, 100, 1096, "cuda", seed=seed) for seed in (1, 2)] for layout in BULK]
+    structured = (random_packed(StructuredBinary(4, 8, 0), 100, 1096, "cuda", seed=seed) for seed in (1, 2))
+    device, *limits = device_limits(index)
+    for given in (*plain, [signed_levels(packed, 500) for packed in structured]):
+        weights = [moved(packed) for packed in given]
+        layout = layout_of(weights[0].format, 1096)
+        assert layout is not None
+        states, update, norm = (padded(inputs(1, 1096, torch.float16, "cuda")) for _ in range(3))
+        key, made = step_key(layout, (100, 100), 1096, gated=True), Normed(states, update, norm[0], 1e-5)
+        parts = products_of(made, weights)
+        for shape in (step_timings(size)[number] for size in step_sizes(layout) for number in (0, -1)):
+            if parts is None or place_step(layout, (100, 100), 1096, *limits, shape, gated=True) is None:
+                continue
+            use_shape(device, key, shape)
+            found = products_of(made, weights, gated=True)
+            use_shape(device, key, None)
+            assert found is not None and torch.equal(found[0], parts[0])
+            torch.testing.assert_close(found[1][0], gated(*parts[1]), rtol=0.02, atol=0.02)
+            calls += 1
     return calls, 0.0
 
 
