@@ -87,9 +87,9 @@ def test_every_shipped_shape_is_one_that_its_kernel_is_written_for() -> None:
         names = ("a", "b", "c", "d", "e")
         layout = Layout(*numbers[:2], numbers[2], "zeros" in kind, width, packed, groups, names, tuple(numbers[3:]))
         assert "/".join([tuning_key(layout, rows, columns, int(tokens)), *together]) == key
-        if together and together[-1] == "step":
+        if together and together[-1] in ("step", "gated"):
             parts = [int(part) for part in together[0].split("+")] if len(together) > 1 else [rows]
-            assert place_step(layout, parts, columns, *H200, shape) is not None, key
+            assert place_step(layout, parts, columns, *H200, shape, gated=together[-1] == "gated") is not None, key
         elif together:  # several weights in one launch
             assert sum(map(int, together[0].split("+"))) == rows
             assert shape in gemv_shapes(layout, True, True), key
