@@ -29,7 +29,8 @@ class WideShape:
     are shared that would not fill the device (0: as the others), whether blocks of a cluster send their sums to the
     one that adds them instead of fetching them, whether codes come to shared memory well before their turn instead
     of to registers just before it, and in how many copies the words of a codebook lie in shared memory, each in banks
-    of its own (0: one, packed).
+    of its own (0: one, packed); whether a warp of its own fills the stages (of blocks that share no columns), so that
+    no warp that multiplies waits for the slowest one.
     """
 
     tokens: int
@@ -43,11 +44,17 @@ class WideShape:
     sends: bool = False
     staged: bool = False
     copies: int = 0
+    filler: bool = False
 
     @property
     def threads(self) -> int:
-        """Threads of a block."""
+        """Threads of a block that multiply."""
         return 128 * self.row_groups
+
+    @property
+    def all_threads(self) -> int:
+        """Threads of a block, with those of the warp that fills stages."""
+        return self.threads + 32 * self.filler
 
     @property
     def held(self) -> int:
@@ -193,6 +200,7 @@ def wide_options(layout: Layout, shape: WideShape, bfloat: bool, early: bool) ->
         "BLOCK": shape.held,
         "STAGE_BLOCKS": shape.block // shape.held,
         "AHEAD": shape.ahead,
+        "FILLER": shape.filler,
         "TILE_BYTES": tile_bytes(layout, shape),
         "CODEBOOK_BYTES": codebook_bytes(layout, shape.copies),
         "COPIES": shape.copies,

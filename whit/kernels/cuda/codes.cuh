@@ -255,9 +255,16 @@ __device__ __forceinline__ void staged_scalars(u32 (&s)[LEVEL_WORDS], const u8* 
 // the two bytes in which each begins, `mask` its bits there; in the low bits of 1024 it is 1024 + 2^i code, and times
 // `factor`, 2^-i, `base` + code. Exact, for i below 8.
 #define TRIPLES (HALVES && BITS == 3)
-struct Triples { u32 pick, mask, factor, base, ones; };
+// As float32, where the weights are bfloat16: bytes of the codes in the middle of a word, its mask and 2^23 are
+// 2^23 + 2^i code, and one multiply-add, exact for i from 11 on, is scale (code - zero).
+#define MIDDLES (BF16 && KIND == GROUPED_INTEGER && (BITS == 3 || BITS == 4))
+struct Triples { u32 pick, mask, factor, base, ones; };  // of `MIDDLES`: the masks of both codes, and 2^-i of each
 __device__ __forceinline__ Triples triples_of(int q, u32 zero) {  // `zero`: 0 that the compiler does not know, or a constant would take an instruction at every use
-    if (BITS == 4) return {(0x4040u | q | q << 8) + zero, 0x00f0000fu + zero};  // both codes of a byte, each in its half
+    if (MIDDLES) {
+        const u32 one = (1 << BITS) - 1, first = BITS == 4 ? 16 : 0x120c0e10 >> (8 * q) & 31, second = BITS == 4 ? 12 : 19 - 2 * q;
+        return {(BITS == 4 ? q * 0x110u : q == 0 ? 0u : q == 1 ? 0x100u : q == 2 ? 0x210u : 0x220u) + zero, (one << first) + zero, (one << second) + zero, 127 - first << 23, 127 - second << 23};
+    }
+    if (BITS == 4) return {(0x4040u | q | q << 8) + zero, 0x00f0000fu + zero, 0x2c003c00u + zero};  // both codes of a byte, each in its half
     const int first = 0x2460 >> (4 * q) & 15, second = 0x5713 >> (4 * q) & 15;  // the bits that they begin at
     const u32 exponents = first << 10 | second << 26;
     return {q == 0 ? 0x1010u : q == 1 ? 0x2110u : q == 2 ? 0x2121u : 0x3232u, 7u << first | 7u << (16 + second), 0x3c003c00u - exponents, 0x64006400u - exponents, 1u << first | 1u << (16 + second)};
@@ -267,6 +274,7 @@ __device__ __forceinline__ Triples triples_of(int q, u32 zero) {  // `zero`: 0 t
 struct Levels {
     u32 table[2];             // four 16-bit levels of a row; of eight, their lower bytes
     u32 high[2];              // their higher bytes
+    float factor[2], offset[2];  // of `MIDDLES`, for both codes of a pair
     float scale, zero;        // wider integers: w = scale (code - zero), in float16 by the pairs of the table
 };
 __device__ __forceinline__ void levels_of(Levels& levels, const Codes& codes, const Places& at, const Triples& triples, int h, int block, int g) {
@@ -286,6 +294,11 @@ __device__ __forceinline__ void levels_of(Levels& levels, const Codes& codes, co
             levels.table[1] = BITS == 2 ? pair_of_floats(scale * (2.0f - zero), scale * (3.0f - zero)) : 0;
         } else {
             levels.scale = scale, levels.zero = 8388608.0f + zero;
+            if (MIDDLES) {
+                const float first = __uint_as_float(triples.base), second = __uint_as_float(triples.ones);
+                levels.factor[0] = scale * first, levels.factor[1] = scale * second;
+                levels.offset[0] = -scale * (8388608.0f * first + zero), levels.offset[1] = -scale * (8388608.0f * second + zero);
+            }
             if (HALVES) {
                 const u32 whole = ASYM ? zero_code : 1u << (BITS - 1);
                 levels.table[0] = s[0] * 0x10001u;
@@ -337,6 +350,11 @@ __device__ __forceinline__ void spread_marks(u32* shared, const u8* salient, int
 __device__ __forceinline__ u32 pair_of_codes(u32 first, u32 second, const Levels& levels) {
     const float a = __uint_as_float(0x4b000000u | first) - levels.zero, b = __uint_as_float(0x4b000000u | second) - levels.zero;
     return pair_of_floats(levels.scale * a, levels.scale * b);
+}
+
+__device__ __forceinline__ u32 pair_of_middles(u32 v, const Triples& triples, const Levels& levels) {
+    const float first = __uint_as_float((v & triples.mask) | 0x4b000000u), second = __uint_as_float((v & triples.factor) | 0x4b000000u);
+    return pair_of_floats(__fmaf_rn(first, levels.factor[0], levels.offset[0]), __fmaf_rn(second, levels.factor[1], levels.offset[1]));
 }
 
 // Nibbles that choose the bytes of two 16-bit levels, 2 c and 2 c + 1 for each code c, in both halves of a word.
@@ -424,7 +442,11 @@ __device__ __forceinline__ void expand(u32 (&a)[4], const Codes& codes, const u3
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 const int chunk = 2 * step + half;
-                if (TRIPLES) {
+                if (MIDDLES) {
+                    const int at = BITS * chunk / 4;
+                    const u32 v = choose_bytes(word[at % KEPT_WORDS], BITS == 4 ? 0 : word[(at + 1) % KEPT_WORDS], triples.pick + BITS * chunk % 4 * 0x1111u);
+                    a[2 * half + h] = pair_of_middles(v, triples, levels[h]);
+                } else if (TRIPLES) {
                     const int at = 3 * chunk / 4;
                     const u32 v = choose_bytes(word[at % KEPT_WORDS], word[(at + 1) % KEPT_WORDS], triples.pick + 3 * chunk % 4 * 0x1111u);
                     a[2 * half + h] = multiply_pairs(fma_pairs((v & triples.mask) | 0x64006400u, triples.factor, levels[h].table[1]), levels[h].table[0]);
@@ -434,7 +456,7 @@ __device__ __forceinline__ void expand(u32 (&a)[4], const Codes& codes, const u3
                     a[2 * half + h] = pair_of_codes(v & 7, v >> 3 & 7, levels[h]);
                 } else if (CODE_BITS == 4) {
                     const u32 v = HALVES ? choose_bytes(word[chunk % KEPT_WORDS], 0, triples.pick) : word[chunk % KEPT_WORDS] >> (8 * q);
-                    a[2 * half + h] = HALVES ? pair_of_halves((v & triples.mask) | 0x64006400u, levels[h].table[0], levels[h].table[1]) : pair_of_codes(v & 15, v >> 4 & 15, levels[h]);
+                    a[2 * half + h] = HALVES ? pair_of_halves((v & triples.mask) | 0x64006400u, levels[h].table[0], levels[h].table[1], triples.factor) : pair_of_codes(v & 15, v >> 4 & 15, levels[h]);
                 } else {
                     const u32 v = STAGED_BYTE_CODES ? *(const u16*)(staged + 1024 * h + 8 * half) : word[chunk % KEPT_WORDS];
                     a[2 * half + h] = HALVES ? pair_of_halves(choose_bytes(v, 0x64u, 0x4140u), levels[h].table[0], levels[h].table[1]) : pair_of_codes(v & 255, v >> 8 & 255, levels[h]);

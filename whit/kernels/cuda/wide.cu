@@ -35,7 +35,7 @@ __device__ __forceinline__ void store_four(const Weight& w, const u16* bias, u16
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
+extern "C" __global__ void __launch_bounds__(THREADS + 32 * FILLER, RESIDENT)
 wide(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap codes_map, Weight w, const u16* bias, u16* y, int tokens, int first_tile) {
     extern __shared__ __align__(1024) u8 memory[];
     const int rank = blockIdx.x % SPLITS, tile = first_tile + blockIdx.x / SPLITS, row_tiles = (w.rows + ROWS - 1) / ROWS;
@@ -54,7 +54,7 @@ wide(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap code
     float* const inbox = (float*)(sent + 2 + (EIGHT ? 2 * THREADS : 0) + (STAGED_SCALARS ? WARPS * 4 * SCALAR_PITCH : 0));  // [SPLITS][TOKENS / SPLITS][SUM_STRIDE]
     u8* const word_bytes = (u8*)(inbox + INBOX_BYTES / 4) + threadIdx.x / 32 * STAGED_BYTES;
     u32* const marks = (u32*)(inbox + (INBOX_BYTES + (STAGED_WORDS ? WARPS * STAGED_BYTES : 0)) / 4);  // of the columns of this block, as the lanes take them
-    if (threadIdx.x == 0) {
+    if (threadIdx.x == (FILLER ? THREADS : 0)) {
         prefetch_map(x);
         for (int slot = 0; slot < DEPTH; slot++) {
             barrier_init(full + slot, 1);
@@ -66,6 +66,29 @@ wide(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap code
     }
     __syncwarp();
     if (PUSHES) cluster_begun();
+    auto load = [&](int block, int slot) {
+        barrier_expect(full + slot, STAGE_BYTES);
+        if (STAGED_CODES) copy_codes(memory + slot * STAGE_BYTES + X_BYTES, codes_map, full + slot, block * (BLOCK / 16 * BITS), row0);
+#pragma unroll
+        for (int box = 0; box < STAGE_BLOCKS * BOXES; box++) copy_box(memory + slot * STAGE_BYTES + box * BOX_BYTES, x, full + slot, block * BLOCK + box * 64, token0);
+    };
+    if (FILLER && threadIdx.x >= THREADS) {  // a warp that only fills stages; it meets the others at their barriers
+        if (threadIdx.x == THREADS) wait_for_previous_kernel();
+        int stage = 0, slot = 0, phase = 1;
+        for (; stage < DEPTH && begin + stage * STAGE_BLOCKS < end; stage++)
+            if (threadIdx.x == THREADS) load(begin + stage * STAGE_BLOCKS, stage);
+        __syncthreads();
+        for (; threadIdx.x == THREADS && begin + stage * STAGE_BLOCKS < end; stage++) {
+            phase ^= slot == 0;
+            barrier_wait(empty + slot, phase);
+            load(begin + stage * STAGE_BLOCKS, slot);
+            slot = slot == DEPTH - 1 ? 0 : slot + 1;
+        }
+        __syncwarp();
+        __syncthreads();
+        __syncthreads();
+        return;
+    }
     const int first_group = GROUP_OF(begin), first_block = WHOLE_ROWS ? 0 : first_group * BLOCKS_IN_GROUP;
     const Places at = places_of(w, warp_row, first_group, lane);
     Codes even, odd;
@@ -78,15 +101,9 @@ wide(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap code
     if (STAGED_SCALARS) stage_scalars(0);
     if (STAGED_SCALARS || STAGED_WORDS) copies_commit();
     if (EIGHT && threadIdx.x >= 32) spread_marks(marks, w.salient, begin, end);
-    auto load = [&](int block, int slot) {
-        barrier_expect(full + slot, STAGE_BYTES);
-        if (STAGED_CODES) copy_codes(memory + slot * STAGE_BYTES + X_BYTES, codes_map, full + slot, block * (BLOCK / 16 * BITS), row0);
-#pragma unroll
-        for (int box = 0; box < STAGE_BLOCKS * BOXES; box++) copy_box(memory + slot * STAGE_BYTES + box * BOX_BYTES, x, full + slot, block * BLOCK + box * 64, token0);
-    };
     if (KIND == VECTOR_CODEBOOK) decode_codebook(codebook, w.zeros);
     wait_for_previous_kernel();
-    if (threadIdx.x == 0)
+    if (!FILLER && threadIdx.x == 0)
         for (int ahead = 0; ahead < DEPTH && begin + ahead * STAGE_BLOCKS < end; ahead++) load(begin + ahead * STAGE_BLOCKS, ahead);
     auto levels_ahead = [&](int block, u32 (&scalars)[LEVEL_WORDS]) {
         if (STAGED_SCALARS) staged_scalars(scalars, scalar_bytes + (block - first_block) / EPOCH % 2 * (16 * SCALAR_PITCH), at, GROUP_OF(block) - first_group, lane);
@@ -166,7 +183,7 @@ wide(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap code
             for (int s = step + 1 - TOGETHER; s <= step; s++) warpgroup_product(sums, a[s % (AHEAD + 1)], tile_of_x + s / 4 * (BOX_BYTES / 16) + s % 4 * 2);
             products_commit();
         }
-        if (opens_stage && threadIdx.x == TURN(block) && block > begin && block + (DEPTH - 1) * STAGE_BLOCKS < end) {
+        if (!FILLER && opens_stage && threadIdx.x == TURN(block) && block > begin && block + (DEPTH - 1) * STAGE_BLOCKS < end) {
             barrier_wait(empty + before, phase_before);
             load(block + (DEPTH - 1) * STAGE_BLOCKS, before);
         }
