@@ -54,7 +54,7 @@ class WideShape:
     @property
     def all_threads(self) -> int:
         """Threads of a block, with those of the warp that fills stages."""
-        return self.threads + 32 * self.filler
+        return self.threads + 128 * self.filler
 
     @property
     def held(self) -> int:

@@ -35,7 +35,7 @@ __device__ __forceinline__ void store_four(const Weight& w, const u16* bias, u16
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS + 32 * FILLER, RESIDENT)
+extern "C" __global__ void __launch_bounds__(THREADS + 128 * FILLER, RESIDENT)
 wide(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap codes_map, Weight w, const u16* bias, u16* y, int tokens, int first_tile) {
     extern __shared__ __align__(1024) u8 memory[];
     const int rank = blockIdx.x % SPLITS, tile = first_tile + blockIdx.x / SPLITS, row_tiles = (w.rows + ROWS - 1) / ROWS;
@@ -72,7 +72,8 @@ wide(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap code
 #pragma unroll
         for (int box = 0; box < STAGE_BLOCKS * BOXES; box++) copy_box(memory + slot * STAGE_BYTES + box * BOX_BYTES, x, full + slot, block * BLOCK + box * 64, token0);
     };
-    if (FILLER && threadIdx.x >= THREADS) {  // a warp that only fills stages; it meets the others at their barriers
+    if (FILLER && threadIdx.x >= THREADS) {  // a warpgroup of which one thread fills stages; it meets the others at their barriers
+        fewer_registers<24>();
         if (threadIdx.x == THREADS) wait_for_previous_kernel();
         int stage = 0, slot = 0, phase = 1;
         for (; stage < DEPTH && begin + stage * STAGE_BLOCKS < end; stage++)
@@ -89,6 +90,7 @@ wide(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap code
         __syncthreads();
         return;
     }
+    if (FILLER) more_registers<160>();
     const int first_group = GROUP_OF(begin), first_block = WHOLE_ROWS ? 0 : first_group * BLOCKS_IN_GROUP;
     const Places at = places_of(w, warp_row, first_group, lane);
     Codes even, odd;
