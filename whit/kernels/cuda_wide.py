@@ -29,8 +29,7 @@ class WideShape:
     are shared that would not fill the device (0: as the others), whether blocks of a cluster send their sums to the
     one that adds them instead of fetching them, whether codes come to shared memory well before their turn instead
     of to registers just before it, and in how many copies the words of a codebook lie in shared memory, each in banks
-    of its own (0: one, packed); whether a warp of its own fills the stages (of blocks that share no columns), so that
-    no warp that multiplies waits for the slowest one.
+    of its own (0: one, packed); whether two blocks that share no columns, but vectors, bring x to each other.
     """
 
     tokens: int
@@ -44,17 +43,17 @@ class WideShape:
     sends: bool = False
     staged: bool = False
     copies: int = 0
-    filler: bool = False
+    pairs: bool = False
 
     @property
     def threads(self) -> int:
-        """Threads of a block that multiply."""
+        """Threads of a block."""
         return 128 * self.row_groups
 
     @property
-    def all_threads(self) -> int:
-        """Threads of a block, with those of the warp that fills stages."""
-        return self.threads + 128 * self.filler
+    def cluster(self) -> int:
+        """Thread blocks of a cluster."""
+        return self.splits * (1 + self.pairs)
 
     @property
     def held(self) -> int:
@@ -70,7 +69,8 @@ class WideShape:
 
     def tiles(self, rows: int, tokens: int) -> int:
         """Tiles of a product."""
-        return -(-rows // (64 * self.row_groups)) * -(-tokens // self.tokens)
+        row_tiles = -(-rows // (64 * self.row_groups))
+        return (row_tiles + row_tiles % 2 * self.pairs) * -(-tokens // self.tokens)
 
     def grid(self, rows: int, tokens: int) -> int:
         """Thread blocks of a product in one launch."""
@@ -200,7 +200,7 @@ def wide_options(layout: Layout, shape: WideShape, bfloat: bool, early: bool) ->
         "BLOCK": shape.held,
         "STAGE_BLOCKS": shape.block // shape.held,
         "AHEAD": shape.ahead,
-        "FILLER": shape.filler,
+        "PAIRS": shape.pairs,
         "TILE_BYTES": tile_bytes(layout, shape),
         "CODEBOOK_BYTES": codebook_bytes(layout, shape.copies),
         "COPIES": shape.copies,

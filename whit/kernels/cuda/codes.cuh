@@ -258,16 +258,18 @@ __device__ __forceinline__ void staged_scalars(u32 (&s)[LEVEL_WORDS], const u8* 
 // As float32, where the weights are bfloat16: bytes of the codes in the middle of a word, its mask and 2^23 are
 // 2^23 + 2^i code, and one multiply-add, exact for i from 11 on, is scale (code - zero).
 #define MIDDLES (BF16 && KIND == GROUPED_INTEGER && (BITS == 3 || BITS == 4))
+__device__ __forceinline__ u32 kept(u32 value) { return __shfl_sync(0xffffffffu, value, threadIdx.x % 32); }  // in a register: what the compiler sees through it computes at every use
 struct Triples { u32 pick, mask, factor, base, ones; };  // of `MIDDLES`: the masks of both codes, and 2^-i of each
 __device__ __forceinline__ Triples triples_of(int q, u32 zero) {  // `zero`: 0 that the compiler does not know, or a constant would take an instruction at every use
     if (MIDDLES) {
         const u32 one = (1 << BITS) - 1, first = BITS == 4 ? 16 : 0x120c0e10 >> (8 * q) & 31, second = BITS == 4 ? 12 : 19 - 2 * q;
-        return {(BITS == 4 ? q * 0x110u : q == 0 ? 0u : q == 1 ? 0x100u : q == 2 ? 0x210u : 0x220u) + zero, (one << first) + zero, (one << second) + zero, 127 - first << 23, 127 - second << 23};
+        return {kept((BITS == 4 ? q * 0x110u : q == 0 ? 0u : q == 1 ? 0x100u : q == 2 ? 0x210u : 0x220u) + zero), kept((one << first) + zero), kept((one << second) + zero), kept((127 - first << 23) + zero), kept((127 - second << 23) + zero)};
     }
-    if (BITS == 4) return {(0x4040u | q | q << 8) + zero, 0x00f0000fu + zero, 0x2c003c00u + zero};  // both codes of a byte, each in its half
+    if (BITS == 8) return {kept(0x4140u + zero)};
+    if (BITS == 4) return {kept((0x4040u | q | q << 8) + zero), kept(0x00f0000fu + zero), kept(0x2c003c00u + zero)};  // both codes of a byte, each in its half
     const int first = 0x2460 >> (4 * q) & 15, second = 0x5713 >> (4 * q) & 15;  // the bits that they begin at
     const u32 exponents = first << 10 | second << 26;
-    return {q == 0 ? 0x1010u : q == 1 ? 0x2110u : q == 2 ? 0x2121u : 0x3232u, 7u << first | 7u << (16 + second), 0x3c003c00u - exponents, 0x64006400u - exponents, 1u << first | 1u << (16 + second)};
+    return {kept((q == 0 ? 0x1010u : q == 1 ? 0x2110u : q == 2 ? 0x2121u : 0x3232u) + zero), kept((7u << first | 7u << (16 + second)) + zero), kept((0x3c003c00u - exponents) + zero), kept((0x64006400u - exponents) + zero), kept((1u << first | 1u << (16 + second)) + zero)};
 }
 
 // ---- Levels of a group ---------------------------------------------------------------------------------------------------
@@ -459,7 +461,7 @@ __device__ __forceinline__ void expand(u32 (&a)[4], const Codes& codes, const u3
                     a[2 * half + h] = HALVES ? pair_of_halves((v & triples.mask) | 0x64006400u, levels[h].table[0], levels[h].table[1], triples.factor) : pair_of_codes(v & 15, v >> 4 & 15, levels[h]);
                 } else {
                     const u32 v = STAGED_BYTE_CODES ? *(const u16*)(staged + 1024 * h + 8 * half) : word[chunk % KEPT_WORDS];
-                    a[2 * half + h] = HALVES ? pair_of_halves(choose_bytes(v, 0x64u, 0x4140u), levels[h].table[0], levels[h].table[1]) : pair_of_codes(v & 255, v >> 8 & 255, levels[h]);
+                    a[2 * half + h] = HALVES ? pair_of_halves(choose_bytes(v, 0x64u, triples.pick), levels[h].table[0], levels[h].table[1]) : pair_of_codes(v & 255, v >> 8 & 255, levels[h]);
                 }
             }
         }

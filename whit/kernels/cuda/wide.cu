@@ -6,7 +6,8 @@
 // written. Weights are those of the plain meaning rounded once to the type of x, exactly as `decode.cu` gives them.
 //
 // A thread block has ROW_GROUPS warpgroups of 64 rows each, which only meet at the barriers of the stages. SPLITS blocks of
-// a cluster share the columns of a tile; their float32 sums are added in the order of their ranks.
+// a cluster share the columns of a tile; their float32 sums are added in the order of their ranks. Or two blocks of a cluster
+// have the same vectors and other rows (PAIRS): each brings half of every stage of x, to both.
 
 #define ROWS (64 * ROW_GROUPS)
 #define BOX_BYTES (TOKENS * 128)
@@ -35,10 +36,10 @@ __device__ __forceinline__ void store_four(const Weight& w, const u16* bias, u16
     }
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS + 128 * FILLER, RESIDENT)
+extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 wide(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap codes_map, Weight w, const u16* bias, u16* y, int tokens, int first_tile) {
     extern __shared__ __align__(1024) u8 memory[];
-    const int rank = blockIdx.x % SPLITS, tile = first_tile + blockIdx.x / SPLITS, row_tiles = (w.rows + ROWS - 1) / ROWS;
+    const int rank = blockIdx.x % SPLITS, tile = first_tile + blockIdx.x / SPLITS, row_tiles = ((w.rows + ROWS - 1) / ROWS + PAIRS) / (1 + PAIRS) * (1 + PAIRS);
     const int row0 = tile % row_tiles * ROWS, token0 = tile / row_tiles * TOKENS, blocks = w.columns / BLOCK;
     const int begin = rank * blocks / SPLITS, end = (rank + 1) * blocks / SPLITS;
     __builtin_assume(begin < end);  // or products would wait for each other: sums might not come from any
@@ -54,43 +55,25 @@ wide(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap code
     float* const inbox = (float*)(sent + 2 + (EIGHT ? 2 * THREADS : 0) + (STAGED_SCALARS ? WARPS * 4 * SCALAR_PITCH : 0));  // [SPLITS][TOKENS / SPLITS][SUM_STRIDE]
     u8* const word_bytes = (u8*)(inbox + INBOX_BYTES / 4) + threadIdx.x / 32 * STAGED_BYTES;
     u32* const marks = (u32*)(inbox + (INBOX_BYTES + (STAGED_WORDS ? WARPS * STAGED_BYTES : 0)) / 4);  // of the columns of this block, as the lanes take them
-    if (threadIdx.x == (FILLER ? THREADS : 0)) {
+    if (threadIdx.x == 0) {
         prefetch_map(x);
         for (int slot = 0; slot < DEPTH; slot++) {
             barrier_init(full + slot, 1);
-            barrier_init(empty + slot, WARPS);
+            barrier_init(empty + slot, WARPS * (1 + PAIRS));
         }
         if (PUSHES) barrier_init(sent, 1);
         barriers_ready();
         if (PUSHES) barrier_expect(sent, TOKENS * ROWS * 4);
     }
     __syncwarp();
-    if (PUSHES) cluster_begun();
+    if (PUSHES || PAIRS) cluster_begun();
     auto load = [&](int block, int slot) {
         barrier_expect(full + slot, STAGE_BYTES);
         if (STAGED_CODES) copy_codes(memory + slot * STAGE_BYTES + X_BYTES, codes_map, full + slot, block * (BLOCK / 16 * BITS), row0);
 #pragma unroll
-        for (int box = 0; box < STAGE_BLOCKS * BOXES; box++) copy_box(memory + slot * STAGE_BYTES + box * BOX_BYTES, x, full + slot, block * BLOCK + box * 64, token0);
+        for (int box = 0; box < STAGE_BLOCKS * BOXES; box++)
+            if (PAIRS ? box % 2 == blockIdx.x % 2 : true) copy_box(memory + slot * STAGE_BYTES + box * BOX_BYTES, x, full + slot, block * BLOCK + box * 64, token0);
     };
-    if (FILLER && threadIdx.x >= THREADS) {  // a warpgroup of which one thread fills stages; it meets the others at their barriers
-        fewer_registers<24>();
-        if (threadIdx.x == THREADS) wait_for_previous_kernel();
-        int stage = 0, slot = 0, phase = 1;
-        for (; stage < DEPTH && begin + stage * STAGE_BLOCKS < end; stage++)
-            if (threadIdx.x == THREADS) load(begin + stage * STAGE_BLOCKS, stage);
-        __syncthreads();
-        for (; threadIdx.x == THREADS && begin + stage * STAGE_BLOCKS < end; stage++) {
-            phase ^= slot == 0;
-            barrier_wait(empty + slot, phase);
-            load(begin + stage * STAGE_BLOCKS, slot);
-            slot = slot == DEPTH - 1 ? 0 : slot + 1;
-        }
-        __syncwarp();
-        __syncthreads();
-        __syncthreads();
-        return;
-    }
-    if (FILLER) more_registers<160>();
     const int first_group = GROUP_OF(begin), first_block = WHOLE_ROWS ? 0 : first_group * BLOCKS_IN_GROUP;
     const Places at = places_of(w, warp_row, first_group, lane);
     Codes even, odd;
@@ -105,7 +88,8 @@ wide(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap code
     if (EIGHT && threadIdx.x >= 32) spread_marks(marks, w.salient, begin, end);
     if (KIND == VECTOR_CODEBOOK) decode_codebook(codebook, w.zeros);
     wait_for_previous_kernel();
-    if (!FILLER && threadIdx.x == 0)
+    if (PAIRS) cluster_wait();  // the barriers of both are there
+    if (threadIdx.x == 0)
         for (int ahead = 0; ahead < DEPTH && begin + ahead * STAGE_BLOCKS < end; ahead++) load(begin + ahead * STAGE_BLOCKS, ahead);
     auto levels_ahead = [&](int block, u32 (&scalars)[LEVEL_WORDS]) {
         if (STAGED_SCALARS) staged_scalars(scalars, scalar_bytes + (block - first_block) / EPOCH % 2 * (16 * SCALAR_PITCH), at, GROUP_OF(block) - first_group, lane);
@@ -170,7 +154,7 @@ wide(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap code
         for (int step = 0; step < BLOCK / 16; step++) {
             const bool opens = step % TOGETHER == 0, closes = step % TOGETHER == TOGETHER - 1;
             if (opens) products_wait<(AHEAD + 1) / TOGETHER - 1>();  // the registers of the products AHEAD + 1 before these are free
-            if (opens_stage && step == AHEAD + 1 - TOGETHER && block > begin && lane == 0) barrier_arrive(empty + before);  // all of the stage before are done
+            if (opens_stage && step == AHEAD + 1 - TOGETHER && block > begin && lane <= PAIRS) stage_left(empty + before, lane);  // all of the stage before are done
             if (STAGED_SCALARS && step == MIDDLE && block + 1 < end && (block + 1) % BLOCKS_IN_GROUP == 0) levels_ahead(block + 1, next.scalar[0][0]);
             if (GROUPS_IN_BLOCK > 1 && step == 4) {
                 find_levels(codes, block, 1);
@@ -185,7 +169,7 @@ wide(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap code
             for (int s = step + 1 - TOGETHER; s <= step; s++) warpgroup_product(sums, a[s % (AHEAD + 1)], tile_of_x + s / 4 * (BOX_BYTES / 16) + s % 4 * 2);
             products_commit();
         }
-        if (!FILLER && opens_stage && threadIdx.x == TURN(block) && block > begin && block + (DEPTH - 1) * STAGE_BLOCKS < end) {
+        if (opens_stage && threadIdx.x == TURN(block) && block > begin && block + (DEPTH - 1) * STAGE_BLOCKS < end) {
             barrier_wait(empty + before, phase_before);
             load(block + (DEPTH - 1) * STAGE_BLOCKS, before);
         }
@@ -202,6 +186,7 @@ wide(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap code
         if (block + 1 < end) multiply_block(block + 1, odd, even, false);
     }
     products_wait<0>();
+    if (PAIRS) cluster_arrive();
     __syncthreads();
     if (KIND == VECTOR_CODEBOOK) {
         const float scale[2] = {float_of_half(__ldg((const u16*)w.scalars + row[0])), float_of_half(__ldg((const u16*)w.scalars + row[1]))};
@@ -238,6 +223,7 @@ wide(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap code
                 if (first_row + i < w.rows) to[i] = (u16)(two[i / 2] >> (16 * (i % 2)));
         }
     }
+    if (PAIRS) cluster_wait();  // no block ends while the other one tells it that stages are free
 #elif PUSHES
     constexpr int SHARE = TOKENS / SPLITS;  // vectors that a block adds
     cluster_wait();                         // all blocks have begun
