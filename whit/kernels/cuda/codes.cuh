@@ -458,7 +458,7 @@ __device__ __forceinline__ void expand(u32 (&a)[4], const Codes& codes, const u3
                     a[2 * half + h] = pair_of_codes(v & 7, v >> 3 & 7, levels[h]);
                 } else if (CODE_BITS == 4) {
                     const u32 v = HALVES ? choose_bytes(word[chunk % KEPT_WORDS], 0, triples.pick) : word[chunk % KEPT_WORDS] >> (8 * q);
-                    a[2 * half + h] = HALVES ? pair_of_halves((v & triples.mask) | 0x64006400u, levels[h].table[0], levels[h].table[1], triples.factor) : pair_of_codes(v & 15, v >> 4 & 15, levels[h]);
+                    a[2 * half + h] = HALVES ? pair_of_halves((v & triples.mask) | 0x64006400u, levels[h].table[0], levels[h].table[1], ASYM ? SECOND_CODE << 16 | 0x3c00u : triples.factor) : pair_of_codes(v & 15, v >> 4 & 15, levels[h]);
                 } else {
                     const u32 v = STAGED_BYTE_CODES ? *(const u16*)(staged + 1024 * h + 8 * half) : word[chunk % KEPT_WORDS];
                     a[2 * half + h] = HALVES ? pair_of_halves(choose_bytes(v, 0x64u, triples.pick), levels[h].table[0], levels[h].table[1]) : pair_of_codes(v & 255, v >> 8 & 255, levels[h]);
