@@ -261,6 +261,7 @@ __device__ __forceinline__ void staged_scalars(u32 (&s)[LEVEL_WORDS], const u8* 
 __device__ __forceinline__ u32 kept(u32 value) { return __shfl_sync(0xffffffffu, value, threadIdx.x % 32); }  // in a register: what the compiler sees through it computes at every use
 struct Triples { u32 pick, mask, factor, base, ones; };  // of `MIDDLES`: the masks of both codes, and 2^-i of each
 __device__ __forceinline__ Triples triples_of(int q, u32 zero) {  // `zero`: 0 that the compiler does not know, or a constant would take an instruction at every use
+    if (KIND != GROUPED_INTEGER || BITS < 3) return {};
     if (MIDDLES) {
         const u32 one = (1 << BITS) - 1, first = BITS == 4 ? 16 : 0x120c0e10 >> (8 * q) & 31, second = BITS == 4 ? 12 : 19 - 2 * q;
         return {kept((BITS == 4 ? q * 0x110u : q == 0 ? 0u : q == 1 ? 0x100u : q == 2 ? 0x210u : 0x220u) + zero), kept((one << first) + zero), kept((one << second) + zero), kept((127 - first << 23) + zero), kept((127 - second << 23) + zero)};

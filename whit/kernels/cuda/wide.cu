@@ -154,7 +154,7 @@ wide(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap code
         for (int step = 0; step < BLOCK / 16; step++) {
             const bool opens = step % TOGETHER == 0, closes = step % TOGETHER == TOGETHER - 1;
             if (opens) products_wait<(AHEAD + 1) / TOGETHER - 1>();  // the registers of the products AHEAD + 1 before these are free
-            if (opens_stage && step == AHEAD + 1 - TOGETHER && block > begin && lane <= PAIRS) stage_left(empty + before, lane);  // all of the stage before are done
+            if (opens_stage && step == AHEAD + 1 - TOGETHER && block > begin && (PAIRS ? lane < 2 : lane == 0)) stage_left(empty + before, lane);  // all of the stage before are done
             if (STAGED_SCALARS && step == MIDDLE && block + 1 < end && (block + 1) % BLOCKS_IN_GROUP == 0) levels_ahead(block + 1, next.scalar[0][0]);
             if (GROUPS_IN_BLOCK > 1 && step == 4) {
                 find_levels(codes, block, 1);
