@@ -80,6 +80,7 @@ MEANINGS = {
     "void peers_wait(": "static void peers_wait(u64* barrier) { barrier_wait(barrier, 0); }",
     "void copy_codes(": "static void copy_codes(u8* to, const TensorMap& map, u64* barrier, int column, int row)"
     " { copy_box(to, map, barrier, column, row, 64 * ROW_GROUPS); }",
+    "void stage_left(": "static void stage_left(u64* barrier, int) { barrier_arrive(barrier); }",
     "void prefetch_map(": "static void prefetch_map(const TensorMap&) {}",
     "void store_transposed(": "",
     "void registers_ready(": "static void registers_ready() {}",
@@ -112,6 +113,8 @@ MEANINGS = {
     "u32 fma_pairs(": "static u32 fma_pairs(u32 a, u32 b, u32 c)"
     " { return to16(from16(a) * from16(b) + from16(c))"
     " | (u32)to16(from16(a >> 16) * from16(b >> 16) + from16(c >> 16)) << 16; }",
+    "u32 add_pairs(": "static u32 add_pairs(u32 a, u32 b)"
+    " { return fma_pairs(a, 0x3c003c00u, b); }",
     "u32 multiply_pairs(": "static u32 multiply_pairs(u32 a, u32 b)"
     " { return to16(from16(a) * from16(b)) | (u32)to16(from16(a >> 16) * from16(b >> 16)) << 16; }",
     "u32 in_register(": "static u32 in_register(u32 constant) { return constant; }",

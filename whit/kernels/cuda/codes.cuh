@@ -357,7 +357,7 @@ __device__ __forceinline__ u32 pair_of_codes(u32 first, u32 second, const Levels
 
 __device__ __forceinline__ u32 pair_of_middles(u32 v, const Triples& triples, const Levels& levels) {
     const float first = __uint_as_float((v & triples.mask) | 0x4b000000u), second = __uint_as_float((v & triples.factor) | 0x4b000000u);
-    return pair_of_floats(__fmaf_rn(first, levels.factor[0], levels.offset[0]), __fmaf_rn(second, levels.factor[1], levels.offset[1]));
+    return pair_of_floats(fmaf(first, levels.factor[0], levels.offset[0]), fmaf(second, levels.factor[1], levels.offset[1]));
 }
 
 // Nibbles that choose the bytes of two 16-bit levels, 2 c and 2 c + 1 for each code c, in both halves of a word.
