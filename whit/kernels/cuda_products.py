@@ -142,7 +142,7 @@ class WideProduct:
         run = compiled(stored.layout, shape, self._tokens, self._bfloat, stored.index)
         arguments = [None, None, self._weight, None, None, None, None]
         shared = shared_bytes(stored.layout, shape)
-        return PreparedLaunch(run, shape.threads, shared, arguments, early=stored.early, cluster=shape.cluster)
+        return PreparedLaunch(run, shape.threads, shared, arguments, early=stored.early, cluster=shape.splits)
 
     def _parts_of(self, vectors: int) -> list[tuple[PreparedLaunch, int, int]]:
         """Launches, their thread blocks and their first tiles."""

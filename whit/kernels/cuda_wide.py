@@ -29,7 +29,7 @@ class WideShape:
     are shared that would not fill the device (0: as the others), whether blocks of a cluster send their sums to the
     one that adds them instead of fetching them, whether codes come to shared memory well before their turn instead
     of to registers just before it, and in how many copies the words of a codebook lie in shared memory, each in banks
-    of its own (0: one, packed); whether two blocks that share no columns, but vectors, bring x to each other.
+    of its own (0: one, packed).
     """
 
     tokens: int
@@ -43,17 +43,11 @@ class WideShape:
     sends: bool = False
     staged: bool = False
     copies: int = 0
-    pairs: bool = False
 
     @property
     def threads(self) -> int:
         """Threads of a block."""
         return 128 * self.row_groups
-
-    @property
-    def cluster(self) -> int:
-        """Thread blocks of a cluster."""
-        return self.splits * (1 + self.pairs)
 
     @property
     def held(self) -> int:
@@ -69,8 +63,7 @@ class WideShape:
 
     def tiles(self, rows: int, tokens: int) -> int:
         """Tiles of a product."""
-        row_tiles = -(-rows // (64 * self.row_groups))
-        return (row_tiles + row_tiles % 2 * self.pairs) * -(-tokens // self.tokens)
+        return -(-rows // (64 * self.row_groups)) * -(-tokens // self.tokens)
 
     def grid(self, rows: int, tokens: int) -> int:
         """Thread blocks of a product in one launch."""
@@ -200,7 +193,6 @@ def wide_options(layout: Layout, shape: WideShape, bfloat: bool, early: bool) ->
         "BLOCK": shape.held,
         "STAGE_BLOCKS": shape.block // shape.held,
         "AHEAD": shape.ahead,
-        "PAIRS": shape.pairs,
         "TILE_BYTES": tile_bytes(layout, shape),
         "CODEBOOK_BYTES": codebook_bytes(layout, shape.copies),
         "COPIES": shape.copies,

@@ -80,7 +80,6 @@ MEANINGS = {
     "void peers_wait(": "static void peers_wait(u64* barrier) { barrier_wait(barrier, 0); }",
     "void copy_codes(": "static void copy_codes(u8* to, const TensorMap& map, u64* barrier, int column, int row)"
     " { copy_box(to, map, barrier, column, row, 64 * ROW_GROUPS); }",
-    "void stage_left(": "static void stage_left(u64* barrier, int) { barrier_arrive(barrier); }",
     "void prefetch_map(": "static void prefetch_map(const TensorMap&) {}",
     "void store_transposed(": "",
     "void registers_ready(": "static void registers_ready() {}",

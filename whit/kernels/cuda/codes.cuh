@@ -19,6 +19,8 @@
 #define WHOLE_ROWS (GROUP >= (1 << 30))  // one group
 #define GROUPS_IN_BLOCK (GROUP < BLOCK ? BLOCK / GROUP : 1)
 #define BLOCKS_IN_GROUP (GROUP < BLOCK ? 1 : GROUP / BLOCK)
+#define TWO_GROUPS (KIND == GROUPED_INTEGER && GROUPS_IN_BLOCK == 2)  // one load for both: rows have an even number then
+#define TWO_ZEROS (8 % BITS || BITS == 8 && GROUPS_IN_BLOCK == 2)  // those of a block of columns may end in the next byte
 #define STAGED_SCALARS (KIND == BINARY_RESIDUAL && !WHOLE_ROWS)  // come to shared memory, four groups of a row at a time
 #define EPOCH (WHOLE_ROWS ? 1 << 20 : 4 * BLOCKS_IN_GROUP)       // blocks of columns that these groups have
 #define RUN (CODE_BITS == 1 ? 4 : 2)                              // blocks of columns whose words of codes are staged together
@@ -63,7 +65,7 @@ __device__ __forceinline__ void next_places(CodePlaces& places, int block) {  //
 struct Codes {
     u32 word[2][PLANES][KEPT_WORDS];
     u32 scalar[2][GROUPS_IN_BLOCK][LEVEL_WORDS];  // of the groups, if they begin here; two marked sets: a lane's share of 16 rows
-    u32 zero[2][GROUPS_IN_BLOCK][2];
+    u32 zero[2][2];                               // the bytes that hold the zeros of the groups
 };
 
 // Where the rows of a lane begin, in bytes of the codes and in cells of the scalars, kept in registers; `shared` is the row
@@ -214,7 +216,9 @@ __device__ __forceinline__ void fetch_scalars(Codes& codes, const Weight& w, con
             const int group = first_group + g;
             const u8* from = w.scalars + (at.cells[h] + group * (2 * NS));
             u32* const to = codes.scalar[h][g];
-            if (KIND != LEVEL_TABLE) {
+            if (TWO_GROUPS) {
+                if (g == 0) to[0] = __ldg((const u32*)from);
+            } else if (KIND != LEVEL_TABLE) {
                 to[0] = __ldg((const u16*)from);
             } else if (NS == 4) {
                 const uint2 four = __ldg((const uint2*)from);
@@ -222,10 +226,10 @@ __device__ __forceinline__ void fetch_scalars(Codes& codes, const Weight& w, con
             } else {
                 to[0] = __ldg((const u32*)from);
             }
-            if (ASYM) {
+            if (ASYM && g == 0) {
                 const u32 bit = (at.cells[h] / (2 * NS) + group) * BITS;
-                codes.zero[h][g][0] = __ldg(w.zeros + (bit >> 3));
-                if (8 % BITS) codes.zero[h][g][1] = (bit & 7) + BITS > 8 ? __ldg(w.zeros + (bit >> 3) + 1) : 0;
+                codes.zero[h][0] = __ldg(w.zeros + (bit >> 3));
+                if (TWO_ZEROS) codes.zero[h][1] = (bit & 7) + GROUPS_IN_BLOCK * BITS > 8 ? __ldg(w.zeros + (bit >> 3) + 1) : 0;
             }
         }
 }
@@ -287,9 +291,10 @@ __device__ __forceinline__ void levels_of(Levels& levels, const Codes& codes, co
         for (int i = 0; i < LEVEL_WORDS; i++) levels.table[i % 2] = BF16 ? pair_of_floats(float_of_half((u16)s[i]), float_of_half((u16)(s[i] >> 16))) : s[i];
         if (BITS == 1) levels.table[1] = 0;
     } else {
-        const u32 bit = ASYM ? (at.cells[h] / (2 * NS) + GROUP_OF(block) + g) * BITS : 0;
-        const u32 zero_code = ASYM ? (codes.zero[h][g][0] | (8 % BITS ? codes.zero[h][g][1] << 8 : 0)) >> (bit & 7) & ((1 << BITS) - 1) : 0;
-        const float value = float_of_half((u16)s[0]);
+        const u32 bit = ASYM ? (at.cells[h] / (2 * NS) + GROUP_OF(block)) * BITS : 0;
+        const u32 zero_code = ASYM ? (codes.zero[h][0] | (TWO_ZEROS ? codes.zero[h][1] << 8 : 0)) >> ((bit & 7) + g * BITS) & ((1 << BITS) - 1) : 0;
+        const u32 scale16 = TWO_GROUPS ? codes.scalar[h][0][0] >> (16 * g) & 0xffffu : s[0];
+        const float value = float_of_half((u16)scale16);
         const float zero = ASYM ? (float)zero_code : BITS > 1 ? (float)(1 << (BITS - 1)) : 0.5f;
         const float scale = !ASYM && BITS == 1 ? 2.0f * value : value;
         if (TABLE) {
@@ -304,7 +309,7 @@ __device__ __forceinline__ void levels_of(Levels& levels, const Codes& codes, co
             }
             if (HALVES) {
                 const u32 whole = ASYM ? zero_code : 1u << (BITS - 1);
-                levels.table[0] = s[0] * 0x10001u;
+                levels.table[0] = TWO_GROUPS ? choose_bytes(codes.scalar[h][0][0], 0, g ? 0x3232u : 0x1010u) : s[0] * 0x10001u;
                 levels.table[1] = TRIPLES ? (triples.base ^ 0x80008000u) + whole * triples.ones : bias_of_pair(whole);
             }
         }

@@ -4,30 +4,13 @@
 // What the tensor copy engine must know of x: an opaque value made by the driver.
 struct __align__(64) TensorMap { u64 words[16]; };
 
-// TOKENS vectors x 64 columns to shared memory, of both blocks of a pair; vectors that are not there become zero.
+// TOKENS vectors x 64 columns to shared memory; vectors that are not there become zero.
 __device__ __forceinline__ void copy_box(u8* shared, const TensorMap& map, u64* barrier, int column, int token) {
-#if PAIRS
-    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;"
-        ::"r"(shared_address(shared)), "l"(&map), "r"(column), "r"(token), "r"(shared_address(barrier)), "h"((u16)3) : "memory");
-#else
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
         ::"r"(shared_address(shared)), "l"(&map), "r"(column), "r"(token), "r"(shared_address(barrier)) : "memory");
-#endif
 }
-// ROWS rows x 128 bytes of codes, in the same way, to this block.
-__device__ __forceinline__ void copy_codes(u8* shared, const TensorMap& map, u64* barrier, int column, int row) {
-    asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
-        ::"r"(shared_address(shared)), "l"(&map), "r"(column), "r"(row), "r"(shared_address(barrier)) : "memory");
-}
-// A warp has left a stage: told to the block of this rank of the cluster, by its barrier there.
-__device__ __forceinline__ void stage_left(u64* barrier, int rank) {
-#if PAIRS
-    asm volatile("{.reg .b32 place; mapa.shared::cluster.u32 place, %0, %1; mbarrier.arrive.release.cluster.shared::cluster.b64 _, [place];}"
-        ::"r"(shared_address(barrier)), "r"(rank) : "memory");
-#else
-    barrier_arrive(barrier);
-#endif
-}
+// ROWS rows x 128 bytes of codes, in the same way.
+__device__ __forceinline__ void copy_codes(u8* shared, const TensorMap& map, u64* barrier, int column, int row) { copy_box(shared, map, barrier, column, row); }
 __device__ __forceinline__ void prefetch_map(const TensorMap& map) { asm volatile("prefetch.tensormap [%0];" ::"l"(&map) : "memory"); }
 // Four 8 x 8 matrices of 16-bit values, as the results of a product lie in a warp, to shared memory, transposed: lane i
 // names the place of row i % 8 of matrix i / 8.

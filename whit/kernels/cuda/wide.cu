@@ -6,8 +6,7 @@
 // written. Weights are those of the plain meaning rounded once to the type of x, exactly as `decode.cu` gives them.
 //
 // A thread block has ROW_GROUPS warpgroups of 64 rows each, which only meet at the barriers of the stages. SPLITS blocks of
-// a cluster share the columns of a tile; their float32 sums are added in the order of their ranks. Or two blocks of a cluster
-// have the same vectors and other rows (PAIRS): each brings half of every stage of x, to both.
+// a cluster share the columns of a tile; their float32 sums are added in the order of their ranks.
 
 #define ROWS (64 * ROW_GROUPS)
 #define BOX_BYTES (TOKENS * 128)
@@ -39,7 +38,7 @@ __device__ __forceinline__ void store_four(const Weight& w, const u16* bias, u16
 extern "C" __global__ void __launch_bounds__(THREADS, RESIDENT)
 wide(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap codes_map, Weight w, const u16* bias, u16* y, int tokens, int first_tile) {
     extern __shared__ __align__(1024) u8 memory[];
-    const int rank = blockIdx.x % SPLITS, tile = first_tile + blockIdx.x / SPLITS, row_tiles = ((w.rows + ROWS - 1) / ROWS + PAIRS) / (1 + PAIRS) * (1 + PAIRS);
+    const int rank = blockIdx.x % SPLITS, tile = first_tile + blockIdx.x / SPLITS, row_tiles = (w.rows + ROWS - 1) / ROWS;
     const int row0 = tile % row_tiles * ROWS, token0 = tile / row_tiles * TOKENS, blocks = w.columns / BLOCK;
     const int begin = rank * blocks / SPLITS, end = (rank + 1) * blocks / SPLITS;
     __builtin_assume(begin < end);  // or products would wait for each other: sums might not come from any
@@ -59,21 +58,14 @@ wide(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap code
         prefetch_map(x);
         for (int slot = 0; slot < DEPTH; slot++) {
             barrier_init(full + slot, 1);
-            barrier_init(empty + slot, WARPS * (1 + PAIRS));
+            barrier_init(empty + slot, WARPS);
         }
         if (PUSHES) barrier_init(sent, 1);
         barriers_ready();
         if (PUSHES) barrier_expect(sent, TOKENS * ROWS * 4);
     }
     __syncwarp();
-    if (PUSHES || PAIRS) cluster_begun();
-    auto load = [&](int block, int slot) {
-        barrier_expect(full + slot, STAGE_BYTES);
-        if (STAGED_CODES) copy_codes(memory + slot * STAGE_BYTES + X_BYTES, codes_map, full + slot, block * (BLOCK / 16 * BITS), row0);
-#pragma unroll
-        for (int box = 0; box < STAGE_BLOCKS * BOXES; box++)
-            if (PAIRS ? box % 2 == blockIdx.x % 2 : true) copy_box(memory + slot * STAGE_BYTES + box * BOX_BYTES, x, full + slot, block * BLOCK + box * 64, token0);
-    };
+    if (PUSHES) cluster_begun();
     const int first_group = GROUP_OF(begin), first_block = WHOLE_ROWS ? 0 : first_group * BLOCKS_IN_GROUP;
     const Places at = places_of(w, warp_row, first_group, lane);
     Codes even, odd;
@@ -86,9 +78,14 @@ wide(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap code
     if (STAGED_SCALARS) stage_scalars(0);
     if (STAGED_SCALARS || STAGED_WORDS) copies_commit();
     if (EIGHT && threadIdx.x >= 32) spread_marks(marks, w.salient, begin, end);
+    auto load = [&](int block, int slot) {
+        barrier_expect(full + slot, STAGE_BYTES);
+        if (STAGED_CODES) copy_codes(memory + slot * STAGE_BYTES + X_BYTES, codes_map, full + slot, block * (BLOCK / 16 * BITS), row0);
+#pragma unroll
+        for (int box = 0; box < STAGE_BLOCKS * BOXES; box++) copy_box(memory + slot * STAGE_BYTES + box * BOX_BYTES, x, full + slot, block * BLOCK + box * 64, token0);
+    };
     if (KIND == VECTOR_CODEBOOK) decode_codebook(codebook, w.zeros);
     wait_for_previous_kernel();
-    if (PAIRS) cluster_wait();  // the barriers of both are there
     if (threadIdx.x == 0)
         for (int ahead = 0; ahead < DEPTH && begin + ahead * STAGE_BLOCKS < end; ahead++) load(begin + ahead * STAGE_BLOCKS, ahead);
     auto levels_ahead = [&](int block, u32 (&scalars)[LEVEL_WORDS]) {
@@ -154,7 +151,7 @@ wide(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap code
         for (int step = 0; step < BLOCK / 16; step++) {
             const bool opens = step % TOGETHER == 0, closes = step % TOGETHER == TOGETHER - 1;
             if (opens) products_wait<(AHEAD + 1) / TOGETHER - 1>();  // the registers of the products AHEAD + 1 before these are free
-            if (opens_stage && step == AHEAD + 1 - TOGETHER && block > begin && (PAIRS ? lane < 2 : lane == 0)) stage_left(empty + before, lane);  // all of the stage before are done
+            if (opens_stage && step == AHEAD + 1 - TOGETHER && block > begin && lane == 0) barrier_arrive(empty + before);  // all of the stage before are done
             if (STAGED_SCALARS && step == MIDDLE && block + 1 < end && (block + 1) % BLOCKS_IN_GROUP == 0) levels_ahead(block + 1, next.scalar[0][0]);
             if (GROUPS_IN_BLOCK > 1 && step == 4) {
                 find_levels(codes, block, 1);
@@ -186,7 +183,6 @@ wide(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap code
         if (block + 1 < end) multiply_block(block + 1, odd, even, false);
     }
     products_wait<0>();
-    if (PAIRS) cluster_arrive();
     __syncthreads();
     if (KIND == VECTOR_CODEBOOK) {
         const float scale[2] = {float_of_half(__ldg((const u16*)w.scalars + row[0])), float_of_half(__ldg((const u16*)w.scalars + row[1]))};
@@ -223,7 +219,6 @@ wide(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap code
                 if (first_row + i < w.rows) to[i] = (u16)(two[i / 2] >> (16 * (i % 2)));
         }
     }
-    if (PAIRS) cluster_wait();  // no block ends while the other one tells it that stages are free
 #elif PUSHES
     constexpr int SHARE = TOKENS / SPLITS;  // vectors that a block adds
     cluster_wait();                         // all blocks have begun
