@@ -56,6 +56,7 @@ def _fitting(shapes: list[WideShape], layout: Layout, columns: int, memory: int)
         if columns % shape.held == 0
         and columns // shape.held >= shape.splits
         and holds_groups(layout, shape)
+        and (shape.ahead < 7 or shape.held == 2 * BOX)
         and (shape.copies == 0 or (spreads_codebook(layout) and shape.held == 2 * BOX))
         and (not shape.staged or stages_words(layout, shape))
         and (shape.block == shape.held or layout.kind != GROUPED_INTEGER or layout.bits < 8)
@@ -119,7 +120,8 @@ def wide_shapes(layout: Layout, tokens: int, columns: int, memory: int) -> list[
     else:
         for depth, block in ((4, 128), (2, 256)):
             wider = [WideShape(128, groups, s, depth, 1, block, 3) for groups in (2, 3) for s in splits[:2]]
-            shapes += wider + [replace(shape, staged=True) for shape in wider]
+            wider += [replace(shape, staged=True) for shape in wider]
+            shapes += wider + [replace(shape, ahead=ahead) for shape in wider for ahead in (1, 7)]
         if tile > 128:
             shapes += [WideShape(256, 2, s, 3, 1, 128, ahead) for s in splits[:2] for ahead in (1, 3)]
             finer = ((2, 1), (4, 1), (8, 1))

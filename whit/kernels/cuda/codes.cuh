@@ -270,7 +270,7 @@ __device__ __forceinline__ Triples triples_of(int q, u32 zero) {  // `zero`: 0 t
         const u32 one = (1 << BITS) - 1, first = BITS == 4 ? 16 : 0x120c0e10 >> (8 * q) & 31, second = BITS == 4 ? 12 : 19 - 2 * q;
         return {kept((BITS == 4 ? q * 0x110u : q == 0 ? 0u : q == 1 ? 0x100u : q == 2 ? 0x210u : 0x220u) + zero), kept((one << first) + zero), kept((one << second) + zero), kept((127 - first << 23) + zero), kept((127 - second << 23) + zero)};
     }
-    if (BITS == 8) return {kept(0x4140u + zero)};
+    if (BITS == 8) return {kept(0x4140u + zero), kept(0x4bu + zero)};
     if (BITS == 4) return {kept((0x4040u | q | q << 8) + zero), kept(0x00f0000fu + zero), kept(0x2c003c00u + zero)};  // both codes of a byte, each in its half
     const int first = 0x2460 >> (4 * q) & 15, second = 0x5713 >> (4 * q) & 15;  // the bits that they begin at
     const u32 exponents = first << 10 | second << 26;
@@ -355,9 +355,9 @@ __device__ __forceinline__ void spread_marks(u32* shared, const u8* salient, int
         shared[cell] = (moved & 0x02020202u) | (moved << 3 & 0x20202020u);
     }
 }
-__device__ __forceinline__ u32 pair_of_codes(u32 first, u32 second, const Levels& levels) {
-    const float a = __uint_as_float(0x4b000000u | first) - levels.zero, b = __uint_as_float(0x4b000000u | second) - levels.zero;
-    return pair_of_floats(levels.scale * a, levels.scale * b);
+// Weights of a pair of codes, each in the low bits of 2^23.
+__device__ __forceinline__ u32 pair_of_lows(u32 first, u32 second, const Levels& levels) {
+    return pair_of_floats(levels.scale * (__uint_as_float(first) - levels.zero), levels.scale * (__uint_as_float(second) - levels.zero));
 }
 
 __device__ __forceinline__ u32 pair_of_middles(u32 v, const Triples& triples, const Levels& levels) {
@@ -458,16 +458,12 @@ __device__ __forceinline__ void expand(u32 (&a)[4], const Codes& codes, const u3
                     const int at = 3 * chunk / 4;
                     const u32 v = choose_bytes(word[at % KEPT_WORDS], word[(at + 1) % KEPT_WORDS], triples.pick + 3 * chunk % 4 * 0x1111u);
                     a[2 * half + h] = multiply_pairs(fma_pairs((v & triples.mask) | 0x64006400u, triples.factor, levels[h].table[1]), levels[h].table[0]);
-                } else if (CODE_BITS == 3) {
-                    const int at = 3 * chunk / 4, shift = 8 * (3 * chunk % 4);
-                    const u32 v = (shift <= 8 ? word[at % KEPT_WORDS] >> shift : funnel_right(word[at % KEPT_WORDS], word[(at + 1) % KEPT_WORDS], shift)) >> (6 * q);
-                    a[2 * half + h] = pair_of_codes(v & 7, v >> 3 & 7, levels[h]);
                 } else if (CODE_BITS == 4) {
-                    const u32 v = HALVES ? choose_bytes(word[chunk % KEPT_WORDS], 0, triples.pick) : word[chunk % KEPT_WORDS] >> (8 * q);
-                    a[2 * half + h] = HALVES ? pair_of_halves((v & triples.mask) | 0x64006400u, levels[h].table[0], levels[h].table[1], ASYM ? SECOND_CODE << 16 | 0x3c00u : triples.factor) : pair_of_codes(v & 15, v >> 4 & 15, levels[h]);
+                    const u32 v = choose_bytes(word[chunk % KEPT_WORDS], 0, triples.pick);
+                    a[2 * half + h] = pair_of_halves((v & triples.mask) | 0x64006400u, levels[h].table[0], levels[h].table[1], ASYM ? SECOND_CODE << 16 | 0x3c00u : triples.factor);
                 } else {
                     const u32 v = STAGED_BYTE_CODES ? *(const u16*)(staged + 1024 * h + 8 * half) : word[chunk % KEPT_WORDS];
-                    a[2 * half + h] = HALVES ? pair_of_halves(choose_bytes(v, 0x64u, triples.pick), levels[h].table[0], levels[h].table[1]) : pair_of_codes(v & 255, v >> 8 & 255, levels[h]);
+                    a[2 * half + h] = HALVES ? pair_of_halves(choose_bytes(v, 0x64u, triples.pick), levels[h].table[0], levels[h].table[1]) : pair_of_lows(choose_bytes(v, triples.mask, 0x4550u), choose_bytes(v, triples.mask, 0x4551u), levels[h]);
                 }
             }
         }
