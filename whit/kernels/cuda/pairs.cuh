@@ -1,4 +1,4 @@
-// Pairs of 16-bit weights from codes, shared by `codes.cuh` and `decode.cu`.
+// Pairs of 16-bit weights from codes, shared by `expand.cuh` and `decode.cu`.
 
 #define HALVES (!BF16 && KIND == GROUPED_INTEGER && BITS > 2)  // wider integers become float16 without float32
 #define SECOND_CODE (BITS == 4 ? 0x2c00u : 0x3c00u)            // 1/16 or 1: what the second code of a pair is multiplied by
