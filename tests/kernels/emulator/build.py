@@ -112,8 +112,6 @@ MEANINGS = {
     "u32 fma_pairs(": "static u32 fma_pairs(u32 a, u32 b, u32 c)"
     " { return to16(from16(a) * from16(b) + from16(c))"
     " | (u32)to16(from16(a >> 16) * from16(b >> 16) + from16(c >> 16)) << 16; }",
-    "u32 add_pairs(": "static u32 add_pairs(u32 a, u32 b)"
-    " { return fma_pairs(a, 0x3c003c00u, b); }",
     "u32 multiply_pairs(": "static u32 multiply_pairs(u32 a, u32 b)"
     " { return to16(from16(a) * from16(b)) | (u32)to16(from16(a >> 16) * from16(b >> 16)) << 16; }",
     "u32 in_register(": "static u32 in_register(u32 constant) { return constant; }",
