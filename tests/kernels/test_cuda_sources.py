@@ -206,6 +206,7 @@ WIDE = [
     (GroupedInteger(4, 64, False), WideShape(16, 2, 2, 2, 1, 256, 3, staged=True), 16),
     (GroupedInteger(3, 128, True), WideShape(16, 1, 1, 3, 1, 256, 3, staged=True), 12),
     (GroupedInteger(8, 128, True), WideShape(64, 1, 1, 3, 1, 128, 7), 50),
+    (GroupedInteger(4, 0, True), WideShape(64, 1, 1, 2, 1, 256, 7, staged=True), 50),
     (GroupedInteger(8, 64, False), WideShape(16, 1, 2, 3, 1, 128, 3), 11),
     (GroupedInteger(3, 64, False), WideShape(16, 1, 1, 3, 1, 256, 3, staged=True), 11),
     (GroupedInteger(4, 64, False), WideShape(8, 1, 1, 3, 1, 128, 3), 8),
