@@ -60,8 +60,12 @@ def source_of(*names: str) -> str:
     return "".join((folder / name).read_text(encoding="utf-8") for name in names)
 
 
+EXPANSION = ("codewords.cuh", "codes.cuh", "scalars.cuh", "levels.cuh", "expand.cuh")
+"""Of `wide.cu`: from codes to operands."""
+
+
 @lru_cache(maxsize=16)
 def wide_source(tokens: int) -> str:
     """The CUDA C++ of `wide` for tiles of `tokens` vectors."""
-    parts = source_of("pairs.cuh", "barriers.cuh", "warpgroup.cuh", "codes.cuh", "wide.cu")
+    parts = source_of("pairs.cuh", "barriers.cuh", "warpgroup.cuh", *EXPANSION, "wide.cu")
     return source_of("common.cuh", "clusters.cuh") + warpgroup_product(tokens) + parts

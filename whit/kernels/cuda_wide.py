@@ -23,13 +23,13 @@ WIDEST_TILE = 256
 class WideShape:
     """What may be chosen freely.
 
-    Vectors of a tile, warpgroups of a thread block (64 rows each), thread blocks of a cluster that share the columns of
-    a tile, stages of x, how many thread blocks a multiprocessor must have room for, the columns of a stage, how many
-    products are in flight while the operand of the next is made (1 or 3), by how many blocks the columns of those tiles
-    are shared that would not fill the device (0: as the others), whether blocks of a cluster send their sums to the
-    one that adds them instead of fetching them, whether codes come to shared memory well before their turn instead
-    of to registers just before it, and in how many copies the words of a codebook lie in shared memory, each in banks
-    of its own (0: one, packed).
+    Vectors of a tile, warpgroups of a thread block (64 rows each), thread blocks of a cluster that share the
+    columns of a tile, stages of x, how many thread blocks a multiprocessor must have room for, the columns of a
+    stage, how many products are in flight while the operand of the next is made (1, 3 or 7), by how many blocks the
+    columns of those tiles are shared that would not fill the device (0: as the others), whether blocks of a cluster
+    send their sums to the one that adds them instead of fetching them, whether codes come to shared memory well
+    before their turn instead of to registers just before it, and in how many copies the words of a codebook lie in
+    shared memory, each in banks of its own (0: one, packed).
     """
 
     tokens: int

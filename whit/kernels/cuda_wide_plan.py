@@ -56,6 +56,7 @@ def _fitting(shapes: list[WideShape], layout: Layout, columns: int, memory: int)
         if columns % shape.held == 0
         and columns // shape.held >= shape.splits
         and holds_groups(layout, shape)
+        and (shape.ahead < 7 or shape.held == 2 * BOX)
         and (shape.copies == 0 or (spreads_codebook(layout) and shape.held == 2 * BOX))
         and (not shape.staged or stages_words(layout, shape))
         and (shape.block == shape.held or layout.kind != GROUPED_INTEGER or layout.bits < 8)
@@ -85,12 +86,15 @@ def likely_shapes(layout: Layout, tokens: int, columns: int) -> list[WideShape]:
     plain = signed or by_row or layout.kind == VECTOR_CODEBOOK
     ways = {"copies": 8} if spread else {} if plain else {"staged": True}
     block, depth = (128, 4) if signed else (256, 3 if tile == 64 else 2)
+    wider_codes = layout.kind == GROUPED_INTEGER and layout.bits > 2 and layout.group % (2 * BOX) == 0
+    ahead = 7 if wider_codes and tile > 64 else 3
     if bytewise:
-        return [WideShape(min(tile, 128), 3, s, 4, 1, 128, 3) for s in splits[:3]]
+        tall = [(2, 2)] if tile > 64 else []
+        return [WideShape(min(tile, 128), g, s, 4, 1, 128, ahead) for g, s in [(3, s) for s in splits[:3]] + tall]
     if tile == 64:
         shapes = [replace(WideShape(tile, 3, s, depth, 1, block, 3), **ways) for s in splits[:3]]
         return shapes + ([] if layout.kind == GROUPED_INTEGER else [WideShape(tile, 2, 1, 4, 2, 128, 3)])
-    shapes = [replace(WideShape(128, g, s, depth, 1, block, 3), **ways) for g in (3, 2) for s in splits[:2]]
+    shapes = [replace(WideShape(128, g, s, depth, 1, block, ahead), **ways) for g in (3, 2) for s in splits[:2]]
     if tile > 128:
         shapes += [WideShape(256, 2, 1, 3, 1, 128, 3, rest) for rest in (0, 4) if rest in (0, *splits)]
     return shapes
@@ -98,13 +102,13 @@ def likely_shapes(layout: Layout, tokens: int, columns: int) -> list[WideShape]:
 
 def wide_shapes(layout: Layout, tokens: int, columns: int, memory: int) -> list[WideShape]:
     """Shapes worth trying for `tokens` vectors, the likelier first."""
-    tile, splits = min(bucket(tokens), WIDEST_TILE), _splits(columns)
+    tile, splits, spread = min(bucket(tokens), WIDEST_TILE), _splits(columns), spreads_codebook(layout)
     shapes = likely_shapes(layout, tokens, columns)
     if tile <= 32:
         shapes += [WideShape(tile, 1, s, 4, 4, 128, ahead) for s in splits for ahead in (1, 3)]
         shapes += [WideShape(tile, 2, s, 4, 2, 128, ahead) for s in splits for ahead in (1, 3)]
         sending = [(2, 4, 2, 128, 1), (1, 4, 4, 128, 3), (2, 3, 3, 128, 1), (1, 4, 6, 128, 1)]
-        sending += [(1, 3, 4, 256, 3), (2, 3, 2, 256, 3)]
+        sending += [(1, 3, 4, 256, 3), (2, 3, 2, 256, 3), (2, 3, 3, 128, 3)]
         shapes += [WideShape(tile, g, s, d, r, b, a, sends=True) for g, d, r, b, a in sending for s in splits[1:]]
         staging = ((1, 3, 4, 128), (2, 3, 2, 128), (1, 3, 4, 256), (2, 3, 2, 256))
         shapes += [WideShape(tile, g, s, d, r, b, 3, 0, True, True) for g, d, r, b in staging for s in splits[1:]]
@@ -119,7 +123,10 @@ def wide_shapes(layout: Layout, tokens: int, columns: int, memory: int) -> list[
     else:
         for depth, block in ((4, 128), (2, 256)):
             wider = [WideShape(128, groups, s, depth, 1, block, 3) for groups in (2, 3) for s in splits[:2]]
-            shapes += wider + [replace(shape, staged=True) for shape in wider]
+            wider += [replace(shape, staged=True) for shape in wider]
+            fuller = [shape for shape in wider if shape.row_groups + shape.splits == 4]
+            fuller += [replace(shape, copies=8) for shape in fuller if spread and not shape.staged]
+            shapes += wider + [replace(shape, ahead=ahead) for shape in fuller for ahead in (1, 7)]
         if tile > 128:
             shapes += [WideShape(256, 2, s, 3, 1, 128, ahead) for s in splits[:2] for ahead in (1, 3)]
             finer = ((2, 1), (4, 1), (8, 1))

@@ -4,7 +4,7 @@
 // An item of a thread block is ROWS rows of a stripe of columns, a thread has eight columns of each of these rows: stores
 // are whole lines, marks of columns are read once. While an item is written, the codes and scalars of the block's next are
 // on their way. What scales a group of a row is computed once, by one thread, and lies in shared memory. Codes of up to two
-// bits choose bytes of a table of levels, as in `codes.cuh`; wider ones become numbers by exponent bits.
+// bits choose bytes of a table of levels, as in `expand.cuh`; wider ones become numbers by exponent bits.
 
 #define TABLE (KIND != GROUPED_INTEGER || BITS <= 2)  // and level tables of more bits, which are read for each weight
 #define WIDE_TABLE (KIND == LEVEL_TABLE && BITS > 2)
