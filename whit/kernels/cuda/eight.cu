@@ -99,6 +99,125 @@ eight(INPUT_TYPE given, const __grid_constant__ TensorMap codes, const __grid_co
 #endif
     MARK(2, 0u);
     if (!EAGER) start_next_kernel();
+#if HELD
+    uint4 x[HELD][2 * TILES];
+    u32 over[HELD], largest[TILES];
+#pragma unroll
+    for (int u = 0; u < HELD; u++)
+#pragma unroll
+        for (int j = 0; j < 2 * TILES; j++) {
+            const int column = (warp + u * WARPS) * 64 + lane % 8 * 8, v = 4 * j + lane / 8;
+            x[u][j] = v < vectors && column < here ? *(const uint4*)(given + (size_t)v * w.columns + begin + column) : make_uint4(0, 0, 0, 0);
+        }
+    if (PATIENT)
+#pragma unroll 1
+        for (int i = 1; i < DEPTH; i++) load(i);
+    MARK(3, 0u);
+#pragma unroll 1
+    for (int i = threadIdx.x; i < tiles * 16; i += THREADS) {
+        row_scales[i] = i < THREADS ? first_scale : by_row(i);
+        row_biases[i] = i < THREADS ? first_bias : bias_of(i);
+    }
+#pragma unroll
+    for (int i = 0; i < TILES; i++) largest[i] = 0;
+#pragma unroll
+    for (int u = 0; u < HELD; u++) {
+        over[u] = 0;
+        if (OUTLIERS == 1) {
+            u32 most_of[4] = {0, 0, 0, 0};
+#pragma unroll
+            for (int j = 0; j < 2 * TILES; j++) {
+                const u32 word[4] = {x[u][j].x, x[u][j].y, x[u][j].z, x[u][j].w};
+#pragma unroll
+                for (int i = 0; i < 4; i++) most_of[i] = larger_number(most_of[i], word[i] & 0x7fff7fffu);
+            }
+#pragma unroll
+            for (int i = 0; i < 4; i++)
+                over[u] |= (float_of_x((u16)most_of[i]) >= w.threshold) << 2 * i | (float_of_x((u16)(most_of[i] >> 16)) >= w.threshold) << (2 * i + 1);
+            over[u] |= __shfl_xor_sync(0xffffffffu, over[u], 8);
+            over[u] |= __shfl_xor_sync(0xffffffffu, over[u], 16);
+        }
+        const uint2 low = pairs_of_bits(~over[u]), high = pairs_of_bits(~over[u] >> 4);
+#pragma unroll
+        for (int j = 0; j < 2 * TILES; j++) {
+            const u32 one = larger_integers(larger_integers(x[u][j].x & low.x & 0x7fff7fffu, x[u][j].y & low.y & 0x7fff7fffu),
+                                            larger_integers(x[u][j].z & high.x & 0x7fff7fffu, x[u][j].w & high.y & 0x7fff7fffu));
+            const u32 number = max(one & 0xffffu, one >> 16);
+            largest[j / 2] = larger_integers(largest[j / 2], j % 2 ? number << 16 : number);
+        }
+    }
+    if (!w.input_scale) {
+#pragma unroll
+        for (int i = 0; i < TILES; i++) {
+#pragma unroll
+            for (int across = 1; across < 8; across *= 2) largest[i] = larger_integers(largest[i], __shfl_xor_sync(0xffffffffu, largest[i], across));
+            const int v = 8 * i + lane / 8 + 4 * (lane % 8);
+            if (lane % 8 < 2 && v < vectors) atomicMax(most + v, lane % 8 ? largest[i] >> 16 : largest[i] & 0xffffu);
+        }
+        __syncthreads();
+    }
+#if SPLITS > 1
+    cluster_wait();  // all blocks have begun
+    for (int i = threadIdx.x; i < 32 * SPLITS; i += THREADS)
+        if (i % 32 < vectors && i / 32 != rank) largest_at_peer(most + i % 32, i / 32, most[i % 32]);
+    cluster_arrive();
+    cluster_wait();
+#endif
+    MARK(4, 0u);
+    float step = 0.0f, factor = 0.0f;
+    if (lane < vectors) {
+        step = float_of_x((u16)most[lane]);
+#if LLM
+        factor = __fmul_rn(__fdiv_rn(1.0f, fmaxf(step, SMALLEST)), 127.0f);
+#else
+        if (w.input_scale) step = *w.input_scale;
+        else step = __fmul_rn(step, __fdiv_rn(1.0f, w.maximum)), step = step == 0.0f ? 1.0f : step;
+        factor = step;
+#endif
+        if (warp == 0) steps[lane] = step;
+    }
+#pragma unroll
+    for (int u = 0; u < HELD; u++) {
+        const int column = (warp + u * WARPS) * 64 + lane % 8 * 8;
+        if (column >= span) break;
+        const uint2 low = pairs_of_bits(~over[u]), high = pairs_of_bits(~over[u] >> 4);
+        const bool met = OUTLIERS && __any_sync(0xffffffffu, over[u]);
+        if (OUTLIERS && lane == 0) *(uint2*)(loose + column / 32) = make_uint2(met, 0);
+#pragma unroll
+        for (int j = 0; j < 2 * TILES; j++) {
+            const int v = 4 * j + lane / 8;
+            const float by = __uint_as_float(__shfl_sync(0xffffffffu, __float_as_uint(factor), v));
+            const u32 pairs[4] = {x[u][j].x & low.x, x[u][j].y & low.y, x[u][j].z & high.x, x[u][j].w & high.y};
+            float value[8];
+#pragma unroll
+            for (int e = 0; e < 8; e++) {
+                value[e] = float_of_x((u16)(pairs[e / 2] >> (16 * (e % 2))));
+#if LLM
+                value[e] = fminf(fmaxf(__fmul_rn(value[e], by), -127.0f), 127.0f);
+#else
+                const float ratio = __fdiv_rn(value[e], by);
+                value[e] = ratio > w.maximum ? w.maximum : ratio < -w.maximum ? -w.maximum : ratio;
+#endif
+            }
+            if (v >= vectors) continue;
+#if ROUNDED == 1
+            u32 code[8];
+#pragma unroll
+            for (int e = 0; e < 8; e++) code[e] = __float_as_uint(__fadd_rn(value[e], ROUNDER));
+            *(uint2*)(rounded + v * pitch + column) =
+                make_uint2(bytes_of(bytes_of(code[0], code[1], 0x0040), bytes_of(code[2], code[3], 0x0040), 0x5410),
+                           bytes_of(bytes_of(code[4], code[5], 0x0040), bytes_of(code[6], code[7], 0x0040), 0x5410));
+            if (met)
+                *(uint4*)(wide_x + v * wide_pitch + 2 * column) =
+                    make_uint4(x[u][j].x & ~low.x, x[u][j].y & ~low.y, x[u][j].z & ~high.x, x[u][j].w & ~high.y);
+#else
+            *(uint4*)(wide_x + v * wide_pitch + 2 * column) = make_uint4(nearest_pair(value[0], value[1]), nearest_pair(value[2], value[3]),
+                                                                        nearest_pair(value[4], value[5]), nearest_pair(value[6], value[7]));
+#endif
+        }
+    }
+    __syncthreads();
+#else
 #if ROUNDED && SPLITS > 1
     cluster_wait();  // all blocks have begun
 #endif
@@ -253,6 +372,7 @@ eight(INPUT_TYPE given, const __grid_constant__ TensorMap codes, const __grid_co
         at.go(step_on, strips);
     }
     __syncthreads();
+#endif
 #endif
     MARK(5, 0u);
 

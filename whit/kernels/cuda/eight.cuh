@@ -11,6 +11,9 @@
 #define MARK(number, after)
 #define MARKS_END(bias)
 #endif
+#ifndef HELD
+#define HELD 0
+#endif
 #ifndef BIAS_FLOAT
 #define BIAS_FLOAT 0
 #endif
@@ -69,6 +72,16 @@ __device__ __forceinline__ u32 bytes_of(u32 low, u32 high, u32 selector) {
     u32 chosen;
     asm("prmt.b32 %0, %1, %2, %3;" : "=r"(chosen) : "r"(low), "r"(high), "r"(selector));
     return chosen;
+}
+// The larger ones of two pairs of magnitudes; of a number and NaN, the number.
+__device__ __forceinline__ u32 larger_number(u32 a, u32 b) {
+    u32 d;
+#if BF16
+    asm("max.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+#else
+    asm("max.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
+#endif
+    return d;
 }
 __device__ __forceinline__ u32 subtracted(u32 a, u32 b) {
     u32 d;
