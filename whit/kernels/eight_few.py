@@ -146,7 +146,8 @@ def few_options(kind: FewKind, launch: FewLaunch, vectors: int, *, early: bool =
 @lru_cache(maxsize=1)
 def few_source() -> str:
     """The CUDA C++ of the kernel."""
-    return source_of("words.cuh", "barriers.cuh", "inputs.cuh", "eight.cuh", "eight.cu")
+    parts = (f"eight{part}.cuh" for part in ("", "_block", "_inputs", "_held", "_products", "_sums"))
+    return source_of("words.cuh", "barriers.cuh", "clusters.cuh", "inputs.cuh", *parts, "eight.cu")
 
 
 @lru_cache(maxsize=256)

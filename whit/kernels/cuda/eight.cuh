@@ -42,19 +42,10 @@ __device__ __forceinline__ void copy_rows(u8* shared, const TensorMap& map, u64*
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
         ::"r"(shared_address(shared)), "l"(&map), "r"(column / 2), "r"(row), "r"(shared_address(barrier)) : "memory");
 }
-__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
-__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 __device__ __forceinline__ void largest_at_peer(u32* own, int rank, u32 value) {
     u32 address;
     asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(own)), "r"(rank));
     asm volatile("red.relaxed.cluster.shared::cluster.max.u32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
-}
-__device__ __forceinline__ uint4 peer_words(const void* own, int rank) {
-    uint4 v;
-    u32 address;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(own)), "r"(rank));
-    asm volatile("ld.shared::cluster.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address) : "memory");
-    return v;
 }
 
 __device__ __forceinline__ void whole_product(int (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
@@ -72,16 +63,6 @@ __device__ __forceinline__ u32 bytes_of(u32 low, u32 high, u32 selector) {
     u32 chosen;
     asm("prmt.b32 %0, %1, %2, %3;" : "=r"(chosen) : "r"(low), "r"(high), "r"(selector));
     return chosen;
-}
-// The larger ones of two pairs of magnitudes; of a number and NaN, the number.
-__device__ __forceinline__ u32 larger_number(u32 a, u32 b) {
-    u32 d;
-#if BF16
-    asm("max.bf16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
-#else
-    asm("max.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
-#endif
-    return d;
 }
 __device__ __forceinline__ u32 subtracted(u32 a, u32 b) {
     u32 d;
@@ -138,15 +119,6 @@ __device__ __forceinline__ float scale_of_row(const Work& w, int row) {
     return __ldg((const float*)w.scales + at);
 #endif
 }
-
-// A unit of the inputs: a vector, and 128 columns of it.
-struct Unit {
-    int v, strip;
-    __device__ __forceinline__ void go(const Unit& by, int strips) {
-        v += by.v, strip += by.strip;
-        if (strip >= strips) strip -= strips, v++;
-    }
-};
 
 // Masks of two pairs of 16 bits, from four bits.
 __device__ __forceinline__ uint2 pairs_of_bits(u32 bits) {
