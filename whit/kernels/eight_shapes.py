@@ -11,6 +11,8 @@ AS_THEY_ARE, TO_INT8, TO_E4M3 = range(3)
 """What inputs are rounded to."""
 NO_OUTLIERS, FOUND, LISTED = range(3)
 """Where outlier columns are known from."""
+LONG_ROWS = 8192
+"""Columns from which the inputs of two blocks leave no room for rings."""
 WIDE_ROWS = 16384
 """Rows from which blocks of a cluster of four have more sums than shared memory for them and for deep rings."""
 
@@ -87,9 +89,11 @@ def likeliest(kind: FewKind, vectors: int, rows: int, columns: int, processors: 
     shapes = few_shapes(vectors)
     if vectors == 1 or not kind.rounded:
         return shapes
-    first = (
-        FewShape(2, 128, 6, 256) if rows > WIDE_ROWS else FewShape(4, 128, 4, 512)
-    )  # what each block rounds is little
+    first = FewShape(2, 128, 4, 512, patient=True)
+    if rows > WIDE_ROWS:
+        first = FewShape(2, 128, 6, 256)
+    elif columns > LONG_ROWS:
+        first = FewShape(8, 128, 4, 512)  # what each block rounds is little
     return [first, FewShape(4, 128, 4, 512), FewShape(8, 128, 4, 512), *shapes]
 
 

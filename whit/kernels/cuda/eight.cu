@@ -20,7 +20,12 @@ eight(INPUT_TYPE given, const __grid_constant__ TensorMap codes, const __grid_co
     MARK(0, 0u);
     if (b.lane == 0) {
         for (int i = 0; i < DEPTH; i++) barrier_init(ring.arrived + i, 1);
+        if (SPLITS > 1 && b.warp == 0) barrier_init(b.sent, 1), barrier_init(b.sent + 1, 1);
         barriers_ready();
+        if (SPLITS > 1 && b.warp == 0) {
+            barrier_expect(b.sent, 4 * SPLITS * b.vectors);
+            barrier_expect(b.sent + 1, 16 * SPLITS * b.own_results());
+        }
     }
     __syncwarp();
     int item = ring.next, slot = 0, phase = 0, tile = ring.tile, part = ring.part;
@@ -34,8 +39,10 @@ eight(INPUT_TYPE given, const __grid_constant__ TensorMap codes, const __grid_co
 #pragma unroll 1
     for (int i = threadIdx.x; i < (OUTLIERS ? b.span / 32 : 0); i += THREADS) b.flags[i] = b.loose[i] = 0;
     __syncthreads();
-#if ROUNDED && SPLITS > 1
-    cluster_arrive();
+#if SPLITS > 1 && (HELD || !ROUNDED)
+    cluster_begun();
+#elif SPLITS > 1
+    cluster_arrive();  // nobody's largest magnitudes come before they are zero here
 #endif
     if (OUTLIERS == 2 || PLACED)
         for (int i = threadIdx.x; i < w.stored; i += THREADS) {
@@ -56,18 +63,19 @@ eight(INPUT_TYPE given, const __grid_constant__ TensorMap codes, const __grid_co
     held.load(b, w, x);
     if (PATIENT) ring.load_others(b, codes);
     MARK(3, 0u);
-    b.keep_rows(w, first_scale, first_bias);
     held.mark(w);
     if (!w.input_scale) held.keep_largest(b);
 #if SPLITS > 1
     cluster_wait();  // all blocks have begun
-    for (int i = threadIdx.x; i < 32 * SPLITS; i += THREADS)
-        if (i % 32 < b.vectors && i / 32 != b.rank) largest_at_peer(b.most + i % 32, i / 32, b.most[i % 32]);
-    cluster_arrive();
-    cluster_wait();
+    if (!w.input_scale) {
+        for (int i = threadIdx.x; i < 32 * SPLITS; i += THREADS)
+            if (i % 32 < b.vectors) send_word(b.sent_most + b.rank * 32 + i % 32, i / 32, b.most[i % 32], b.sent);
+        peers_wait(b.sent);
+    }
 #endif
     MARK(4, 0u);
     held.round(b, w);
+    b.keep_rows(w, first_scale, first_bias);
     __syncthreads();
 #else
 #if ROUNDED && SPLITS > 1
@@ -124,16 +132,22 @@ eight(INPUT_TYPE given, const __grid_constant__ TensorMap codes, const __grid_co
         }
     }
     MARK(7, 0u);
-    __syncthreads();
-#if SPLITS > 1
-    add_own(b);
+#if PLACED && SPLITS > 1  // whose sums of stored columns are read by peers
     cluster_arrive();
     cluster_wait();
+#else
+    __syncthreads();
+#endif
+#if SPLITS > 1
+#if !ROUNDED
+    cluster_wait();  // all blocks have begun
+#endif
+    send_sums(b);
+    if (b.own_results() > 0) peers_wait(b.sent + 1);
 #endif
     MARK(8, 0u);
-#pragma unroll 1
-    for (int at = b.rank * THREADS + threadIdx.x; at < b.tiles * b.vectors * 4; at += SPLITS * THREADS) write_results(b, w, at);
-#if SPLITS > 1
+    write_results(b, w);
+#if PLACED && SPLITS > 1
     cluster_arrive();  // no block goes while another one reads its memory
     cluster_wait();
 #endif

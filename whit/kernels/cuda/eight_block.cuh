@@ -8,9 +8,12 @@ struct Block {
     int pitch, wide_pitch;           // bytes between vectors
     int stored, placed_pitch;
     float *row_scales, *row_biases, *steps;
-    u32 *most, *flags, *loose;  // largest magnitudes of vectors; outlier columns, and those whose weights are codes
+    u32 *most, *sent_most;  // largest magnitudes of vectors: of this block, of all blocks of the cluster
+    u64* sent;              // two barriers: largest magnitudes have come, sums have come
+    u32 *flags, *loose;     // outlier columns, and those whose weights are codes
     u8 *placed_x, *wide, *wide_x, *rounded;
-    float *sums, *outer_sums, *placed_sums;  // of tiles and warps; the last ones of every SPLITS-th tile
+    float *sums, *inbox, *placed_sums;  // of tiles and warps; of blocks, for results of this one; of every SPLITS-th tile
+    int room;                           // fours of results of a block at most
 
     __device__ __forceinline__ Block(u8* memory, const Work& w) {
         warp = threadIdx.x / 32, lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
@@ -19,13 +22,14 @@ struct Block {
         const int all_tiles = (w.rows + 15) / 16;
         tiles = (all_tiles - cluster + clusters - 1) / clusters, across = span / ITEM;
         each = (tiles * across + WARPS - 1) / WARPS;
-        const int slots = tiles + WARPS;
         pitch = span + 64, wide_pitch = 2 * span + 16;
         row_scales = (float*)(memory + WARPS * DEPTH * (ITEM_BYTES + 8));
         row_biases = row_scales + tiles * 16;
-        most = (u32*)(row_biases + tiles * 16);  // [32] magnitudes of this block, [32] steps of the cluster
+        most = (u32*)(row_biases + tiles * 16);
         steps = (float*)(most + 32);
-        flags = most + 64;
+        sent_most = most + 64;
+        sent = (u64*)(sent_most + SPLITS * 32);
+        flags = (u32*)(sent + 2);
         loose = flags + (PLACED ? span / 32 : 0);
         stored = (w.stored + 15) / 16 * 16, placed_pitch = 2 * stored + 16;
         placed_x = (u8*)(loose + (OUTLIERS ? span / 32 : 0));
@@ -39,8 +43,14 @@ struct Block {
 #endif
         rounded = wide + wide_bytes;
         sums = (float*)(rounded + (ROUNDED == 1 ? (vectors * pitch + 15) / 16 * 16 : 0));
-        outer_sums = sums + slots * vectors * 16;
-        placed_sums = outer_sums + (LOOSE ? slots * vectors * 16 : 0);
+        inbox = sums + (tiles + WARPS) * MOST * 16;
+        room = (tiles * MOST * 4 + 32 * SPLITS - 1) / (32 * SPLITS) * 32;
+        placed_sums = inbox + (SPLITS > 1 ? SPLITS * room * 4 : 0);
+    }
+    // Results, four rows of a vector at a time, are shared out among the blocks in runs of 32.
+    __device__ __forceinline__ int own_results() const {
+        const int runs = tiles * MOST * 4 / 32, rest = tiles * MOST * 4 % 32;
+        return (runs / SPLITS + (rank < runs % SPLITS)) * 32 + (rank == runs % SPLITS ? rest : 0);
     }
     __device__ __forceinline__ int first_row(int tile) const { return (cluster + tile * clusters) * 16; }
     // Scale and bias of row `i` of the block's.
@@ -56,7 +66,8 @@ struct Block {
     __device__ __forceinline__ void keep_rows(const Work& w, float first_scale, float first_bias) const {
 #pragma unroll 1
         for (int i = threadIdx.x; i < tiles * 16; i += THREADS) {
-            row_scales[i] = i < THREADS ? first_scale : scale_of(w, i);
+            const float scale = i < THREADS ? first_scale : scale_of(w, i);
+            row_scales[i] = LLM ? __fdiv_rn(scale, 127.0f) : scale;
             row_biases[i] = i < THREADS ? first_bias : bias_of(w, i);
         }
     }

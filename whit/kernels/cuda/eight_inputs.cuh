@@ -90,6 +90,16 @@ __device__ __forceinline__ void keep_largest_kept(const Block& b) {
 #endif
 
 #if ROUNDED || CONVERTS
+__device__ __forceinline__ u32 largest_of(const Block& b, int v) {
+#if HELD && SPLITS > 1
+    u32 largest = 0;
+#pragma unroll
+    for (int i = 0; i < SPLITS; i++) largest = max(largest, b.sent_most[i * 32 + v]);
+    return largest;
+#else
+    return b.most[v];
+#endif
+}
 // What the inputs of vector `lane` are multiplied with or, but for LLM.int8(), divided by; its step to shared memory.
 __device__ __forceinline__ float factor_of(const Block& b, const Work& w) {
     float step = 0.0f, factor = 0.0f;
@@ -98,10 +108,11 @@ __device__ __forceinline__ float factor_of(const Block& b, const Work& w) {
         const u32 exponent = max(b.most[b.lane] >> 7, 15u);
         factor = __uint_as_float((268 - exponent) << 23), step = __uint_as_float((exponent - 14) << 23);
 #elif LLM
-        step = float_of_x((u16)b.most[b.lane]);
+        step = float_of_x((u16)largest_of(b, b.lane));
         factor = __fmul_rn(__fdiv_rn(1.0f, fmaxf(step, SMALLEST)), 127.0f);
+        step = __fdiv_rn(step, 127.0f);
 #else
-        step = float_of_x((u16)b.most[b.lane]);
+        step = float_of_x((u16)largest_of(b, b.lane));
         if (w.input_scale) step = *w.input_scale;
         else step = __fmul_rn(step, __fdiv_rn(1.0f, w.maximum)), step = step == 0.0f ? 1.0f : step;
         factor = step;

@@ -57,11 +57,11 @@ __device__ __forceinline__ void keep_sums(const Sums& s, const Block& b, int til
     for (int t = 0; t < TILES; t++)
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            const int v = 8 * t + 2 * b.q + i % 2, at = ((tile + b.warp) * b.vectors + v) * 16 + row + i / 2 * 8;
+            const int v = 8 * t + 2 * b.q + i % 2, at = ((tile + b.warp) * MOST + v) * 16 + row + i / 2 * 8;
             if (v < b.vectors) {
-                if (ROUNDED == 1) ((int*)b.sums)[at] = s.whole[t][i];
+                if (WHOLE_SUMS) ((int*)b.sums)[at] = s.whole[t][i];
+                else if (LOOSE) b.sums[at] = __fmul_rn((float)s.whole[t][i], b.steps[v]) + s.outer[t][i];
                 else b.sums[at] = CONVERTS ? s.outer[t][i] * b.steps[v] : s.outer[t][i];
-                if (LOOSE) b.outer_sums[at] = s.outer[t][i];
             }
         }
 }
