@@ -135,7 +135,6 @@ def few_options(kind: FewKind, launch: FewLaunch, vectors: int, *, early: bool =
         "EARLY": early,
         "EAGER": shape.eager,
         "PATIENT": shape.patient,
-        "AS_HALVES": shape.halves,
         "HELD": held_strips(kind, launch, vectors),
         "MOST": vectors_class(vectors),
         "THREADS": shape.threads,

@@ -23,8 +23,8 @@ class FewShape:
 
     Blocks of a cluster that share the columns, columns of an item, most items of a warp's ring, threads of a block,
     blocks for which a multiprocessor has room, blocks that it is given (with more room than blocks the next kernel's is
-    there when one ends), whether all items of a ring but the first are asked for after the inputs, whether bfloat16
-    inputs that are not rounded become float16, and whether the next kernel may start at once.
+    there when one ends), whether all items of a ring but the first are asked for after the inputs, and whether the next
+    kernel may start at once.
     """
 
     splits: int = 2
@@ -34,7 +34,6 @@ class FewShape:
     resident: int = 1
     blocks: int = 1
     patient: bool = False
-    halves: bool = False
     eager: bool = True
 
 
@@ -75,12 +74,12 @@ def few_shapes(vectors: int) -> list[FewShape]:
         shapes = [(1, 256, 3, 512, 1, 1), (1, 256, 6, 256, 1, 1), (1, 512, 4, 256, 1, 1), (2, 256, 6, 256, 1, 1)]
         shapes += [(1, 256, 4, 256, 2, 1), (1, 256, 2, 512, 2, 1), (2, 256, 4, 256, 2, 1), (1, 256, 4, 256, 2, 2)]
         shapes += [(2, 128, 6, 256, 1, 1), (1, 128, 6, 256, 1, 1)]
-        found = [FewShape(*numbers, halves=True) for numbers in shapes]
+        found = [FewShape(*numbers) for numbers in shapes]
         return found + [replace(shape, patient=True) for shape in found if shape.blocks == 1 and shape.depth > 2]
     shapes = [(splits, 128, 4, 512, 1, 1) for splits in (2, 4, 8)]
     shapes += [(4, 512, 4, 256, 1, 1), (4, 256, 6, 256, 1, 1), (2, 128, 6, 256, 1, 1), (8, 128, 6, 256, 1, 1)]
     found = [FewShape(*numbers) for numbers in shapes]
-    found += [replace(shape, halves=True) for shape in found] + [replace(shape, patient=True) for shape in found]
+    found += [replace(shape, patient=True) for shape in found]
     return [*found, SMALLEST, replace(SMALLEST, splits=4), replace(SMALLEST, splits=2), replace(SMALLEST, splits=1)]
 
 
