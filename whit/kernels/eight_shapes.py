@@ -11,10 +11,12 @@ AS_THEY_ARE, TO_INT8, TO_E4M3 = range(3)
 """What inputs are rounded to."""
 NO_OUTLIERS, FOUND, LISTED = range(3)
 """Where outlier columns are known from."""
+FEW_ROWS = 8192
+"""Rows up to which items of twice the columns leave no warp without one."""
 LONG_ROWS = 8192
-"""Columns from which the inputs of two blocks leave no room for rings."""
+"""Columns from which the inputs of four blocks leave no room for rings."""
 WIDE_ROWS = 16384
-"""Rows from which blocks of a cluster of four have more sums than shared memory for them and for deep rings."""
+"""Rows from which sums take less room where fewer blocks share the columns."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,8 @@ def few_shapes(vectors: int) -> list[FewShape]:
         found = [FewShape(*numbers) for numbers in shapes]
         return found + [replace(shape, patient=True) for shape in found if shape.blocks == 1 and shape.depth > 2]
     shapes = [(splits, 128, 4, 512, 1, 1) for splits in (2, 4, 8)]
-    shapes += [(4, 512, 4, 256, 1, 1), (4, 256, 6, 256, 1, 1), (2, 128, 6, 256, 1, 1), (8, 128, 6, 256, 1, 1)]
+    shapes += [(4, 256, 2, 512, 1, 1), (8, 256, 2, 512, 1, 1), (4, 512, 4, 256, 1, 1), (4, 256, 6, 256, 1, 1)]
+    shapes += [(2, 128, 6, 256, 1, 1), (4, 128, 6, 256, 1, 1), (8, 128, 6, 256, 1, 1)]
     found = [FewShape(*numbers) for numbers in shapes]
     found += [replace(shape, patient=True) for shape in found]
     return [*found, SMALLEST, replace(SMALLEST, splits=4), replace(SMALLEST, splits=2), replace(SMALLEST, splits=1)]
@@ -88,12 +91,13 @@ def likeliest(kind: FewKind, vectors: int, rows: int, columns: int, processors: 
     shapes = few_shapes(vectors)
     if vectors == 1 or not kind.rounded:
         return shapes
-    first = FewShape(2, 128, 4, 512, patient=True)
+    first = FewShape(4, 256, 2, 512, patient=True) if rows <= FEW_ROWS else FewShape(4, 128, 4, 512, patient=True)
     if rows > WIDE_ROWS:
-        first = FewShape(2, 128, 6, 256)
+        first = FewShape(2, 128, 4, 512, patient=True)
     elif columns > LONG_ROWS:
-        first = FewShape(8, 128, 4, 512)  # what each block rounds is little
-    return [first, FewShape(4, 128, 4, 512), FewShape(8, 128, 4, 512), *shapes]
+        first = FewShape(8, 128, 4, 512, patient=True)
+    others = (FewShape(splits, 128, 4, 512, patient=True) for splits in (4, 8))
+    return [first, *others, *shapes]
 
 
 @lru_cache(maxsize=8)

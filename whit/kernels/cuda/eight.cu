@@ -39,9 +39,9 @@ eight(INPUT_TYPE given, const __grid_constant__ TensorMap codes, const __grid_co
 #pragma unroll 1
     for (int i = threadIdx.x; i < (OUTLIERS ? b.span / 32 : 0); i += THREADS) b.flags[i] = b.loose[i] = 0;
     __syncthreads();
-#if SPLITS > 1 && SENDS && (HELD || !ROUNDED)
+#if SPLITS > 1 && (HELD || !ROUNDED)
     cluster_begun();
-#elif SPLITS > 1 && ROUNDED
+#elif SPLITS > 1
     cluster_arrive();  // nobody's largest magnitudes come before they are zero here
 #endif
     if (OUTLIERS == 2 || PLACED)
@@ -67,18 +67,11 @@ eight(INPUT_TYPE given, const __grid_constant__ TensorMap codes, const __grid_co
     if (!w.input_scale) held.keep_largest(b);
 #if SPLITS > 1
     cluster_wait();  // all blocks have begun
-#if SENDS
     if (!w.input_scale) {
         for (int i = threadIdx.x; i < 32 * SPLITS; i += THREADS)
             if (i % 32 < b.vectors) send_word(b.sent_most + b.rank * 32 + i % 32, i / 32, b.most[i % 32], b.sent);
         peers_wait(b.sent);
     }
-#else
-    for (int i = threadIdx.x; i < 32 * SPLITS; i += THREADS)
-        if (i % 32 < b.vectors && i / 32 != b.rank) largest_at_peer(b.most + i % 32, i / 32, b.most[i % 32]);
-    cluster_arrive();
-    cluster_wait();
-#endif
 #endif
     MARK(4, 0u);
     held.round(b, w);
@@ -139,17 +132,13 @@ eight(INPUT_TYPE given, const __grid_constant__ TensorMap codes, const __grid_co
         }
     }
     MARK(7, 0u);
-#if PLACED && SPLITS > 1 && SENDS  // whose sums of stored columns are read by peers
+#if PLACED && SPLITS > 1  // whose sums of stored columns are read by peers
     cluster_arrive();
     cluster_wait();
 #else
     __syncthreads();
 #endif
-#if SPLITS > 1 && !SENDS
-    gather_sums(b);
-    cluster_arrive();
-    cluster_wait();
-#elif SPLITS > 1
+#if SPLITS > 1
 #if !ROUNDED
     cluster_wait();  // all blocks have begun
 #endif
@@ -158,7 +147,7 @@ eight(INPUT_TYPE given, const __grid_constant__ TensorMap codes, const __grid_co
 #endif
     MARK(8, 0u);
     write_results(b, w);
-#if SPLITS > 1 && (PLACED || !SENDS)
+#if PLACED && SPLITS > 1
     cluster_arrive();  // no block goes while another one reads its memory
     cluster_wait();
 #endif

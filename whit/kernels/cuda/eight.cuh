@@ -11,9 +11,6 @@
 #define MARK(number, after)
 #define MARKS_END(bias)
 #endif
-#ifndef SENDS  // blocks of a cluster send each other what they share, else they read it behind a barrier
-#define SENDS 1
-#endif
 #ifndef HELD
 #define HELD 0
 #endif

@@ -91,7 +91,7 @@ __device__ __forceinline__ void keep_largest_kept(const Block& b) {
 
 #if ROUNDED || CONVERTS
 __device__ __forceinline__ u32 largest_of(const Block& b, int v) {
-#if HELD && SPLITS > 1 && SENDS
+#if HELD && SPLITS > 1
     u32 largest = 0;
 #pragma unroll
     for (int i = 0; i < SPLITS; i++) largest = max(largest, b.sent_most[i * 32 + v]);

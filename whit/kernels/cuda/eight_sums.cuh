@@ -9,7 +9,8 @@ struct Four {
 __device__ __forceinline__ u32 added(u32 a, u32 b) {
     return WHOLE_SUMS ? a + b : __float_as_uint(__uint_as_float(a) + __uint_as_float(b));
 }
-__device__ __forceinline__ void add_words(u32 (&words)[4], uint4 more) {
+__device__ __forceinline__ void add_words(u32 (&words)[4], const float* from) {
+    const uint4 more = *(const uint4*)from;
     words[0] = added(words[0], more.x), words[1] = added(words[1], more.y), words[2] = added(words[2], more.z), words[3] = added(words[3], more.w);
 }
 // What the warps of the block have; `inverse` of the items of a warp: quotients of less than 2^22 by it are exact, see below.
@@ -18,7 +19,7 @@ __device__ __forceinline__ void sum_of_warps(const Block& b, u32 (&words)[4], co
     const int last = (int)(((float)end + 0.5f) * inverse);
 #pragma unroll 1
     for (int one = (int)(((float)begin + 0.5f) * inverse); one <= last; one++)
-        add_words(words, *(const uint4*)(b.sums + ((at.tile + one) * MOST + at.v) * 16 + at.row));
+        add_words(words, b.sums + ((at.tile + one) * MOST + at.v) * 16 + at.row);
 }
 
 #if SPLITS > 1
@@ -31,22 +32,6 @@ __device__ __forceinline__ void send_sums(const Block& b) {
         sum_of_warps(b, words, Four(at), inverse);
         const int run = at / 32, slot = run / SPLITS * 32 + at % 32;
         send_four((u32*)b.inbox + (b.rank * b.room + slot) * 4, run % SPLITS, words, b.sent + 1);
-    }
-}
-#endif
-
-#if SPLITS > 1 && !SENDS
-// Sums of this block, to where those of the first warp lie, for peers to read.
-__device__ __forceinline__ float* place_of(const Block& b, const Four& at, float inverse) {
-    return b.sums + ((at.tile + (int)(((float)(at.tile * b.across) + 0.5f) * inverse)) * MOST + at.v) * 16 + at.row;
-}
-__device__ __forceinline__ void gather_sums(const Block& b) {
-    const float inverse = __fdiv_rn(1.0f, (float)b.each);
-#pragma unroll 1
-    for (int at = threadIdx.x; at < b.tiles * MOST * 4; at += THREADS) {
-        u32 words[4] = {0, 0, 0, 0};
-        sum_of_warps(b, words, Four(at), inverse);
-        *(uint4*)place_of(b, Four(at), inverse) = make_uint4(words[0], words[1], words[2], words[3]);
     }
 }
 #endif
@@ -89,21 +74,12 @@ __device__ __forceinline__ void write_four(const Block& b, const Work& w, const 
 __device__ __forceinline__ void write_results(const Block& b, const Work& w) {
 #if SPLITS > 1
     const int own = b.own_results();
-#if !SENDS
-    const float inverse = __fdiv_rn(1.0f, (float)b.each);
-#endif
 #pragma unroll 1
     for (int slot = threadIdx.x; slot < own; slot += THREADS) {
-        const Four at((slot / 32 * SPLITS + b.rank) * 32 + slot % 32);
         u32 words[4] = {0, 0, 0, 0};
 #pragma unroll
-        for (int other = 0; other < SPLITS; other++)
-#if SENDS
-            add_words(words, *(const uint4*)(b.inbox + (other * b.room + slot) * 4));
-#else
-            add_words(words, peer_words(place_of(b, at, inverse), other));
-#endif
-        write_four(b, w, at, words);
+        for (int other = 0; other < SPLITS; other++) add_words(words, b.inbox + (other * b.room + slot) * 4);
+        write_four(b, w, Four((slot / 32 * SPLITS + b.rank) * 32 + slot % 32), words);
     }
 #else
     const float inverse = __fdiv_rn(1.0f, (float)b.each);
