@@ -1,6 +1,7 @@
 """Time of 8-bit layers against the dense product on one GPU, written as JSON.
 
     python benchmarks/int8_kernels.py --output benchmarks/results/int8-kernels-h200.json
+    python benchmarks/int8_kernels.py --compilers 14    # that many processes compile all kernels first: a minute in all
     python benchmarks/int8_kernels.py --tune      # first finds and keeps the fastest launch shape of each case
 
 Each case is a CUDA graph that calls the layer once per copy of its weight; copies together exceed twice the L2 cache,
@@ -14,6 +15,8 @@ from __future__ import annotations
 import argparse
 import platform
 import statistics
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -178,6 +181,28 @@ def measure_bitsandbytes(case: Case, x: Tensor) -> None:
         case.keep(name, "without a graph", statistics.median(times), **more)
 
 
+def compile_part(arguments: argparse.Namespace, dtype: torch.dtype) -> None:
+    """Call every so manieth layer once: what is compiled is kept in files for the process that measures."""
+    part, parts = arguments.part
+    layers = [
+        (shape, tokens, name) for name in arguments.cases for tokens in arguments.counts for shape in arguments.shapes
+    ]
+    generator = torch.Generator("cuda").manual_seed(SEED)
+    for shape, tokens, name in layers[part::parts]:
+        rows, columns = map(int, shape.split("x"))
+        packed = random_packed(name, rows, columns, generator)
+        packed_linear(torch.randn(tokens, columns, device="cuda", generator=generator).to(dtype), packed)
+    torch.cuda.synchronize()
+
+
+def compile_together(processes: int) -> None:
+    """The same command in several processes, each of which compiles a part."""
+    command = [sys.executable, *sys.argv]
+    started = [subprocess.Popen([*command, "--part", str(part), str(processes)]) for part in range(processes)]
+    for process in started:
+        process.wait()
+
+
 def measure(case: Case, names: list[str], dtype: torch.dtype, tuning: bool) -> list[dict[str, Any]]:
     """Baselines and every named layer."""
     generator = torch.Generator("cuda").manual_seed(SEED)
@@ -213,8 +238,17 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=[f"{rows}x{columns}" for rows, columns in SHAPES])
     parser.add_argument("--dtype", choices=["float16", "bfloat16"], default="bfloat16")
     parser.add_argument("--tune", action="store_true", help="find and keep the fastest launch shapes first")
+    parser.add_argument("--compilers", type=int, default=0, help="processes that compile all kernels first")
+    parser.add_argument("--part", nargs=2, type=int, metavar=("PART", "PARTS"), help="of such a process: compile alone")
     arguments = parser.parse_args()
+    dtype = getattr(torch, arguments.dtype)
     torch.manual_seed(SEED)
+    if arguments.part:
+        with torch.inference_mode():
+            compile_part(arguments, dtype)
+        return
+    if arguments.compilers:
+        compile_together(arguments.compilers)
     properties = torch.cuda.get_device_properties(0)
     report: dict[str, Any] = {
         "hardware": properties.name,
@@ -226,7 +260,6 @@ def main() -> None:
         "loud_columns": LOUD,
         "records": [],
     }
-    dtype = getattr(torch, arguments.dtype)
     with torch.inference_mode():
         for shape in arguments.shapes:
             rows, columns = map(int, shape.split("x"))

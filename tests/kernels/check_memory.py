@@ -42,8 +42,9 @@ from whit.kernels.cuda_tuned import tuning_key, use_shape
 from whit.kernels.cuda_wide_plan import MANY
 from whit.kernels.decode_ops import add_rms_norm, gated
 from whit.kernels.eight_cuda import choice as few_choice
-from whit.kernels.eight_cuda import eight_bit_of, multiply_eight
+from whit.kernels.eight_cuda import multiply_eight
 from whit.kernels.eight_few import MOST_VECTORS, place_few
+from whit.kernels.eight_layer import eight_bit_of
 from whit.kernels.eight_shapes import few_shapes, found_key, found_shapes
 from whit.kernels.linear import choose_several
 from whit.kernels.outlier_launch import Weight

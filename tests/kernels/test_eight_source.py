@@ -16,8 +16,9 @@ from whit.formats.scaled_codes import ScaledCodes
 from whit.kernels import decode_ops, explain, packed_linear
 from whit.kernels.cuda_inputs import Normed, products_of
 from whit.kernels.cuda_step import input_options
-from whit.kernels.eight_cuda import NAME, EightBit, eight_bit_of, multiply_eight, wins
+from whit.kernels.eight_cuda import NAME, multiply_eight, wins
 from whit.kernels.eight_few import HOPPER, MOST_VECTORS, few_options, few_source, fits_few, place_few
+from whit.kernels.eight_layer import EightBit, eight_bit_of
 from whit.kernels.eight_shapes import FewKind, FewShape, few_shapes, likeliest
 
 MAP = (
@@ -31,6 +32,8 @@ INT8, E4M3, E5M2 = (ScaledCodes(system, 0) for system in ("int8", "e4m3fn", "e5m
 CASES: list[tuple[Format, torch.dtype, int, FewShape]] = [
     (OutlierInt8(6.0, "dynamic"), torch.bfloat16, 3, FewShape(2, 256, 3, 64, patient=True)),
     (OutlierInt8(6.0, "dynamic"), torch.float16, 1, FewShape(1, 128, 3, 64)),
+    (OutlierInt8(6.0, "dynamic"), torch.float16, 18, FewShape(4, 128, 3, 64)),
+    (OutlierInt8(6.0, "dynamic"), torch.bfloat16, 8, FewShape(1, 128, 2, 128, patient=True)),
     (OutlierInt8(0.0, "static", 9), torch.float16, 12, FewShape(2, 128, 3, 64)),
     (OutlierInt8(6.0, "dynamic", 4, "bfloat16"), torch.bfloat16, 11, FewShape(2, 128, 3, 64)),
     (OutlierInt8(0.0, "static", 19, "float16"), torch.float16, 2, FewShape(4, 128, 3, 64)),
@@ -41,12 +44,12 @@ CASES: list[tuple[Format, torch.dtype, int, FewShape]] = [
     (QuantisedInputs(E5M2, "e4m3", True), torch.float16, 9, FewShape(1, 128, 3, 64)),
     (INT8, torch.float16, 2, FewShape(1, 256, 3, 64, patient=True)),
     (INT8, torch.bfloat16, 9, FewShape(2, 128, 3, 64)),
-    (INT8, torch.bfloat16, 1, FewShape(1, 128, 3, 64, halves=True)),
-    (E4M3, torch.bfloat16, 1, FewShape(2, 256, 3, 64, halves=True)),
+    (INT8, torch.bfloat16, 1, FewShape(1, 128, 3, 64)),
+    (E4M3, torch.bfloat16, 1, FewShape(2, 256, 3, 64)),
     (E4M3, torch.bfloat16, 3, FewShape(2, 256, 3, 64)),
     (E4M3, torch.float16, 9, FewShape(1, 256, 3, 64)),
     (E5M2, torch.bfloat16, 2, FewShape(1, 256, 3, 64)),
-    (E5M2, torch.bfloat16, 17, FewShape(1, 128, 2, 64, halves=True)),
+    (E5M2, torch.bfloat16, 17, FewShape(1, 128, 2, 64)),
     (ScaledCodes("e5m2", -1), torch.float16, 1, FewShape(1, 128, 3, 64)),
 ]
 needs_gpu = pytest.mark.skipif(
@@ -192,10 +195,11 @@ def test_kernels(layout: Format, dtype: torch.dtype, vectors: int, shape: FewSha
     for rows, columns in ((37, 784), (1000, 4112)):
         packed = weight(layout, rows, columns).to("cuda")
         bias = torch.randn(rows, device="cuda").to(dtype)
+        layer = eight_bit_of(packed, dtype == torch.bfloat16)
+        assert layer is not None
         for count in {vectors, 16}:
             x = inputs(count, columns, dtype).cuda()
-            layer = eight_bit_of(packed, dtype == torch.bfloat16)
-            assert layer is not None and (explain(x, packed) == NAME) == wins(layer.kind, count)
+            assert (explain(x, packed) == NAME) == wins(layer.kind, count)
             expected, actual = packed.linear(x, bias), multiply_eight(x, *layer.arguments(bias))
             limit = bound(x, packed, expected) + bias.double().abs() * torch.finfo(dtype).eps
             assert ((actual.double() - expected.double()).abs() <= limit).all()

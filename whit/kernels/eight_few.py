@@ -15,14 +15,14 @@ from torch import Tensor
 
 from whit.kernels.codebook_plan import clusters_at_once
 from whit.kernels.cuda_sources import source_of
-from whit.kernels.eight_shapes import SMALLEST, TO_INT8, FewKind, FewShape, vectors_class
+from whit.kernels.eight_shapes import LISTED, SMALLEST, TO_INT8, FewKind, FewShape, vectors_class
 from whit.kernels.nvrtc import Argument, Kernel, TensorMap, kernel, tensor_map
 
 MOST_VECTORS = 32
 BOX_COLUMNS, BOX_ROWS = 128, 16
 LEAST_DEPTH = 2
-MOST_UNITS = 8
-"""Units of 128 inputs that a warp holds in registers."""
+MOST_HELD = 16384
+"""Registers of a multiprocessor's threads in which they keep inputs at most."""
 HOPPER = 232448
 """Bytes of shared memory that a block may have there."""
 
@@ -60,11 +60,23 @@ def fixed_bytes(kind: FewKind, vectors: int, span: int, splits: int, tiles: int,
         inputs += vectors * (span + 64)
     if kind.outliers:
         inputs += span // (4 if kind.placed else 8)
-    sums = (tiles + warps) * vectors * 64 * (2 if kind.loose else 1)
+    most = vectors_class(vectors)
+    sums = (tiles + warps) * most * 64
+    if splits > 1:
+        sums += -(-tiles * most * 4 // (32 * splits)) * splits * 512
     if kind.placed:
         inputs += vectors * (32 * -(-kind.placed // 16) + 16) + 128
         sums += -(-tiles // splits) * vectors * 64
-    return tiles * 128 + 256 + inputs + sums + 1024
+    return tiles * 128 + 272 + 128 * splits + inputs + sums + 1024
+
+
+def held_strips(kind: FewKind, launch: FewLaunch, vectors: int) -> int:
+    """Times 64 columns of all vectors that a warp keeps in registers while it rounds them; 0: in shared memory."""
+    strips = -(-launch.span // (2 * launch.shape.threads))
+    registers = strips * 8 * (1 if vectors <= 8 else 2 if vectors <= 16 else 4)
+    if vectors == 1 or not kind.rounded or kind.outliers == LISTED or kind.placed:
+        return 0
+    return strips if registers * launch.shape.threads * launch.shape.resident <= MOST_HELD else 0
 
 
 def fits_few(kind: FewKind, vectors: int, columns: int) -> bool:
@@ -118,15 +130,13 @@ def place_few(
 def few_options(kind: FewKind, launch: FewLaunch, vectors: int, *, early: bool = True) -> tuple[str, ...]:
     """Preprocessor options."""
     shape, tiles = launch.shape, -(-vectors // 8)
-    units = -(-launch.span // BOX_COLUMNS * vectors // (shape.threads // 32))
     values = {
         "BF16": kind.bfloat,
         "EARLY": early,
         "EAGER": shape.eager,
         "PATIENT": shape.patient,
-        "AS_HALVES": shape.halves,
-        "UNITS": min(units, MOST_UNITS),
-        "ROUNDS": -(-units // MOST_UNITS),
+        "HELD": held_strips(kind, launch, vectors),
+        "MOST": vectors_class(vectors),
         "THREADS": shape.threads,
         "RESIDENT": shape.resident,
         "ITEM": shape.item,
@@ -146,7 +156,8 @@ def few_options(kind: FewKind, launch: FewLaunch, vectors: int, *, early: bool =
 @lru_cache(maxsize=1)
 def few_source() -> str:
     """The CUDA C++ of the kernel."""
-    return source_of("words.cuh", "barriers.cuh", "inputs.cuh", "eight.cuh", "eight.cu")
+    parts = (f"eight{part}.cuh" for part in ("", "_block", "_inputs", "_held", "_products", "_sums"))
+    return source_of("words.cuh", "barriers.cuh", "clusters.cuh", "inputs.cuh", *parts, "eight.cu")
 
 
 @lru_cache(maxsize=256)

@@ -11,8 +11,12 @@ AS_THEY_ARE, TO_INT8, TO_E4M3 = range(3)
 """What inputs are rounded to."""
 NO_OUTLIERS, FOUND, LISTED = range(3)
 """Where outlier columns are known from."""
+FEW_ROWS = 8192
+"""Rows up to which items of twice the columns leave no warp without one."""
+LONG_ROWS = 8192
+"""Columns from which the inputs of four blocks leave no room for rings."""
 WIDE_ROWS = 16384
-"""Rows from which blocks of a cluster of four have more sums than shared memory for them and for deep rings."""
+"""Rows from which sums take less room where fewer blocks share the columns."""
 
 
 @dataclass(frozen=True)
@@ -21,8 +25,8 @@ class FewShape:
 
     Blocks of a cluster that share the columns, columns of an item, most items of a warp's ring, threads of a block,
     blocks for which a multiprocessor has room, blocks that it is given (with more room than blocks the next kernel's is
-    there when one ends), whether all items of a ring but the first are asked for after the inputs, whether bfloat16
-    inputs that are not rounded become float16, and whether the next kernel may start at once.
+    there when one ends), whether all items of a ring but the first are asked for after the inputs, and whether the next
+    kernel may start at once.
     """
 
     splits: int = 2
@@ -32,7 +36,6 @@ class FewShape:
     resident: int = 1
     blocks: int = 1
     patient: bool = False
-    halves: bool = False
     eager: bool = True
 
 
@@ -73,12 +76,13 @@ def few_shapes(vectors: int) -> list[FewShape]:
         shapes = [(1, 256, 3, 512, 1, 1), (1, 256, 6, 256, 1, 1), (1, 512, 4, 256, 1, 1), (2, 256, 6, 256, 1, 1)]
         shapes += [(1, 256, 4, 256, 2, 1), (1, 256, 2, 512, 2, 1), (2, 256, 4, 256, 2, 1), (1, 256, 4, 256, 2, 2)]
         shapes += [(2, 128, 6, 256, 1, 1), (1, 128, 6, 256, 1, 1)]
-        found = [FewShape(*numbers, halves=True) for numbers in shapes]
+        found = [FewShape(*numbers) for numbers in shapes]
         return found + [replace(shape, patient=True) for shape in found if shape.blocks == 1 and shape.depth > 2]
     shapes = [(splits, 128, 4, 512, 1, 1) for splits in (2, 4, 8)]
-    shapes += [(4, 512, 4, 256, 1, 1), (4, 256, 6, 256, 1, 1), (2, 128, 6, 256, 1, 1), (8, 128, 6, 256, 1, 1)]
+    shapes += [(4, 256, 2, 512, 1, 1), (8, 256, 2, 512, 1, 1), (4, 512, 4, 256, 1, 1), (4, 256, 6, 256, 1, 1)]
+    shapes += [(2, 128, 6, 256, 1, 1), (4, 128, 6, 256, 1, 1), (8, 128, 6, 256, 1, 1)]
     found = [FewShape(*numbers) for numbers in shapes]
-    found += [replace(shape, halves=True) for shape in found] + [replace(shape, patient=True) for shape in found]
+    found += [replace(shape, patient=True) for shape in found]
     return [*found, SMALLEST, replace(SMALLEST, splits=4), replace(SMALLEST, splits=2), replace(SMALLEST, splits=1)]
 
 
@@ -87,10 +91,13 @@ def likeliest(kind: FewKind, vectors: int, rows: int, columns: int, processors: 
     shapes = few_shapes(vectors)
     if vectors == 1 or not kind.rounded:
         return shapes
-    first = (
-        FewShape(2, 128, 6, 256) if rows > WIDE_ROWS else FewShape(4, 128, 4, 512)
-    )  # what each block rounds is little
-    return [first, FewShape(4, 128, 4, 512), FewShape(8, 128, 4, 512), *shapes]
+    first = FewShape(4, 256, 2, 512, patient=True) if rows <= FEW_ROWS else FewShape(4, 128, 4, 512, patient=True)
+    if rows > WIDE_ROWS:
+        first = FewShape(2, 128, 4, 512, patient=True)
+    elif columns > LONG_ROWS:
+        first = FewShape(8, 128, 4, 512, patient=True)
+    others = (FewShape(splits, 128, 4, 512, patient=True) for splits in (4, 8))
+    return [first, *others, *shapes]
 
 
 @lru_cache(maxsize=8)

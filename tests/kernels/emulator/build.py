@@ -78,6 +78,10 @@ MEANINGS = {
     "void store_to_peer(": "static void store_to_peer(float* own, int rank, float value)"
     " { *(float*)(shared_memories[rank] + ((uint8_t*)own - shared_memory)) = value; }",
     "void send_sum(": "",
+    "void send_word(": "static void send_word(u32* own, int rank, u32 value, u64* barrier)"
+    " { send_sum((float*)own, rank, __uint_as_float(value), barrier); }",
+    "void send_four(": "static void send_four(u32* own, int rank, const u32 (&v)[4], u64* barrier)"
+    " { for (int i = 0; i < 4; i++) send_sum((float*)own + i, rank, __uint_as_float(v[i]), barrier); }",
     "void peers_wait(": "static void peers_wait(u64* barrier) { barrier_wait(barrier, 0); }",
     "void copy_codes(": "static void copy_codes(u8* to, const TensorMap& map, u64* barrier, int column, int row)"
     " { copy_box(to, map, barrier, column, row, 64 * ROW_GROUPS); }",

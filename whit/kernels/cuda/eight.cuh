@@ -11,11 +11,15 @@
 #define MARK(number, after)
 #define MARKS_END(bias)
 #endif
+#ifndef HELD
+#define HELD 0
+#endif
 #ifndef BIAS_FLOAT
 #define BIAS_FLOAT 0
 #endif
 #define ROUNDER 12582912.0f  // 1.5 2^23: a float has no fraction beyond it
 #define SMALLEST 0x1p-100f
+#define WHOLE_SUMS (ROUNDED == 1 && !LOOSE)  // else sums are float32
 #if FLOATS
 #define WIDE_TYPE "f32.bf16.bf16.f32"
 #else
@@ -39,19 +43,26 @@ __device__ __forceinline__ void copy_rows(u8* shared, const TensorMap& map, u64*
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
         ::"r"(shared_address(shared)), "l"(&map), "r"(column / 2), "r"(row), "r"(shared_address(barrier)) : "memory");
 }
-__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
-__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+// Words to the place of `own` in the shared memory of block `rank` of the cluster, where they count for `barrier`.
+__device__ __forceinline__ void send_word(u32* own, int rank, u32 value, u64* barrier) {
+    asm volatile("{.reg .b32 place, counter; mapa.shared::cluster.u32 place, %0, %2; mapa.shared::cluster.u32 counter, %1, %2; "
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [place], %3, [counter];}"
+        ::"r"(shared_address(own)), "r"(shared_address(barrier)), "r"(rank), "r"(value) : "memory");
+}
+__device__ __forceinline__ void send_four(u32* own, int rank, const u32 (&v)[4], u64* barrier) {
+    asm volatile("{.reg .b32 place, counter; mapa.shared::cluster.u32 place, %0, %2; mapa.shared::cluster.u32 counter, %1, %2; "
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.u32 [place], {%3, %4, %5, %6}, [counter];}"
+        ::"r"(shared_address(own)), "r"(shared_address(barrier)), "r"(rank), "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3]) : "memory");
+}
+__device__ __forceinline__ void peers_wait(u64* barrier) {
+    asm volatile(
+        "{.reg .pred p; waiting: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%0], 0; @p bra done; bra waiting; done:}"
+        ::"r"(shared_address(barrier)) : "memory");
+}
 __device__ __forceinline__ void largest_at_peer(u32* own, int rank, u32 value) {
     u32 address;
     asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(own)), "r"(rank));
     asm volatile("red.relaxed.cluster.shared::cluster.max.u32 [%0], %1;" ::"r"(address), "r"(value) : "memory");
-}
-__device__ __forceinline__ uint4 peer_words(const void* own, int rank) {
-    uint4 v;
-    u32 address;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"(shared_address(own)), "r"(rank));
-    asm volatile("ld.shared::cluster.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(address) : "memory");
-    return v;
 }
 
 __device__ __forceinline__ void whole_product(int (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
@@ -125,15 +136,6 @@ __device__ __forceinline__ float scale_of_row(const Work& w, int row) {
     return __ldg((const float*)w.scales + at);
 #endif
 }
-
-// A unit of the inputs: a vector, and 128 columns of it.
-struct Unit {
-    int v, strip;
-    __device__ __forceinline__ void go(const Unit& by, int strips) {
-        v += by.v, strip += by.strip;
-        if (strip >= strips) strip -= strips, v++;
-    }
-};
 
 // Masks of two pairs of 16 bits, from four bits.
 __device__ __forceinline__ uint2 pairs_of_bits(u32 bits) {
