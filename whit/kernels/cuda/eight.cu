@@ -5,8 +5,8 @@
 //                  columns, of which there may be any number, meet widened codes in 64 columns at a time, where there are any
 //     ROUNDED 2    inputs rounded to E4M3, whose numbers are float16 numbers too
 //
-// A cluster of SPLITS blocks takes row tiles of 16, each block a share of the columns. Every block brings its share of the
-// inputs into shared memory and rounds it there; of each token the cluster shares one number, the largest magnitude. A warp
+// A cluster of SPLITS blocks takes row tiles of 16, each block a share of the columns. Every block rounds its share of the
+// inputs, from registers (HELD) or from shared memory; of each token the cluster shares one number, the largest magnitude. A warp
 // takes items of 16 rows x ITEM columns, one after the other, through a ring of its own, and asks for the first before the
 // kernel ahead has ended. Sums of warps and of blocks are added in a fixed order.
 //

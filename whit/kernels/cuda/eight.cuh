@@ -43,7 +43,7 @@ __device__ __forceinline__ void copy_rows(u8* shared, const TensorMap& map, u64*
     asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];"
         ::"r"(shared_address(shared)), "l"(&map), "r"(column / 2), "r"(row), "r"(shared_address(barrier)) : "memory");
 }
-// Words to the place of `own` in the shared memory of block `rank` of the cluster, where they count for `barrier`.
+// As `send_sum`.
 __device__ __forceinline__ void send_word(u32* own, int rank, u32 value, u64* barrier) {
     asm volatile("{.reg .b32 place, counter; mapa.shared::cluster.u32 place, %0, %2; mapa.shared::cluster.u32 counter, %1, %2; "
         "st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [place], %3, [counter];}"
@@ -53,11 +53,6 @@ __device__ __forceinline__ void send_four(u32* own, int rank, const u32 (&v)[4],
     asm volatile("{.reg .b32 place, counter; mapa.shared::cluster.u32 place, %0, %2; mapa.shared::cluster.u32 counter, %1, %2; "
         "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.u32 [place], {%3, %4, %5, %6}, [counter];}"
         ::"r"(shared_address(own)), "r"(shared_address(barrier)), "r"(rank), "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3]) : "memory");
-}
-__device__ __forceinline__ void peers_wait(u64* barrier) {
-    asm volatile(
-        "{.reg .pred p; waiting: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%0], 0; @p bra done; bra waiting; done:}"
-        ::"r"(shared_address(barrier)) : "memory");
 }
 __device__ __forceinline__ void largest_at_peer(u32* own, int rank, u32 value) {
     u32 address;

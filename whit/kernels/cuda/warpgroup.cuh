@@ -42,15 +42,3 @@ template <int COUNT> __device__ __forceinline__ void fewer_registers() { asm vol
 template <int COUNT> __device__ __forceinline__ void more_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT)); }
 // Barrier of the first 256 threads of a block.
 __device__ __forceinline__ void consumers_meet() { asm volatile("bar.sync 1, 256;" ::: "memory"); }
-// A number to the place of `own` in the shared memory of block `rank` of the cluster, whose barrier there counts its bytes:
-// so no one waits until all memory shows what was stored, as at a barrier of the cluster.
-__device__ __forceinline__ void send_sum(float* own, int rank, float value, u64* barrier) {
-    asm volatile("{.reg .b32 place, counter; mapa.shared::cluster.u32 place, %0, %2; mapa.shared::cluster.u32 counter, %1, %2; "
-        "st.async.shared::cluster.mbarrier::complete_tx::bytes.f32 [place], %3, [counter];}"
-        ::"r"(shared_address(own)), "r"(shared_address(barrier)), "r"(rank), "f"(value) : "memory");
-}
-__device__ __forceinline__ void peers_wait(u64* barrier) {
-    asm volatile(
-        "{.reg .pred p; waiting: mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%0], 0; @p bra done; bra waiting; done:}"
-        ::"r"(shared_address(barrier)) : "memory");
-}
