@@ -260,4 +260,4 @@ def test_gated_kernels_in_the_shapes_of_a_step(layout: Format) -> None:
             tried += 1
     finally:
         use_shape(device, key, None)
-    assert tried > 4
+    assert tried >= 4  # three bits come in no boxes of the copy engine
