@@ -32,7 +32,7 @@ from whit.formats.outlier_int8 import OutlierInt8
 from whit.formats.quantised_inputs import QuantisedInputs
 from whit.formats.scaled_codes import ScaledCodes
 from whit.kernels import eight_cuda, explain, packed_linear
-from whit.kernels.tile_tuning import tune_tiles
+from whit.kernels.tile_tuning import kind_of, tune_tiles
 from whit.kernels.timing import copies_for, seconds_per_call
 
 SHAPES = ((4096, 4096), (11008, 4096))
@@ -216,7 +216,8 @@ def measure(case: Case, names: list[str], dtype: torch.dtype, tuning: bool) -> l
         others = (random_packed(name, case.rows, case.columns, generator) for _ in range(case.copies(size) - 1))
         calls = [lambda w=w: packed_linear(x, w) for w in (first, *others)]
         more = {}
-        if tuning and chooses(name, case.tokens) and explain(x, first).endswith("(Triton)"):
+        tiled = explain(x, first).endswith("(Triton)") and kind_of(first.format, case.tokens)
+        if tuning and chooses(name, case.tokens) and tiled:
             times = tune_tiles(x, first, lambda calls=calls: seconds_per_call(calls, 6)[0])
             ordered = sorted(times.items(), key=lambda item: item[1])
             more["tried"] = {str(tuple(asdict(tile).values())): time for tile, time in ordered}

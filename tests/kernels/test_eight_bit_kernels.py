@@ -150,7 +150,7 @@ def test_rounded_inputs_on_a_gpu(pair: tuple[str, str], rows: int, columns: int,
         if tokens == 1 or pair[0][:4] == pair[1][:4]:
             hopper = torch.cuda.get_device_capability() == (9, 0)
             wide = hopper and (tokens, rows) == (300, 528) and pair == ("int8", "int8")
-            few = hopper and tokens == 1 and rows == 528 and pair[0] in ("e4m3fn", "e4m3")
+            few = hopper and tokens == 1 and rows == 528 and pair[0] in ("int8", "e4m3fn", "e4m3")
             assert explain(x, packed) == ("fused 8-bit (cuda)" if wide else FEW_NAME if few else "fused 8-bit (Triton)")
             assert excess(x, packed, bias) <= 1, tokens
             assert excess(x, packed, bias.to(dtype)) <= 1, tokens

@@ -28,7 +28,6 @@ from whit.kernels.eight_few import MOST_VECTORS, FewLaunch, few_options, few_sou
 from whit.kernels.eight_layer import EightBit, eight_bit_of
 from whit.kernels.eight_shapes import (
     LISTED,
-    TO_E4M3,
     FewKind,
     FewShape,
     few_shapes,
@@ -138,16 +137,11 @@ def _layer(x: Tensor, packed: Packed) -> EightBit | None:
 
 
 def wins(kind: FewKind, vectors: int) -> bool:
-    """Whether the kernel was faster than Triton's on an H200, in a decoding step with one text or sixteen.
+    """Whether the kernel was faster than Triton's on an H200: up to sixteen vectors, except where outlier columns are listed.
 
-    LLM.int8() and weights alone: with both; E4M3 inputs: with one; INT8 inputs, and LLM.int8() whose outlier columns
-    are listed (few, as a rule): with neither.
+    Those are few, as a rule, and stored columns of LLM.int8() go the old way through shared memory.
     """
-    if kind.llm and kind.outliers == LISTED:
-        return False
-    if kind.llm or not kind.rounded:
-        return vectors <= MEASURED
-    return vectors == 1 and kind.rounded == TO_E4M3
+    return vectors <= MEASURED and not (kind.llm and kind.outliers == LISTED)
 
 
 def _supports(x: Tensor, packed: Packed) -> bool:
