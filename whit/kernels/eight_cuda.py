@@ -137,7 +137,7 @@ def _layer(x: Tensor, packed: Packed) -> EightBit | None:
 
 
 def wins(kind: FewKind, vectors: int) -> bool:
-    """Whether the kernel was faster than Triton's on an H200: up to sixteen vectors, except with listed outlier columns.
+    """Whether the kernel was faster than Triton's on an H200: up to 16 vectors, except with listed outlier columns.
 
     Those are few, as a rule, and stored columns of LLM.int8() go the old way through shared memory.
     """
