@@ -112,6 +112,10 @@ def test_a_run_peaks_in_its_largest_phase() -> None:
 def test_what_waits_for_sums_of_another_process_counts() -> None:
     assert compression_bytes(dataclasses.replace(SIZES, end=0)) == 100 + 6 + 30
     assert compression_bytes(dataclasses.replace(SIZES, end=0, kept=500)) == 10 + 6 * 4 + 3 * 2 + 6 + 2 * 30 + 500
+    assert (
+        compression_bytes(dataclasses.replace(SIZES, end=0, kept=500, copies=5))
+        == 10 + 6 * 4 + 5 * 2 + 6 + 2 * 30 + 500
+    )
 
 
 def test_several_processes_keep_the_inputs_of_a_block(tmp_path: Path) -> None:
