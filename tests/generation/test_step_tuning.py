@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +14,7 @@ from torch import nn
 
 from tests import tiny
 from tests.kernels.test_cuda_kernels import random_packed
+from whit.formats.base import Packed
 from whit.formats.level_table import LevelTable
 from whit.generation import step_tuning
 from whit.generation.blocks import GatedDecoder
@@ -46,3 +51,37 @@ def test_where_there_is_no_choice_nothing_is_timed(monkeypatch: pytest.MonkeyPat
     assert decoder is not None
     monkeypatch.setattr(torch.cuda, "device", lambda device: torch.inference_mode())
     assert list(tune_step(decoder)) == []
+
+
+def test_gate_and_up_are_timed_without_the_launch_that_takes_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = decoder_of(tiny.llama(layers=1))
+    assert decoder is not None
+    gate, up, other = (random_packed(LevelTable(2, 0), rows, 64) for rows in (32, 32, 16))
+    none, single = SimpleNamespace(launched=[], gateable=[]), SimpleNamespace(launched=[other], gateable=[])
+    parts: dict[str, Any] = {
+        "gate_up": SimpleNamespace(launched=[gate, up], gateable=[gate, up]),
+        "down": single,
+        "attention": none,
+        "output": none,
+    }
+    aside: list[int] = []
+    searched: list[tuple[int, bool, bool, int]] = []
+
+    @contextmanager
+    def no_gated_launch(x: torch.Tensor, weights: Sequence[Packed]) -> Iterator[None]:
+        aside.append(len(weights))
+        yield
+        aside.pop()
+
+    def tune_in_step(x: torch.Tensor, weights: Sequence[Packed], seconds: object, *, makes: bool, gated: bool) -> Any:
+        searched.append((len(weights), makes, gated, aside[-1]))
+        return SHAPE, {None: 2.0, SHAPE: 1.0}
+
+    step = SimpleNamespace(place=SimpleNamespace(position=torch.zeros(1)))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: torch.inference_mode())
+    monkeypatch.setattr(step_tuning, "FusedStep", lambda *given: step)
+    monkeypatch.setattr(step_tuning, "no_gated_launch", no_gated_launch)
+    monkeypatch.setattr(step_tuning, "tune_in_step", tune_in_step)
+    found = list(tune_step(replace(decoder, blocks=[replace(decoder.blocks[0], **parts)])))
+    assert searched == [(2, True, False, 2), (2, True, True, 0), (1, False, False, 0)]
+    assert [item.gated for item in found] == [False, True, False] and not aside

@@ -14,7 +14,7 @@ from whit.formats.level_table import LevelTable
 from whit.kernels import cuda_tuned, launching
 from whit.kernels.cuda_layout import WHOLE_ROW, Layout, layout_of
 from whit.kernels.cuda_plan import choose
-from whit.kernels.cuda_shapes import Shape, gemv_shapes
+from whit.kernels.cuda_shapes import Outside, Shape, gemv_shapes
 from whit.kernels.cuda_step import place_step
 from whit.kernels.cuda_tuned import tuned_shapes, tuning_key
 from whit.kernels.cuda_wide import Decode, WideShape
@@ -89,7 +89,8 @@ def test_every_shipped_shape_is_one_that_its_kernel_is_written_for() -> None:
         assert "/".join([tuning_key(layout, rows, columns, int(tokens)), *together]) == key
         if together and together[-1] in ("step", "gated"):
             parts = [int(part) for part in together[0].split("+")] if len(together) > 1 else [rows]
-            assert place_step(layout, parts, columns, *H200, shape, gated=together[-1] == "gated") is not None, key
+            placed = place_step(layout, parts, columns, *H200, shape, gated=together[-1] == "gated")
+            assert (placed is None) == (shape == Outside()), key
         elif together:  # several weights in one launch
             assert sum(map(int, together[0].split("+"))) == rows
             assert shape in gemv_shapes(layout, True, True), key

@@ -15,7 +15,7 @@ from whit.generation.blocks import GatedDecoder, UnsuitedError
 from whit.generation.fused import FusedStep
 from whit.generation.weights import decoder_of
 from whit.kernels.cuda_shapes import Shape
-from whit.kernels.step_tuning import Times, tune_in_step
+from whit.kernels.step_tuning import Times, no_gated_launch, tune_in_step
 from whit.kernels.tuning import TunedProduct
 
 BLOCKS = 4
@@ -52,16 +52,18 @@ def tune_step(decoder: GatedDecoder) -> Iterator[TunedStep]:
         step.place.position.fill_(LENGTH // 2)
         ids = torch.zeros(1, 1, dtype=torch.int64, device=weight.device)
         block = decoder.blocks[-1]
-        for weights, makes, gated in (
-            (block.gate_up.launched, True, False),
-            (block.gate_up.gateable, True, True),
-            (block.down.launched, False, False),
-            (block.attention.launched, True, False),
-            (block.output.launched, False, False),
+        pair = block.gate_up.gateable
+        for weights, makes, gated, aside in (
+            (block.gate_up.launched, True, False, pair),
+            (pair, True, True, []),
+            (block.down.launched, False, False, []),
+            (block.attention.launched, True, False, []),
+            (block.output.launched, False, False, []),
         ):
             if weights:
                 x = torch.zeros(1, weights[0].columns, dtype=weight.dtype, device=weight.device)
-                shape, times = tune_in_step(x, weights, lambda: _seconds(step, ids), makes=makes, gated=gated)
+                with no_gated_launch(x, aside):
+                    shape, times = tune_in_step(x, weights, lambda: _seconds(step, ids), makes=makes, gated=gated)
                 yield TunedStep(tuple(weights), shape, times, gated)
 
 

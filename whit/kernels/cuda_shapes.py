@@ -80,6 +80,13 @@ def _limb_shapes(layout: Layout, clusters: bool) -> list[Shape]:
     return shapes
 
 
+@dataclass(frozen=True)
+class Outside:
+    """Found for a step of decoding: no launch of its own, since what holds outside of it is as fast."""
+
+    outside: bool = True
+
+
 _DEPTHS = (2, 4)
 """Most stages of a ring that may take all the shared memory of a multiprocessor."""
 

@@ -14,12 +14,12 @@ from typing import Any, TypeAlias
 
 from whit.formats.memory import Memory
 from whit.kernels.cuda_layout import Layout
-from whit.kernels.cuda_shapes import Shape
+from whit.kernels.cuda_shapes import Outside, Shape
 from whit.kernels.cuda_wide import Decode, WideShape
 from whit.kernels.found import keep_shapes, read_shapes, shape_from
 from whit.kernels.nvrtc import cache_folder
 
-Tuned: TypeAlias = Shape | WideShape | Decode
+Tuned: TypeAlias = Shape | WideShape | Decode | Outside
 """What can be found fastest for a call."""
 
 
@@ -41,8 +41,8 @@ def _own_file(device: str) -> str:
 
 
 def _tuned_from(values: dict[str, Any]) -> Tuned:
-    kind: type[Tuned] = Decode if "decode" in values else WideShape if "splits" in values else Shape
-    return shape_from(kind, values)
+    kinds: dict[str, type[Tuned]] = {"decode": Decode, "outside": Outside, "splits": WideShape}
+    return shape_from(next((kind for name, kind in kinds.items() if name in values), Shape), values)
 
 
 @lru_cache(maxsize=8)
@@ -62,7 +62,7 @@ def keep_tuned(device: str, shapes: Mapping[str, Tuned]) -> None:
 
 
 def use_shape(device: str, key: str, shape: Tuned | None) -> None:
-    """Take a shape (or with None no longer any) for what `key` names, in this process alone."""
+    """Take a shape (or with None no longer any) for what `key` names, in this process and until one is kept."""
     found = tuned_shapes(device)
     if shape is None:
         found.pop(key, None)

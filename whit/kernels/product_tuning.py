@@ -21,7 +21,7 @@ from whit.kernels.cuda_ops import (
     starts_early,
 )
 from whit.kernels.cuda_plan import Launch, plan
-from whit.kernels.cuda_shapes import gemv_shapes, small_shapes
+from whit.kernels.cuda_shapes import Shape, gemv_shapes, small_shapes
 from whit.kernels.cuda_tuned import Tuned, keep_tuned, tuned_shapes, tuning_key, use_shape
 from whit.kernels.cuda_wide import Decode, WideShape, wide_supports
 from whit.kernels.cuda_wide_plan import wide_shapes
@@ -53,13 +53,13 @@ def sources(layout: Layout, rows: int, columns: int, vectors: int, bfloat: bool,
     tokens, early = size_class(layout, vectors), starts_early(index)
     found: list[Source] = []
     for shape in candidates(layout, rows, columns, tokens, index):
-        if isinstance(shape, Decode):
-            continue
         parts: list[Launch | WideShape]
         if isinstance(shape, WideShape):
             parts = [part for part, _, _ in shape.parts(rows, vectors, processors)]
-        else:
+        elif isinstance(shape, Shape):
             parts = [plan(layout, rows, columns, tokens, processors, memory, [shape])]
+        else:  # a library multiplies
+            continue
         for part in parts:
             source, _, options, specific = build(layout, part, tokens, bfloat, early)
             found.append((source, options, specific))

@@ -7,7 +7,8 @@ Shapes found here are filed beside those of the products (`step_key`) and taken 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from whit.formats.base import Packed
 from whit.kernels.cuda_linear import usable
 from whit.kernels.cuda_ops import counts_bits, device_limits, starts_early
 from whit.kernels.cuda_plan import Launch
-from whit.kernels.cuda_shapes import Shape, step_sizes, step_timings
+from whit.kernels.cuda_shapes import Outside, Shape, step_sizes, step_timings
 from whit.kernels.cuda_step import Call, call_source, place_step, step_key
 from whit.kernels.cuda_tuned import keep_tuned, tuned_shapes, use_shape
 from whit.kernels.nvrtc import compile_together
@@ -33,8 +34,8 @@ def tune_in_step(
 ) -> tuple[Shape | None, Times]:
     """Find the fastest shape of the launch of one or several weights, use and keep it.
 
-    First the sizes are tried, then when the fastest of them asks for its weights and lets the next kernel start. A
-    shape is kept only if it is faster than what holds outside of a step.
+    First the sizes and what was found before are tried, then when the fastest of them asks for its weights and lets the
+    next kernel start. A shape is kept only if it is faster than what holds outside of a step; otherwise that is kept.
 
     Args:
         x: (1, columns) in the type of the inputs, on the device.
@@ -44,7 +45,8 @@ def tune_in_step(
         gated: whether it multiplies two products, which otherwise a kernel behind it does.
 
     Returns:
-        The fastest shape and the time of each that was tried; none if there is no choice.
+        The fastest shape (None: that which holds outside) and the time of each that was tried; none if there is no
+        choice.
     """
     layout, index = usable(x, weights[0]), x.device.index
     if layout is None or not (starts_early(index) and counts_bits(index)):
@@ -68,7 +70,7 @@ def tune_in_step(
         return min(placed, key=times.__getitem__, default=None)
 
     try:
-        best = search(step_sizes(layout))
+        best = search([*step_sizes(layout), *([before] if isinstance(before, Shape) else [])])
         if best is not None:
             others = [shape for shape in step_timings(best) if shape not in times]
             best = min(best, search(others) or best, key=times.__getitem__)
@@ -76,7 +78,34 @@ def tune_in_step(
     except BaseException:
         use_shape(device, key, before)
         raise
-    use_shape(device, key, best)
-    if best is not None:
-        keep_tuned(device, {key: best})
+    if len(times) == 1:  # no shape can be launched, so that nothing was found
+        use_shape(device, key, before)
+        return None, times
+    found = Outside() if best is None else best
+    use_shape(device, key, found)
+    keep_tuned(device, {key: found})
     return best, times
+
+
+@contextmanager
+def no_gated_launch(x: Tensor, weights: Sequence[Packed]) -> Iterator[None]:
+    """Take no launch that multiplies two weights with each other while this is entered, and the same as before then.
+
+    Such a launch is taken first, and the time of a step would be the same whatever launch of their products is tried.
+
+    Args:
+        x: (1, columns) in the type of the inputs, on the device.
+        weights: two of one layout, or none.
+    """
+    layout = usable(x, weights[0]) if weights else None
+    if layout is None:
+        yield
+        return
+    device = device_limits(x.device.index)[0]
+    key = step_key(layout, [packed.rows for packed in weights], weights[0].columns, gated=True)
+    before = tuned_shapes(device).get(key)
+    use_shape(device, key, None)
+    try:
+        yield
+    finally:
+        use_shape(device, key, before)
