@@ -19,8 +19,10 @@ from whit.formats.scaled_codes import ScaledCodes
 from whit.formats.signed_levels import convertible, signed_levels
 from whit.formats.structured_binary import StructuredBinary
 from whit.formats.vector_codebook import VectorCodebook
+from whit.generation import products as products_module
 from whit.generation.products import Products, join_rows
 from whit.kernels import linear
+from whit.kernels.cuda_inputs import Normed
 from whit.kernels.decode_ops import add_rms_norm
 from whit.kernels.linear import Preparation
 from whit.models.packed import PackedLinear
@@ -262,3 +264,83 @@ def test_weights_in_another_form_are_joined(monkeypatch: pytest.MonkeyPatch) -> 
 
 def _within(tensor: torch.Tensor) -> range:
     return range(tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes)
+
+
+class OnDevice(torch.Tensor):
+    """On the CPU, but it says otherwise."""
+
+    is_cuda = True
+
+
+def states_of(texts: int, kind: type[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    states, update = (torch.randn(texts, COLUMNS, generator=generator).as_subclass(kind) for _ in range(2))
+    return states, update, torch.rand(COLUMNS, generator=generator)
+
+
+def gate_and_up() -> list[PackedLinear]:
+    """Two codebooks, so that they are not joined."""
+    layout, found = VectorCodebook(codes=16, width=4, ternary=False), []
+    for seed in (1, 2):
+        module = PackedLinear(layout, 16, COLUMNS, None)
+        module.set_packed(packed(layout, 16, seed))
+        found.append(module)
+    return found
+
+
+def asked(monkeypatch: pytest.MonkeyPatch, answer: object) -> list[list[Packed]]:
+    """The weights of each question for a gated launch; others are told that there is none."""
+    questions: list[list[Packed]] = []
+
+    def products_of(
+        given: object, weights: list[Packed], bias: object = None, *, gated: bool = False
+    ) -> tuple[torch.Tensor, list[object]] | None:
+        if not gated:
+            return None
+        assert isinstance(given, Normed) and given.epsilon == 1e-5
+        questions.append(weights)
+        return None if answer is None else (given.states, [answer])
+
+    monkeypatch.setattr(products_module, "products_of", products_of)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    return questions
+
+
+def test_one_launch_is_given_the_gate_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    modules, answer = gate_and_up(), torch.zeros(1, 16)
+    products, questions = Products(modules), asked(monkeypatch, answer)
+    states, update, weight = states_of(1, OnDevice)
+    total, inner = products.gated(states, update, weight, 1e-5)
+    assert total is states and inner is answer
+    assert len(questions) == 1
+    for found, module in zip(questions[0], modules, strict=True):
+        assert found is module.running
+    assert products.gateable == questions[0]
+
+
+@pytest.mark.parametrize(
+    ("texts", "kind", "branches", "questions"),
+    [(1, OnDevice, True, 1), (1, OnDevice, False, 0), (16, OnDevice, True, 0), (1, torch.Tensor, True, 0)],
+)
+def test_without_such_a_launch_the_gate_comes_after_both_products(
+    texts: int, kind: type[torch.Tensor], branches: bool, questions: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    modules = gate_and_up()
+    products, seen = Products(modules, branches=branches), asked(monkeypatch, None)
+    assert products.joined is None and bool(products.gateable) is branches
+    states, update, weight = states_of(texts, kind)
+    total, inner = products.gated(states, update, weight, 1e-5)
+    assert len(seen) == questions
+    wanted, normal = add_rms_norm(*states_of(texts, torch.Tensor), 1e-5)
+    gate, up = (module(normal) for module in modules)
+    assert torch.equal(total.as_subclass(torch.Tensor), wanted)
+    assert torch.equal(inner.as_subclass(torch.Tensor), torch.nn.functional.silu(gate) * up)
+
+
+def test_only_two_packed_layers_are_gateable() -> None:
+    modules = gate_and_up()
+    assert [item is module.running for item, module in zip(Products(modules).gateable, modules, strict=True)] == [
+        True
+    ] * 2
+    assert Products(modules[:1]).gateable == Products([*modules, *gate_and_up()]).gateable == []
+    assert Products([modules[0], nn.Linear(COLUMNS, 16, bias=False)]).gateable == []

@@ -259,6 +259,7 @@ def _block(module: nn.Module, size: int, join: bool, branches: bool, dtype: torc
         raise UnsuitedError("a projection of its blocks is no linear layer")
     own: Any = parts["self_attn"]
     query_key_value = [attention[name] for name in ("q_proj", "k_proj", "v_proj")]
+    # Of the norm's weight: layers meet what a norm gives, weight * normal, so norms in float32 leave no 16-bit inputs.
     return GatedBlock(
         before=_norm(parts["input_layernorm"]),
         attention=Products(query_key_value, join=join, branches=branches, dtype=dtype),

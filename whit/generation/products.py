@@ -70,8 +70,8 @@ class Products:
     Args:
         modules: linear layers of any kind; each maps (n, columns) to (n, rows).
         join: hold equal layouts as one weight, others in the form that products on their device read fastest.
-        dtype: of the inputs, on which that form depends; None: all are held as they are stored.
         branches: others run in one launch where a kernel does that, or beside each other as branches of a CUDA graph.
+        dtype: of the inputs, on which the form they are held in depends; None: all are held as they are stored.
     """
 
     def __init__(
@@ -158,10 +158,10 @@ class Products:
 
     def gated(self, states: Tensor, update: Tensor | None, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
         """The first result of `normed`, and of two modules the second's product times the SiLU of the first's."""
-        if self.gateable:
-            found = products_of(Normed(states, update, weight, epsilon), self.gateable, gated=True)
-            if found is not None:
-                return found[0], found[1][0]
+        weights = self.gateable if states.is_cuda and states.shape[0] == 1 else []  # others need not be asked about
+        found = products_of(Normed(states, update, weight, epsilon), weights, gated=True) if weights else None
+        if found is not None:
+            return found[0], found[1][0]
         states, (gate, up) = self.normed(states, update, weight, epsilon)
         return states, gated(gate, up)
 
