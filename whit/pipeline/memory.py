@@ -95,8 +95,8 @@ def expected_memory(job: Job, file_bytes: int, available: int, processes: int = 
 def compression_bytes(sizes: Sizes) -> int:
     """Peak of catching inputs and of the block loop.
 
-    Workspace is taken as six float32 copies of the largest matrix and some of its second moments (`MOMENT_COPIES`), which
-    covers the methods in this package.
+    Workspace is taken as six float32 copies of the largest matrix and some of its second moments (`MOMENT_COPIES`),
+    which covers the methods in this package.
     """
     catching = sizes.outside + max(5 * sizes.end, sizes.activations) + sizes.streams
     block = sizes.block + 6 * sizes.matrix + sizes.copies * sizes.moment
