@@ -168,7 +168,7 @@ def test_source_that_makes_its_input(layout: Format, tmp_path: Path) -> None:
 @pytest.mark.parametrize("columns", [16, 4096, 11008, 14336])
 def test_there_is_a_launch_for_what_is_promised(vectors: int, columns: int) -> None:
     for kind in (FewKind(0, True, 1, 1, True), FewKind(1, True)):
-        shapes = likeliest(kind, vectors, 4096, columns, 132)
+        shapes = likeliest(kind, vectors, 4096, columns)
         for rows in (1, 4096, 128_256):
             placed = [place_few(kind, vectors, rows, columns, 132, HOPPER, shape) for shape in shapes]
             launches = [launch for launch in placed if launch is not None]

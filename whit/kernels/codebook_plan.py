@@ -131,7 +131,6 @@ def codebook_options(layout: Layout, launch: CodebookLaunch, bfloat: bool, early
     values = {
         "BF16": bfloat,
         "EARLY": early,
-        "PIECE": 2,
         "THREADS": launch.threads,
         "SPLITS": launch.splits,
         "RESIDENT": launch.resident,

@@ -72,7 +72,6 @@ def decode_options(layout: Layout, bfloat: bool, early: bool = False, shape: Dec
     values = {
         "BF16": bfloat,
         "EARLY": early,
-        "PIECE": layout.piece(128),
         "THREADS": shape.threads,
         "ROWS": shape.rows,
         "RESIDENT": shape.resident,

@@ -182,8 +182,6 @@ def wide_options(layout: Layout, shape: WideShape, bfloat: bool, early: bool) ->
     values = {
         "BF16": bfloat,
         "EARLY": early,
-        "PIECE": layout.piece(128),
-        "ITEM": 128,
         "THREADS": shape.threads,
         "TOKENS": shape.tokens,
         "ROW_GROUPS": shape.row_groups,

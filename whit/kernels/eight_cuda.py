@@ -65,7 +65,7 @@ def choice(
     device, processors, memory = device_limits(index)
     found = found_shapes(device).get(found_key(kind, vectors, rows, columns))
     known = [found] if found in few_shapes(vectors) and not chained else []
-    for shape in [*known, *likeliest(kind, vectors, rows, columns, processors)]:
+    for shape in [*known, *likeliest(kind, vectors, rows, columns)]:
         assert shape is not None
         launch = place_few(kind, vectors, rows, columns, processors, memory, shape, made)
         if launch is not None:

@@ -13,7 +13,7 @@ NO_OUTLIERS, FOUND, LISTED = range(3)
 """Where outlier columns are known from."""
 FEW_ROWS = 8192
 """Rows up to which items of twice the columns leave no warp without one."""
-LONG_ROWS = 8192
+LONG_COLUMNS = 8192
 """Columns from which the inputs of four blocks leave no room for rings."""
 WIDE_ROWS = 16384
 """Rows from which sums take less room where fewer blocks share the columns."""
@@ -86,7 +86,7 @@ def few_shapes(vectors: int) -> list[FewShape]:
     return [*found, SMALLEST, replace(SMALLEST, splits=4), replace(SMALLEST, splits=2), replace(SMALLEST, splits=1)]
 
 
-def likeliest(kind: FewKind, vectors: int, rows: int, columns: int, processors: int) -> list[FewShape]:
+def likeliest(kind: FewKind, vectors: int, rows: int, columns: int) -> list[FewShape]:
     """The shapes in the order in which one would try them, for want of a measurement."""
     shapes = few_shapes(vectors)
     if vectors == 1 or not kind.rounded:
@@ -94,7 +94,7 @@ def likeliest(kind: FewKind, vectors: int, rows: int, columns: int, processors: 
     first = FewShape(4, 256, 2, 512, patient=True) if rows <= FEW_ROWS else FewShape(4, 128, 4, 512, patient=True)
     if rows > WIDE_ROWS:
         first = FewShape(2, 128, 4, 512, patient=True)
-    elif columns > LONG_ROWS:
+    elif columns > LONG_COLUMNS:
         first = FewShape(8, 128, 4, 512, patient=True)
     others = (FewShape(splits, 128, 4, 512, patient=True) for splits in (4, 8))
     return [first, *others, *shapes]

@@ -145,7 +145,6 @@ def structured_options(
     values = {
         "BF16": bfloat,
         "EARLY": early,
-        "PIECE": 2,
         "THREADS": threads,
         "TOKENS": tokens,
         "UNIT": unit.groups,

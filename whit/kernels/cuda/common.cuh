@@ -2,9 +2,8 @@
 // NVRTC without any header, for compute capability 8.0 and above.
 //
 // A kernel is compiled for one layout: KIND (0 binary-residual, 1 level-table, 2 grouped-integer), BITS, NS (16-bit
-// scalars per group), ASYM, GROUP (columns per group; a huge number for "whole row"), BF16 (type of x, bias and y),
-// ALIGN (16, 4 or 1: what the width of a packed row in bytes is a multiple of) and PIECE (16, 8 or 4: bytes in which the
-// scalars of an item's row (`items.cuh`) can be copied; 2 if they may start at any half).
+// scalars per group), ASYM, GROUP (columns per group; a huge number for "whole row"), BF16 (type of x, bias and y) and
+// ALIGN (16, 4 or 1: what the width of a packed row in bytes is a multiple of).
 // The tensors are read exactly as they are stored: nothing is repacked.
 
 typedef unsigned char u8;

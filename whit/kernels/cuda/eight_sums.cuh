@@ -42,9 +42,9 @@ __device__ __forceinline__ void write_four(const Block& b, const Work& w, const 
     float beside[4] = {0, 0, 0, 0};
     if (PLACED) {
         const float* const place = b.placed_sums + (at.tile / SPLITS * b.vectors + at.v) * 16 + at.row;
-        const uint4 words = SPLITS > 1 ? peer_words(place, at.tile % SPLITS) : *(const uint4*)place;
-        beside[0] = __uint_as_float(words.x), beside[1] = __uint_as_float(words.y);
-        beside[2] = __uint_as_float(words.z), beside[3] = __uint_as_float(words.w);
+        const uint4 placed = SPLITS > 1 ? peer_words(place, at.tile % SPLITS) : *(const uint4*)place;
+        beside[0] = __uint_as_float(placed.x), beside[1] = __uint_as_float(placed.y);
+        beside[2] = __uint_as_float(placed.z), beside[3] = __uint_as_float(placed.w);
     }
     const float step = ROUNDED ? b.steps[at.v] : 1.0f;
     float y[4];

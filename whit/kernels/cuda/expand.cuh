@@ -30,7 +30,7 @@ __device__ __forceinline__ void make_selectors(u32 (&selector)[2][2], const Code
 }
 
 // Operand words of product `step` (16 columns): rows r and r + 8 of the first eight columns, then of the others.
-__device__ __forceinline__ void expand(u32 (&a)[4], const Codes& codes, const u32 (&selector)[2][2], const Levels (&levels)[2], const u32 (&bytes)[2][KEPT_WORDS], const u8* staged, const Triples& triples, int step, int q, int column0, const u16* codebook, const CodePlaces& places) {
+__device__ __forceinline__ void expand(u32 (&a)[4], const Codes& codes, const u32 (&selector)[2][2], const Levels (&levels)[2], const u32 (&bytes)[2][KEPT_WORDS], const u8* staged, const Extraction& extraction, int step, int q, int column0, const u16* codebook, const CodePlaces& places) {
 #pragma unroll
     for (int h = 0; h < 2; h++) {
         const u32* word = codes.word[h][0];
@@ -87,18 +87,18 @@ __device__ __forceinline__ void expand(u32 (&a)[4], const Codes& codes, const u3
                 const int chunk = 2 * step + half;
                 if (MIDDLES) {
                     const int at = BITS * chunk / 4;
-                    const u32 v = choose_bytes(word[at % KEPT_WORDS], BITS == 4 ? 0 : word[(at + 1) % KEPT_WORDS], triples.pick + BITS * chunk % 4 * 0x1111u);
-                    a[2 * half + h] = pair_of_middles(v, triples, levels[h]);
+                    const u32 v = choose_bytes(word[at % KEPT_WORDS], BITS == 4 ? 0 : word[(at + 1) % KEPT_WORDS], extraction.pick + BITS * chunk % 4 * 0x1111u);
+                    a[2 * half + h] = pair_of_middles(v, extraction, levels[h]);
                 } else if (TRIPLES) {
                     const int at = 3 * chunk / 4;
-                    const u32 v = choose_bytes(word[at % KEPT_WORDS], word[(at + 1) % KEPT_WORDS], triples.pick + 3 * chunk % 4 * 0x1111u);
-                    a[2 * half + h] = multiply_pairs(fma_pairs((v & triples.mask) | 0x64006400u, triples.factor, levels[h].table[1]), levels[h].table[0]);
+                    const u32 v = choose_bytes(word[at % KEPT_WORDS], word[(at + 1) % KEPT_WORDS], extraction.pick + 3 * chunk % 4 * 0x1111u);
+                    a[2 * half + h] = multiply_pairs(fma_pairs((v & extraction.mask) | 0x64006400u, extraction.factor, levels[h].table[1]), levels[h].table[0]);
                 } else if (CODE_BITS == 4) {
-                    const u32 v = choose_bytes(word[chunk % KEPT_WORDS], 0, triples.pick);
-                    a[2 * half + h] = pair_of_halves((v & triples.mask) | 0x64006400u, levels[h].table[0], levels[h].table[1], ASYM ? SECOND_CODE << 16 | 0x3c00u : triples.factor);
+                    const u32 v = choose_bytes(word[chunk % KEPT_WORDS], 0, extraction.pick);
+                    a[2 * half + h] = pair_of_halves((v & extraction.mask) | 0x64006400u, levels[h].table[0], levels[h].table[1], ASYM ? SECOND_CODE << 16 | 0x3c00u : extraction.factor);
                 } else {
                     const u32 v = STAGED_BYTE_CODES ? *(const u16*)(staged + 1024 * h + 8 * half) : word[chunk % KEPT_WORDS];
-                    a[2 * half + h] = HALVES ? pair_of_halves(choose_bytes(v, 0x64u, triples.pick), levels[h].table[0], levels[h].table[1]) : pair_of_lows(choose_bytes(v, triples.mask, 0x4550u), choose_bytes(v, triples.mask, 0x4551u), levels[h]);
+                    a[2 * half + h] = HALVES ? pair_of_halves(choose_bytes(v, 0x64u, extraction.pick), levels[h].table[0], levels[h].table[1]) : pair_of_lows(choose_bytes(v, extraction.high_byte, 0x4550u), choose_bytes(v, extraction.high_byte, 0x4551u), levels[h]);
                 }
             }
         }

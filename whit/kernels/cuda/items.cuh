@@ -1,5 +1,6 @@
 // An item: 16 rows x ITEM columns of codes with their scalars, staged in shared memory by one warp; and which column a code
-// read from there stands for. Behind `common.cuh`.
+// read from there stands for. Behind `common.cuh`. PIECE: 16, 8 or 4 bytes, in which the scalars of an item's row can be
+// copied; 2 if they may start at any half.
 
 #define ICOLS ITEM
 #define BLOCKS (ICOLS / 128)

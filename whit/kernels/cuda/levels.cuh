@@ -5,22 +5,46 @@
 // the two bytes in which each begins, `mask` its bits there; in the low bits of 1024 it is 1024 + 2^i code, and times
 // `factor`, 2^-i, `base` + code. Exact, for i below 8.
 #define TRIPLES (HALVES && BITS == 3)
-// As float32, where the weights are bfloat16: bytes of the codes in the middle of a word, its mask and 2^23 are
-// 2^23 + 2^i code, and one multiply-add, exact for i from 11 on, is scale (code - zero).
+// As float32, where the weights are bfloat16: bytes of the codes in the middle of a word, the mask of one and 2^23 are
+// 2^23 + 2^i code, and one multiply-add with its unit, 2^-i, is scale (code - zero): exact for i from 11 on.
 #define MIDDLES (BF16 && KIND == GROUPED_INTEGER && (BITS == 3 || BITS == 4))
-__device__ __forceinline__ u32 kept(u32 value) { return __shfl_sync(0xffffffffu, value, threadIdx.x % 32); }  // in a register: what the compiler sees through it computes at every use
-struct Triples { u32 pick, mask, factor, base, ones; };  // of `MIDDLES`: the masks of both codes, and 2^-i of each
-__device__ __forceinline__ Triples triples_of(int q, u32 zero) {  // `zero`: 0 that the compiler does not know, or a constant would take an instruction at every use
-    if (KIND != GROUPED_INTEGER || BITS < 3) return {};
+
+// The value, in a register for good: what the compiler sees through it computes anew at every use, and it does not see
+// through a lane's exchange with itself.
+__device__ __forceinline__ u32 kept_in_register(u32 value) { return __shfl_sync(0xffffffffu, value, threadIdx.x % 32); }
+
+// What a lane takes a pair of wider integers out of words with. Every way has some of these; the others are never read.
+struct Extraction {
+    u32 pick;           // bytes of the word in which they are
+    u32 mask;           // bits of both there, each in its half
+    u32 factor;         // 2^-i of both, as float16
+    u32 base, ones;     // `TRIPLES`: 1024 times `factor`, and 2^i of both
+    u32 high_byte;      // of 2^23, under which a code of eight bits becomes a float32
+    u32 masks[2];       // `MIDDLES`: bits of each in the word
+    u32 units[2];       // `MIDDLES`: 2^-i of each, as the bits of a float32
+    __device__ __forceinline__ float unit(int code) const { return __uint_as_float(units[code]); }
+};
+__device__ __forceinline__ Extraction extraction_of(int q, u32 zero) {  // `zero`: 0 that the compiler does not know, or a constant would take an instruction at every use
+    Extraction made = {};
+    const auto keep = [zero](u32 value) { return kept_in_register(value + zero); };
+    if (KIND != GROUPED_INTEGER || BITS < 3) return made;
     if (MIDDLES) {
         const u32 one = (1 << BITS) - 1, first = BITS == 4 ? 16 : 0x120c0e10 >> (8 * q) & 31, second = BITS == 4 ? 12 : 19 - 2 * q;
-        return {kept((BITS == 4 ? q * 0x110u : q == 0 ? 0u : q == 1 ? 0x100u : q == 2 ? 0x210u : 0x220u) + zero), kept((one << first) + zero), kept((one << second) + zero), kept((127 - first << 23) + zero), kept((127 - second << 23) + zero)};
+        made.pick = keep(BITS == 4 ? q * 0x110u : q == 0 ? 0u : q == 1 ? 0x100u : q == 2 ? 0x210u : 0x220u);
+        made.masks[0] = keep(one << first), made.masks[1] = keep(one << second);
+        made.units[0] = keep(127 - first << 23), made.units[1] = keep(127 - second << 23);
+    } else if (BITS == 8) {
+        made.pick = keep(0x4140u), made.high_byte = keep(0x4bu);
+    } else if (BITS == 4) {  // both codes of a byte, each in its half
+        made.pick = keep(0x4040u | q | q << 8), made.mask = keep(0x00f0000fu), made.factor = keep(0x2c003c00u);
+    } else {
+        const int first = 0x2460 >> (4 * q) & 15, second = 0x5713 >> (4 * q) & 15;  // the bits that they begin at
+        const u32 exponents = first << 10 | second << 26;
+        made.pick = keep(q == 0 ? 0x1010u : q == 1 ? 0x2110u : q == 2 ? 0x2121u : 0x3232u);
+        made.mask = keep(7u << first | 7u << (16 + second)), made.factor = keep(0x3c003c00u - exponents);
+        made.base = keep(0x64006400u - exponents), made.ones = keep(1u << first | 1u << (16 + second));
     }
-    if (BITS == 8) return {kept(0x4140u + zero), kept(0x4bu + zero)};
-    if (BITS == 4) return {kept((0x4040u | q | q << 8) + zero), kept(0x00f0000fu + zero), kept(0x2c003c00u + zero)};  // both codes of a byte, each in its half
-    const int first = 0x2460 >> (4 * q) & 15, second = 0x5713 >> (4 * q) & 15;  // the bits that they begin at
-    const u32 exponents = first << 10 | second << 26;
-    return {kept((q == 0 ? 0x1010u : q == 1 ? 0x2110u : q == 2 ? 0x2121u : 0x3232u) + zero), kept((7u << first | 7u << (16 + second)) + zero), kept((0x3c003c00u - exponents) + zero), kept((0x64006400u - exponents) + zero), kept((1u << first | 1u << (16 + second)) + zero)};
+    return made;
 }
 
 // ---- Levels of a group ---------------------------------------------------------------------------------------------------
@@ -30,7 +54,7 @@ struct Levels {
     float factor[2], offset[2];  // of `MIDDLES`, for both codes of a pair
     float scale, zero;        // wider integers: w = scale (code - zero), in float16 by the pairs of the table
 };
-__device__ __forceinline__ void levels_of(Levels& levels, const Codes& codes, const Places& at, const Triples& triples, int h, int block, int g) {
+__device__ __forceinline__ void levels_of(Levels& levels, const Codes& codes, const Places& at, const Extraction& extraction, int h, int block, int g) {
     const u32 (&s)[LEVEL_WORDS] = codes.scalar[h][g];
     if (KIND == LEVEL_TABLE) {
 #pragma unroll
@@ -49,14 +73,14 @@ __device__ __forceinline__ void levels_of(Levels& levels, const Codes& codes, co
         } else {
             levels.scale = scale, levels.zero = 8388608.0f + zero;
             if (MIDDLES) {
-                const float first = __uint_as_float(triples.base), second = __uint_as_float(triples.ones);
+                const float first = extraction.unit(0), second = extraction.unit(1);
                 levels.factor[0] = scale * first, levels.factor[1] = scale * second;
                 levels.offset[0] = -scale * (8388608.0f * first + zero), levels.offset[1] = -scale * (8388608.0f * second + zero);
             }
             if (HALVES) {
                 const u32 whole = ASYM ? zero_code : 1u << (BITS - 1);
                 levels.table[0] = TWO_GROUPS ? choose_bytes(codes.scalar[h][0][0], 0, g ? 0x3232u : 0x1010u) : s[0] * 0x10001u;
-                levels.table[1] = TRIPLES ? (triples.base ^ 0x80008000u) + whole * triples.ones : bias_of_pair(whole);
+                levels.table[1] = TRIPLES ? (extraction.base ^ 0x80008000u) + whole * extraction.ones : bias_of_pair(whole);
             }
         }
     }
@@ -106,7 +130,7 @@ __device__ __forceinline__ u32 pair_of_lows(u32 first, u32 second, const Levels&
     return pair_of_floats(levels.scale * (__uint_as_float(first) - levels.zero), levels.scale * (__uint_as_float(second) - levels.zero));
 }
 
-__device__ __forceinline__ u32 pair_of_middles(u32 v, const Triples& triples, const Levels& levels) {
-    const float first = __uint_as_float((v & triples.mask) | 0x4b000000u), second = __uint_as_float((v & triples.factor) | 0x4b000000u);
+__device__ __forceinline__ u32 pair_of_middles(u32 v, const Extraction& extraction, const Levels& levels) {
+    const float first = __uint_as_float((v & extraction.masks[0]) | 0x4b000000u), second = __uint_as_float((v & extraction.masks[1]) | 0x4b000000u);
     return pair_of_floats(fmaf(first, levels.factor[0], levels.offset[0]), fmaf(second, levels.factor[1], levels.offset[1]));
 }

@@ -106,7 +106,7 @@ wide(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap code
     int slot = 0, before = 0, phase = 0, phase_before = 0;
     u32 a[AHEAD + 1][4], selector[2][2];
     const Multipliers factors = multipliers();
-    const Triples triples = triples_of(q, at.codes[0] >> 31);
+    const Extraction extraction = extraction_of(q, at.codes[0] >> 31);
     const u64 first_stage = descriptor_of(memory);
     CodePlaces places = {};
     find_places(places, codebook, begin, q, lane);
@@ -115,7 +115,7 @@ wide(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap code
             take_levels(levels, level_bytes + block % 2 * 256, lane);
         } else if (KIND != VECTOR_CODEBOOK) {
 #pragma unroll
-            for (int h = 0; h < 2; h++) levels_of(levels[h], codes, at, triples, h, block, group);
+            for (int h = 0; h < 2; h++) levels_of(levels[h], codes, at, extraction, h, block, group);
         }
     };
     if (WHOLE_ROWS) find_levels(even, begin, 0);
@@ -158,7 +158,7 @@ wide(const __grid_constant__ TensorMap x, const __grid_constant__ TensorMap code
                 if (block + 2 < end) fetch_scalars(codes, w, at, block + 2, lane, false);
             }
             if (TABLE && step % 2 == 0) make_selectors(selector, codes, factors, marked, step, q);
-            expand(a[step % (AHEAD + 1)], codes, selector, levels, bytes, staged + ((step ^ r) << 4), triples, step, q, block * BLOCK, codebook, places);
+            expand(a[step % (AHEAD + 1)], codes, selector, levels, bytes, staged + ((step ^ r) << 4), extraction, step, q, block * BLOCK, codebook, places);
             if (!closes) continue;
             if (!STAGED_CODES && opens_stage && step == TOGETHER - 1) barrier_wait(full + slot, phase);
             registers_ready();
