@@ -39,7 +39,7 @@ CASES: list[tuple[Format, torch.dtype, int, FewShape]] = [
     (OutlierInt8(0.0, "static", 19, "float16"), torch.float16, 2, FewShape(4, 128, 3, 64)),
     (OutlierInt8(0.0, "none"), torch.bfloat16, 9, FewShape(4, 128, 2, 64)),
     (QuantisedInputs(INT8, "int8", False), torch.bfloat16, 17, FewShape(2, 128, 3, 64)),
-    (QuantisedInputs(ScaledCodes("int8", -1), "int8", True), torch.float16, 2, FewShape(1, 256, 3, 64)),
+    (QuantisedInputs(ScaledCodes("int8", -1), "int8", True), torch.float16, 2, FewShape(2, 128, 3, 64)),
     (QuantisedInputs(E4M3, "e4m3fn", False), torch.bfloat16, 2, FewShape(2, 256, 3, 64)),
     (QuantisedInputs(E5M2, "e4m3", True), torch.float16, 9, FewShape(1, 128, 3, 64)),
     (INT8, torch.float16, 2, FewShape(1, 256, 3, 64, patient=True)),
