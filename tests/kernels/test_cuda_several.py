@@ -45,7 +45,7 @@ TWO = """
 
 @pytest.mark.skipif(build.COMPILER is None, reason="needs g++")
 @pytest.mark.parametrize(
-    "shape", [Shape(64, 256, 2), Shape(256, 512, 1, True), Shape(256, 512, 1, True, 2, eager=True)], ids=str
+    "shape", [Shape(64, 256, 2), Shape(256, 512, 1, True), Shape(256, 512, 1, True, 2, eager=True, ahead=True)], ids=str
 )
 def test_two_weights_with_marks_of_their_own(shape: Shape, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows of one weight, as two: the first in one thread block, the second, with other marked columns, in two."""

@@ -94,7 +94,7 @@ WAYS = [
     (BinaryResidual(128, True), 100, 2048, Shape(64, 1024, 2, True, bulk=True, patient=True), False),
     (BinaryResidual(0, False), 64, 2560, Shape(64, 1024, 2, True, bulk=True), True),
     (GroupedInteger(3, 128, False), 50, 1056, Shape(64, 256, 1, True, patient=True, late=True), False),
-    (BinaryResidual(128, True), 50, 6400, Shape(64, 256, 1, True, patient=True), False),
+    (BinaryResidual(128, True), 50, 6400, Shape(64, 256, 1, True, patient=True, ahead=True), False),
 ]
 
 
