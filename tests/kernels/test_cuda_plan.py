@@ -7,14 +7,13 @@ import warnings
 import pytest
 import torch
 
-from whit.formats.base import Packed
 from whit.formats.binary_residual import BinaryResidual
 from whit.formats.dense import Dense
 from whit.formats.grouped_integer import GroupedInteger
 from whit.formats.level_table import LevelTable
 from whit.formats.structured_binary import StructuredBinary
 from whit.formats.vector_codebook import VectorCodebook
-from whit.kernels import cuda_linear, cuda_ops, nvrtc, product_tuning
+from whit.kernels import cuda_linear, cuda_ops, nvrtc
 from whit.kernels.cuda_bulk import bulk_stage_bytes
 from whit.kernels.cuda_layout import WIDEST, layout_of
 from whit.kernels.cuda_plan import choose, place_gemv, plan, room
@@ -24,15 +23,7 @@ from whit.kernels.cuda_wide import Decode, WideShape, bucket, holds_groups, shar
 from whit.kernels.cuda_wide_plan import MANY, decodes_first, wide_plan, wide_shapes
 
 H200 = (132, 232448)
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.delenv("WHIT_CACHE", raising=False)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    tuned_shapes.cache_clear()
-    yield
-    tuned_shapes.cache_clear()
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def test_a_found_shape_is_kept_and_used():
@@ -59,17 +50,6 @@ def test_a_damaged_file_of_shapes_is_ignored(content):
     path.parent.mkdir(parents=True)
     path.write_text(content)
     assert tuned_shapes("No Such GPU") == {}
-
-
-@pytest.fixture
-def hopper(monkeypatch):
-    """What `cuda_ops` asks of a device."""
-    for module in (cuda_ops, product_tuning):
-        monkeypatch.setattr(module, "device_limits", lambda index: ("No Such GPU", *H200))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
-    cuda_ops.choice.cache_clear()
-    yield
-    cuda_ops.choice.cache_clear()
 
 
 def test_what_multiplies_depends_on_vectors_device_and_what_was_found(hopper, monkeypatch):
@@ -292,29 +272,6 @@ def test_a_user_without_a_home_compiles_each_time(monkeypatch):
     assert nvrtc.cached_cubin("one", []) == b"code"
 
 
-def test_what_tuning_tries_is_compiled_beforehand(hopper, monkeypatch, tmp_path):
-    """Side by side, each once; what does not compile is left to be said where it is wanted."""
-    monkeypatch.setenv("WHIT_CACHE", str(tmp_path))
-    compiled = []
-
-    def compile_some(source, options):
-        compiled.append(options)
-        if "-DRESIDENT=2" in options:
-            raise nvrtc.CompilationError("no room")
-        return b"code"
-
-    monkeypatch.setattr(nvrtc, "compile_cubin", compile_some)
-    layout = layout_of(LevelTable(2, 128), 4096)
-    wanted = product_tuning.sources(layout, 512, 4096, 1, True, 0)
-    assert len(wanted) == len(set(wanted)) == len(product_tuning.candidates(layout, 512, 4096, 1, 0))
-    nvrtc.compile_together([*wanted, *wanted], 0)
-    assert len(compiled) == len(wanted)
-    kept = [options for _, options, _ in wanted if "-DRESIDENT=2" not in options]
-    assert 0 < len(kept) == len(list((tmp_path / "kernels").glob("*.cubin"))) < len(wanted)
-    for tokens in (16, 256):
-        assert len(product_tuning.sources(layout, 512, 4096, tokens, True, 0)) >= tokens // 16
-
-
 @pytest.mark.parametrize("layout", [GroupedInteger(2, 64, False), GroupedInteger(4, 64, False), LevelTable(2, 64)])
 def test_groups_of_64_are_offered_as_bit_planes(layout):
     described = layout_of(layout, 4096)
@@ -359,46 +316,6 @@ def test_a_machine_without_nvrtc_is_told_what_to_install(monkeypatch):
     monkeypatch.setattr(nvrtc.ctypes, "CDLL", missing)
     with pytest.raises(nvrtc.CompilationError, match=r"no NVRTC library .*\(install a CUDA build of torch"):
         nvrtc.compiler_library()
-
-
-def table():
-    form = LevelTable(2, 128)
-    tensors = {name: torch.empty(spec.shape, dtype=spec.dtype) for name, spec in form.specs(512, 4096).items()}
-    return Packed(form, 512, 4096, tensors)
-
-
-@pytest.mark.parametrize("failure", [KeyboardInterrupt, torch.OutOfMemoryError, nvrtc.CompilationError])
-def test_tuning_that_ends_early_leaves_the_launch_as_it_was(hopper, monkeypatch, failure):
-    packed = table()
-    layout = layout_of(packed.format, 4096)
-    monkeypatch.setattr(product_tuning, "usable", lambda x, packed: layout)
-    x = torch.empty(1, 4096, device="meta")
-    key, before = tuning_key(layout, 512, 4096, 1), gemv_shapes(layout)[3]
-    product_tuning.use_shape("No Such GPU", key, before)
-
-    def seconds():
-        assert tuned_shapes("No Such GPU")[key] in gemv_shapes(layout, clusters=True)
-        raise failure("early")
-
-    with pytest.raises(failure):
-        product_tuning.tune(x, packed, seconds)
-    assert tuned_shapes("No Such GPU")[key] == before
-
-
-def test_tuning_passes_over_launches_that_cannot_be_compiled(hopper, monkeypatch):
-    packed = table()
-    layout = layout_of(packed.format, 4096)
-    monkeypatch.setattr(product_tuning, "usable", lambda x, packed: layout)
-    wanted, tried = gemv_shapes(layout)[2], []
-
-    def seconds():
-        tried.append(tuned_shapes("No Such GPU")[tuning_key(layout, 512, 4096, 1)])
-        if len(tried) % 2:
-            return 1.0 if tried[-1] == wanted else 2.0
-        raise nvrtc.CompilationError("not here")
-
-    assert product_tuning.tune(torch.empty(1, 4096, device="meta"), packed, seconds)[1] == wanted
-    assert tried == product_tuning.candidates(layout, 512, 4096, 1, 0)
 
 
 def test_what_is_dear_to_expand_is_decoded_first_for_many_vectors() -> None:
