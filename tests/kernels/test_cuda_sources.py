@@ -10,7 +10,8 @@ from importlib import resources
 import pytest
 import torch
 
-from tests.kernels.emulator.build import COMPILER, MEANINGS, compiled, run
+from tests.kernels.emulator.build import COMPILER, compiled, run
+from tests.kernels.emulator.meanings import MEANINGS
 from tests.kernels.test_cuda_kernels import error_bound, inputs, name_of, random_packed, unit_columns
 from whit.formats.binary_residual import BinaryResidual
 from whit.formats.grouped_integer import GroupedInteger

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.kernels.emulator.build import COMPILER, MEANINGS, built_call, run_call
+from tests.kernels.emulator.build import COMPILER, built_call, run_call
+from tests.kernels.emulator.meanings import MEANINGS
 from whit.formats.outlier_int8 import OutlierInt8
 from whit.kernels.cuda_sources import source_of
 from whit.kernels.outlier_gather import SLICE, split_options
