@@ -171,8 +171,9 @@ def test_kernels_mean_what_the_format_means_on_a_gpu(
     for tokens in (1, 17, 600):
         x = inputs(tokens, columns).to("cuda", dtype)
         # Cached columns are float16: with other inputs Triton converts them. Few listed columns are faster there too.
-        wide = tokens == 600 and rows == 520 and weights != "cached" and torch.cuda.get_device_capability() == (9, 0)
-        few = tokens < 17 and rows == 520 and outliers == "dynamic" and torch.cuda.get_device_capability() == (9, 0)
+        hopper = torch.cuda.get_device_capability() == (9, 0)
+        wide = hopper and tokens == 600 and rows == 520 and weights != "cached"
+        few = hopper and tokens < 17 and rows == 520 and weights != "cached" and outliers != "static"
         assert explain(x, packed) == (WIDE_NAME if wide else FEW_NAME if few else NAME)
         assert excess(x, packed, bias) <= 1, tokens
     assert excess(inputs(6, 2 * columns).to("cuda", dtype)[:, ::2], packed, bias) <= 1

@@ -112,7 +112,8 @@ def _own_file(device: str) -> str:
 
 def found_key(kind: FewKind, vectors: int, rows: int, columns: int) -> str:
     """What a found shape is filed under."""
-    return f"{kind.codes}-{kind.rounded}-{kind.outliers}/{rows}x{columns}/{vectors_class(vectors)}"
+    placed = "-placed" if kind.placed else ""
+    return f"{kind.codes}-{kind.rounded}-{kind.outliers}{placed}/{rows}x{columns}/{vectors_class(vectors)}"
 
 
 def keep_found(device: str, shapes: dict[str, FewShape]) -> None:

@@ -14,7 +14,7 @@
 #define WHOLE_ROWS (GROUP >= (1 << 30))  // one group
 #define GROUPS_IN_BLOCK (GROUP < BLOCK ? BLOCK / GROUP : 1)
 #define BLOCKS_IN_GROUP (GROUP < BLOCK ? 1 : GROUP / BLOCK)
-#define TWO_GROUPS (KIND == GROUPED_INTEGER && GROUPS_IN_BLOCK == 2)  // one load for both: rows have an even number then
+#define TWO_GROUPS (KIND == GROUPED_INTEGER && GROUPS_IN_BLOCK == 2 && BITS > 2)  // one load for both; slower with two bits
 #define TWO_ZEROS (8 % BITS || BITS == 8 && GROUPS_IN_BLOCK == 2)  // those of a block of columns may end in the next byte
 #define STAGED_SCALARS (KIND == BINARY_RESIDUAL && !WHOLE_ROWS)  // come to shared memory, four groups of a row at a time
 #define EPOCH (WHOLE_ROWS ? 1 << 20 : 4 * BLOCKS_IN_GROUP)       // blocks of columns that these groups have
