@@ -15,7 +15,8 @@ from whit.heap import freed_memory_kept
 
 def faults():
     layer = lambda: [torch.empty(size).fill_(1) for size in (3_000_000, 20_000_000, 3_000_000)]
-    layer()
+    for _ in range(3):  # until the holes that were there before are filled
+        layer()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(20):
         layer()
@@ -33,7 +34,7 @@ def test_logits_reuse_the_pages_of_those_before():
     run = subprocess.run([sys.executable, "-c", FAULTS], capture_output=True, text=True, check=True)
     during, after = map(int, run.stdout.split())
     logits = 20 * 20_000_000 * 4 // resource.getpagesize()
-    assert during * 4 < logits  # a hole may be filled otherwise now and then
+    assert during * 10 < logits
     assert during < after
 
 

@@ -68,21 +68,25 @@ def save_wide(blocks: int, folder: Path, dtype: torch.dtype = torch.float32) -> 
     return 4 * sum(parameter.numel() for parameter in model.model.layers[0].parameters())
 
 
-def peak_of(blocks: int, folder: Path) -> tuple[int, int]:
-    """(peak resident bytes, bytes of a block) of compressing a model of many equal blocks in a process of its own."""
-    size = save_wide(blocks, folder / "model")
-    calibration = tiny.save_inputs("llama", folder / "calibration.safetensors", sequences=2, length=16)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
+def printed(script: str, *arguments: Path) -> list[str]:
+    """Words that a script prints in a process of its own, of one thread."""
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(folder / "model"), str(calibration), str(folder / "out")],
-        env=environment,
+        [sys.executable, "-c", script, *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=240,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    return int(done.stdout.split()[-1]), size
+    return done.stdout.split()
+
+
+def peak_of(blocks: int, folder: Path) -> tuple[int, int]:
+    """(peak resident bytes, bytes of a block) of compressing a model of many equal blocks in a process of its own."""
+    size = save_wide(blocks, folder / "model")
+    calibration = tiny.save_inputs("llama", folder / "calibration.safetensors", sequences=2, length=16)
+    return int(printed(SCRIPT, folder / "model", calibration, folder / "out")[-1]), size
 
 
 def test_peak_is_that_of_this_process_not_of_its_parent() -> None:
@@ -225,17 +229,7 @@ def test_what_is_left_dense_is_measured_as_large_as_planned(tmp_path: Path) -> N
     job = half_packed(tmp_path)
     plan = make_plan(job)
     arguments = [tmp_path / name for name in ("model", "calibration.safetensors", "evaluation.safetensors", "measured")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", MEASURE, *map(str, arguments)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    peak, grown = map(int, done.stdout.split()[-2:])
+    peak, grown = map(int, printed(MEASURE, *arguments)[-2:])
     models = 4 * sum(parameter.numel() for parameter in job.skeleton.parameters()) * 23 // 12
     planned = plan.host_bytes - RUNTIME_BYTES - COMPILER_BYTES
     assert planned == pytest.approx(models + plan.file_bytes, rel=0.05)
